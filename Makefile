@@ -1,0 +1,41 @@
+# Every target sets itself up first. Without make, the README has the plain lines that do the same.
+PYTHON ?= python3
+PROFILE ?=
+CHAPTERS ?=
+BIN := .venv/bin
+SETUP := $(PYTHON) course_utils/course/setup.py
+
+.PHONY: help setup setup-extended lab test run notebooks lock clean
+
+help:
+	@echo "make lab        open the course in JupyterLab"
+	@echo "make test       the whole suite (PROFILE=fast runs the notebooks in fast)"
+	@echo "make setup      the set-up alone; make setup-extended adds TVM, DeepSpeed, Model Optimizer"
+	@echo "make run        execute every chapter, write ledger and report to build/run"
+	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
+	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv)"
+
+setup:
+	@$(SETUP)
+
+setup-extended:
+	@$(SETUP) --extended
+
+lab: setup
+	@$(BIN)/course lab
+
+test: setup
+	@$(BIN)/python tests/run_suite.py $(if $(PROFILE),--profile $(PROFILE))
+
+run: setup
+	@$(BIN)/course run $(CHAPTERS) $(if $(PROFILE),--profile $(PROFILE)) --out build/run
+	@$(BIN)/course report build/run/ledger.json --out build/run
+
+notebooks: setup
+	@$(BIN)/course build $(CHAPTERS)
+
+lock:
+	@$(PYTHON) course_utils/course/lock.py
+
+clean:
+	rm -rf build

@@ -1,0 +1,15 @@
+"""Helpers of the course *Efficient Deep Learning, Measured*.
+
+Import the module you need (`from course_utils import measure, plots`); nothing heavy is loaded before.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+# torch's profiler and its benchmark module report what they look for on GPUs; on a CPU that is noise in a notebook.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The course's folder: notebooks/ and datasets/ lie beside course_utils/."""

@@ -1,0 +1,175 @@
+"""Claims that circulate, and what this machine says about them.
+
+A claim lives in notebooks/claims/NN.toml; `verdict("NN.name", measurement)` compares it with a measurement, shows the
+result and writes it to the ledger.
+"""
+
+import difflib
+import functools
+import html
+import json
+import math
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from course_utils import ROOT, machine
+from course_utils.measure.stats import Interval
+
+FOLDER = ROOT / "notebooks" / "claims"
+HOLDS, FAILS, OPEN, UNTESTED = "holds here", "does not hold here", "inconclusive", "not testable here"
+_COLOURS = {HOLDS: "#1b7837", FAILS: "#b2182b", OPEN: "#8a6d00", UNTESTED: "#666666"}
+
+
+class ClaimError(ValueError):
+    """A claim's id is unknown or its entry in the TOML file is not complete."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement somebody makes, the condition under which it is tested, and the band of values for which it holds."""
+
+    id: str
+    statement: str
+    source: str
+    condition: str
+    band: tuple[float, float]
+    unit: str = ""
+    stand_in: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What this machine says about one claim."""
+
+    claim: Claim
+    status: str
+    value: float | None
+    low: float | None
+    high: float | None
+    reason: str
+
+    def measured(self) -> str:
+        if self.value is None:
+            return self.reason
+        unit = f" {self.claim.unit}" if self.claim.unit else ""
+        if self.low == self.high:
+            return f"{self.value:.3g}{unit}"
+        return f"{self.value:.3g}{unit} [{self.low:.3g}, {self.high:.3g}]"
+
+    def band(self) -> str:
+        low, high = self.claim.band
+        if math.isinf(high):
+            return f"at least {low:g} {self.claim.unit}".strip()
+        if math.isinf(low):
+            return f"at most {high:g} {self.claim.unit}".strip()
+        return f"{low:g} to {high:g} {self.claim.unit}".strip()
+
+    def heading(self) -> str:
+        return self.status + (f", on a stand-in ({self.claim.stand_in})" if self.claim.stand_in else "")
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.claim.id}: {self.heading()}\n  claim:     {self.claim.statement}\n  source:    {self.claim.source}\n"
+            f"  condition: {self.claim.condition}\n  holds for: {self.band()}\n  measured:  {self.measured()}"
+        )
+
+    def _repr_html_(self) -> str:
+        colour = _COLOURS[self.status]
+        e = html.escape
+        return (
+            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b style='color:{colour}'>{e(self.heading())}</b>"
+            f"<br>“{e(self.claim.statement)}” <small>({e(self.claim.source)})</small>"
+            f"<br>Measured here: <b>{e(self.measured())}</b>. The claim holds for {e(self.band())}."
+            f"<br><small>Condition: {e(self.claim.condition)}</small></div>"
+        )
+
+
+def verdict(claim_id: str, measurement: "Interval | float | bool | machine.Skip | object") -> Verdict:
+    """Compare a claim with a measurement, write the verdict to the ledger and return it for display.
+
+    `measurement` is an Interval, a Comparison (its speed-up), a number known exactly, True or False (1 or 0), or a
+    machine.Skip. The claim holds if the whole interval lies in its band, fails if all of it lies outside, and is
+    inconclusive if the interval straddles an edge. Raises ClaimError for an unknown id, ValueError for NaN.
+    """
+    claim = find(claim_id)
+    if isinstance(measurement, machine.Skip):
+        result = Verdict(claim, UNTESTED, None, None, None, repr(measurement))
+    else:
+        value, low, high = _numbers(claim_id, measurement)
+        result = Verdict(claim, status(claim.band, low, high), value, low, high, "")
+    record(
+        "verdict", claim=claim.id, chapter=claim.id.split(".")[0], statement=claim.statement, value=result.value,
+        low=result.low, high=result.high, unit=claim.unit, verdict=result.status, reason=result.reason,
+        stand_in=claim.stand_in,
+    )  # fmt: skip
+    return result
+
+
+def status(band: tuple[float, float], low: float, high: float) -> str:
+    """Where an interval lies with respect to a band."""
+    if band[0] <= low and high <= band[1]:
+        return HOLDS
+    if high < band[0] or low > band[1]:
+        return FAILS
+    return OPEN
+
+
+def find(claim_id: str) -> Claim:
+    """The claim with this id; ClaimError naming the nearest one otherwise."""
+    known = registry()
+    if claim_id not in known:
+        near = difflib.get_close_matches(claim_id, known, 1, 0)
+        raise ClaimError(f"no claim {claim_id!r} in notebooks/claims/" + (f"; did you mean {near[0]!r}?" if near else "."))
+    return known[claim_id]
+
+
+@functools.cache
+def registry(folder: Path = FOLDER) -> dict[str, Claim]:
+    """All claims by id. Raises ClaimError for an entry that lacks a field or has one too many."""
+    claims = {}
+    for path in sorted(folder.glob("*.toml")):
+        for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            claim_id = f"{path.stem}.{name}"
+            try:
+                low, high = entry.pop("band")
+                claims[claim_id] = Claim(id=claim_id, band=(float(low), float(high)), **entry)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ClaimError(f"{path.name}, [{name}]: {error}. A claim has statement, source, condition, band = [low, high], "
+                                 "and optionally unit and stand_in.") from error  # fmt: skip
+    return claims
+
+
+def record(kind: str, **fields: object) -> None:
+    """Append an event (a verdict, a check, a skip) to the ledger file; without a writable place it is only shown."""
+    path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **fields}, ensure_ascii=False) + "\n")
+    except OSError:
+        pass
+
+
+def ledger() -> list[dict]:
+    """This reader's verdicts so far, the last one of each claim."""
+    path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
+    if not path.is_file():
+        return []
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list({e["claim"]: e for e in events if e["kind"] == "verdict"}.values())
+
+
+def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
+    interval = getattr(measurement, "interval", measurement)
+    if isinstance(interval, Interval):
+        numbers = (interval.value, interval.low, interval.high)
+    else:
+        try:
+            numbers = (float(interval),) * 3
+        except (TypeError, ValueError):
+            raise TypeError(f"{claim_id} was given a {type(measurement).__name__}; give an Interval, a Comparison, a number or a Skip.") from None
+    if any(math.isnan(x) for x in numbers):
+        raise ValueError(f"{claim_id} was given {numbers}: something went wrong before the verdict.")
+    return numbers

@@ -1,0 +1,110 @@
+"""Make .venv and install the course into it: `make setup`, or `python3 course_utils/course/setup.py`.
+
+Standard library only, because it runs before anything is installed. A second call installs nothing unless
+pyproject.toml or a lock changed; a call that follows an interrupted one repairs what it left.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv"
+STAMP = VENV / "course-setup.json"  # written last: a set-up without it did not finish
+OLDEST = (3, 11)
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def digest(*names: str) -> str:
+    """What the installed state depends on: the files named, this Python, and where the course lies."""
+    h = hashlib.sha256(f"{sys.version_info[:3]} {ROOT}".encode())
+    for name in names:
+        h.update((ROOT / name).read_bytes())
+    return h.hexdigest()
+
+
+def torch_requirements() -> list[str]:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [r for r in project["dependencies"] if r.startswith("torch")]
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments], check=True, cwd=ROOT)
+
+
+def works(python: Path) -> bool:
+    """Whether the environment's own Python and pip start: an interrupted `venv` leaves one that does not."""
+    try:
+        return subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=120).returncode == 0
+    except OSError:
+        return False
+
+
+def installed() -> dict[str, str]:
+    try:
+        return json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def install(extended: bool) -> None:
+    wanted = {"base": digest("pyproject.toml", "requirements.lock")}
+    if extended:
+        wanted["extended"] = digest("pyproject.toml", "requirements.lock", "requirements-extended.lock")
+    have = installed()
+    if all(have.get(part) == value for part, value in wanted.items()) and venv_python().exists():
+        return
+    start = time.monotonic()
+    if not works(venv_python()):
+        print(f"Making {VENV.name} with Python {sys.version.split()[0]} …", flush=True)
+        shutil.rmtree(VENV, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    STAMP.unlink(missing_ok=True)
+    if have.get("base") != wanted["base"]:
+        print("Installing torch and torchvision (with CUDA's libraries, several GB on Linux) …", flush=True)
+        pip(*torch_requirements())
+        print("Installing what the chapters use …", flush=True)
+        pip("--no-deps", "--require-hashes", "-r", "requirements.lock")
+        pip("--no-deps", "--no-build-isolation", "-e", ".")
+    if extended and have.get("extended") != wanted["extended"]:
+        print("Installing TVM, DeepSpeed and Model Optimizer …", flush=True)
+        os.environ["DS_BUILD_OPS"] = "0"  # DeepSpeed compiles an operator when it is first used, not now
+        pip("--no-deps", "--no-build-isolation", "--require-hashes", "-r", "requirements-extended.lock")
+    STAMP.write_text(json.dumps(have | wanted))
+    print(f"Set up in {time.monotonic() - start:.0f} s.", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--extended", action="store_true", help="also TVM, DeepSpeed and Model Optimizer")
+    extended = parser.parse_args().extended
+    if sys.version_info < OLDEST:
+        have = ".".join(map(str, sys.version_info[:3]))
+        print(f"The course needs Python 3.11 or newer; this is {have}. "
+              "Install a newer one and run: make PYTHON=python3.12 lab", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        install(extended)
+    except subprocess.CalledProcessError as error:
+        print(f"Set-up stopped: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}. "
+              "Its own message stands above; the next call goes on from here.", file=sys.stderr)  # fmt: skip
+        return 1
+    except KeyboardInterrupt:
+        print("Set-up interrupted; the next call goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Predictions and self-checking exercises.
+
+`check("05.B", answer)` runs the reader's own object against properties and independent results, never against a
+stored solution. An answer may raise, exit, print, change its input or loop for ever: the notebook goes on.
+"""
+
+import ast
+import contextlib
+import copy
+import ctypes
+import difflib
+import functools
+import html
+import importlib
+import inspect
+import io
+import pkgutil
+import textwrap
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from course_utils import claims
+
+_predictions: dict[str, object] = {}
+_COLOURS = {"passed": "#1b7837", "wrong": "#b2182b", "pending": "#666666"}
+
+
+class Wrong(Exception):
+    """Raised inside a check: the message tells the reader what is wrong, with the smallest failing case."""
+
+
+class UnknownExercise(KeyError):
+    """No exercise of this id; the message names the nearest one."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Stopped(BaseException):
+    """Thrown into an answer that runs too long. A BaseException, so that `except Exception` does not swallow it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """`status` is "pending", "passed" or "wrong"; `message` says what was seen."""
+
+    id: str
+    status: str
+    message: str
+
+    def __repr__(self) -> str:
+        return f"Exercise {self.id}: {_LABELS[self.status]}{self.message}"
+
+    def _repr_html_(self) -> str:
+        colour = _COLOURS[self.status]
+        text = html.escape(self.message).replace("\n", "<br>")
+        return (
+            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b style='color:{colour}'>Exercise {self.id}: "
+            f"{_LABELS[self.status].rstrip(': ')}</b> {text}</div>"
+        )
+
+
+_LABELS = {"passed": "passed. ", "wrong": "not yet right: ", "pending": "not attempted yet. "}
+
+
+class Probe:
+    """The reader's answer, called on copies: what it raises becomes a message, and a changed input is noticed."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if not callable(self.answer):
+            raise Wrong(f"a function was expected; this is a {type(self.answer).__name__}.")
+        given, before = copy.deepcopy((args, kwargs)), (args, kwargs)
+        try:
+            value = self.answer(*given[0], **given[1])
+        except Wrong:
+            raise
+        except Exception as error:
+            raise Wrong(f"your code raised {type(error).__name__}: {error}\nfor the input {shown(*args, **kwargs)}.") from error
+        except SystemExit:
+            raise Wrong(f"your code ended the program (sys.exit) for the input {shown(*args, **kwargs)}.") from None
+        if not same(given, before):
+            raise Wrong(f"your code changed its input, which belongs to the caller: {shown(*args, **kwargs)} became {shown(*given[0])}.")
+        return value
+
+
+def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
+    """Check a reader's answer. Never raises for what the answer does; raises UnknownExercise for an unknown id.
+
+    Random inputs are drawn now. After `seconds` an answer that loops in Python is stopped.
+    """
+    function = _find(exercise_id)
+    if is_pending(answer):
+        return _report(exercise_id, "pending", "Replace the ... and run this cell again.")
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            function(Probe(answer), np.random.default_rng())
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    state = torch.random.get_rng_state()
+    printed = io.StringIO()
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            thread.start()
+            thread.join(seconds)
+            in_time = not thread.is_alive()
+            if not in_time:
+                _stop(thread)
+    except KeyboardInterrupt:
+        _stop(thread)
+        raise
+    finally:
+        torch.random.set_rng_state(state)
+    if not in_time:
+        return _report(exercise_id, "wrong", f"your code was still running after {seconds:g} s and was stopped. Does a loop ever end?")
+    error = outcome[0]
+    if error is None:
+        return _report(exercise_id, "passed", inspect.getdoc(function) or "")
+    if isinstance(error, Wrong):
+        return _report(exercise_id, "wrong", str(error))
+    # The answer had a shape that the check did not foresee (a string where a number was due, say).
+    return _report(exercise_id, "wrong", f"what your code returned could not be used ({type(error).__name__}: {error}).")
+
+
+def predict(question: str, guess: object) -> None:
+    """Keep the reader's guess until `reveal`; `...` means none, and nothing is blocked by it."""
+    _predictions.pop(question, None)
+    if guess is ...:
+        print("No prediction yet. A wrong one teaches more than none.")
+    else:
+        _predictions[question] = guess
+        print(f"Noted: {guess}")
+
+
+def reveal(question: str, measured: float, unit: str = "") -> None:
+    """Show the measurement beside what the reader predicted."""
+    guess = _predictions.get(question)
+    said = "you did not predict" if guess is None else f"you predicted {guess} {unit}".rstrip()
+    print(f"measured {measured:.3g} {unit}".rstrip() + f"; {said}")
+
+
+def exercise(exercise_id: str) -> Callable:
+    """Register a check in course_utils/checks/. Its docstring is shown when the answer passes."""
+
+    def register(function: Callable[[Probe, np.random.Generator], None]) -> Callable:
+        function.exercise_id = exercise_id
+        return function
+
+    return register
+
+
+@functools.cache
+def registry() -> dict[str, Callable]:
+    """All checks by id, from the modules of course_utils.checks."""
+    from course_utils import checks
+
+    found = {}
+    for info in pkgutil.iter_modules(checks.__path__):
+        module = importlib.import_module(f"course_utils.checks.{info.name}")
+        found |= {f.exercise_id: f for f in vars(module).values() if hasattr(f, "exercise_id")}
+    return found
+
+
+def is_pending(answer: object) -> bool:
+    """Whether this is still the stub: `...` itself, or a function with a bare `...` where a statement or value is due."""
+    if answer is ...:
+        return True
+    if inspect.isclass(answer):
+        return any(is_pending(v.__func__ if isinstance(v, staticmethod | classmethod) else v) for v in vars(answer).values() if callable(v) or isinstance(v, staticmethod))
+    if not inspect.isfunction(answer):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
+    except (OSError, SyntaxError, TypeError):
+        return False
+    gaps = [n for n in ast.walk(tree) if isinstance(n, ast.Expr | ast.Assign | ast.Return | ast.AnnAssign | ast.AugAssign)]
+    return any(isinstance(n.value, ast.Constant) and n.value.value is ... for n in gaps)
+
+
+def same(a: object, b: object) -> bool:
+    """Deep equality that knows tensors and arrays; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.nn.Module):
+        return same(dict(a.state_dict()), dict(b.state_dict()))
+    return type(a).__eq__ is object.__eq__ or bool(a == b)
+
+
+def shown(*args: object, **kwargs: object) -> str:
+    """Arguments as the reader would write them, long ones shortened."""
+    parts = [_short(a) for a in args] + [f"{k}={_short(v)}" for k, v in kwargs.items()]
+    return ", ".join(parts)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor of shape {tuple(value.shape)}" if value.numel() > 8 else f"tensor({value.tolist()})"
+    if isinstance(value, np.ndarray) and value.size > 8:
+        return f"array of shape {value.shape}"
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:120]} … ({type(value).__name__})"
+
+
+def _find(exercise_id: str) -> Callable:
+    known = registry()
+    if exercise_id not in known:
+        near = difflib.get_close_matches(exercise_id, known, 1, 0)
+        raise UnknownExercise(f"no exercise {exercise_id!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+    return known[exercise_id]
+
+
+def _report(exercise_id: str, status: str, message: str) -> Result:
+    claims.record("check", exercise=exercise_id, status=status)
+    return Result(exercise_id, status, message)
+
+
+def _stop(thread: threading.Thread) -> None:
+    """Raise _Stopped inside the thread until it ends; what sits in C code cannot be reached and is left behind."""
+    for _ in range(20):
+        if not thread.is_alive():
+            return
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+        thread.join(0.05)

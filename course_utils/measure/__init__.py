@@ -1,0 +1,58 @@
+"""Measuring: time with its uncertainty, size, work, memory and energy.
+
+    measure.compare(lambda: slow(x), lambda: fast(x))   # a speed-up with its interval and a verdict
+    measure.latency(call), measure.throughput(call, batch)
+    measure.saved_bytes(model), measure.macs(model, x), measure.parameters(model), measure.peak_memory(call)
+    measure.roofline(), measure.energy(call), measure.child("print(1)")
+"""
+
+from course_utils.measure.resources import (
+    Child,
+    Roofline,
+    child,
+    energy,
+    macs,
+    parameters,
+    peak_memory,
+    roofline,
+    saved_bytes,
+)
+from course_utils.measure.stats import Interval, median_interval, paired_share, paired_t
+from course_utils.measure.timing import (
+    Arm,
+    Comparison,
+    Latency,
+    MeasurementError,
+    aa_spread,
+    arm,
+    compare,
+    latency,
+    pretty,
+    throughput,
+)
+
+__all__ = [
+    "Arm",
+    "Child",
+    "Comparison",
+    "Interval",
+    "Latency",
+    "MeasurementError",
+    "Roofline",
+    "aa_spread",
+    "arm",
+    "child",
+    "compare",
+    "energy",
+    "latency",
+    "macs",
+    "median_interval",
+    "paired_share",
+    "paired_t",
+    "parameters",
+    "peak_memory",
+    "pretty",
+    "roofline",
+    "saved_bytes",
+    "throughput",
+]

@@ -1,0 +1,193 @@
+"""What a model costs besides time: bytes, multiply–accumulates, memory, energy; and what this machine could do at best."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import benchmark
+
+from course_utils import machine
+from course_utils.measure.stats import Interval, median_interval
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers the model learns (buffers such as BatchNorm's running mean are not counted)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def saved_bytes(model: nn.Module | dict[str, Tensor]) -> int:
+    """Bytes of the file that safetensors writes for the model's state, buffers and header included."""
+    from safetensors.torch import save_file
+
+    state = model if isinstance(model, dict) else model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, path)
+        return path.stat().st_size
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply–accumulates of `model(x)`, counted by torch's FlopCounterMode (two floating-point operations each).
+
+    It counts matrix products, convolutions and attention only; additions, activations and normalisation are free to
+    it, and so is a fused operator it does not know: nn.TransformerEncoderLayer's fast path counts 0.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes torch held at once during `call()` on the CPU, beyond what it held before.
+
+    Summed from the profiler's allocation events: exact for torch's tensors and blind to every other library. For
+    another runtime use `child`, which reads a process's peak.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = call()
+    del kept
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in record.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a child process gave: its last line as JSON, its peak memory, and what it wrote to the error stream."""
+
+    result: object
+    peak_bytes: int
+    stderr: str
+
+
+def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.0) -> Child:
+    """Run Python source in a process of its own and read the last line it prints as JSON.
+
+    For what cannot share a process: another ISA cap (`env={"ONEDNN_MAX_CPU_ISA": "AVX2"}`), another runtime, a peak
+    memory. Raises RuntimeError with the child's own traceback if it fails, TimeoutError after `timeout` seconds.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=err, env=os.environ | (env or {}))
+        try:
+            peak = _wait(process, timeout)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        out.seek(0), err.seek(0)
+        printed, errors = out.read().strip(), err.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"the child process ended with {process.returncode}:\n{errors[-3000:]}")
+    last = printed.splitlines()[-1] if printed else ""
+    try:
+        return Child(json.loads(last), peak, errors)
+    except json.JSONDecodeError:
+        raise RuntimeError(f"the child's last line must be JSON; it printed {last[:200]!r}.") from None
+
+
+def _wait(process: subprocess.Popen, timeout: float) -> int:
+    """Wait for the process; return its peak resident memory in bytes, as last seen before it ended (read every 5 ms)."""
+    peak, end = 0, time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"the child process did not end within {timeout:.0f} s and was stopped.")
+        peak = max(peak, _resident_peak(process.pid))
+        time.sleep(0.005)
+    return peak
+
+
+def _resident_peak(pid: int) -> int:
+    """Linux keeps the high-water mark itself; elsewhere the present size has to do."""
+    import psutil
+
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        try:
+            return psutil.Process(pid).memory_info().rss
+        except psutil.Error:
+            return 0
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The two ceilings of this machine: operations a second, and bytes a second from memory (Williams et al. 2009)."""
+
+    gflops: float  # 10⁹ floating-point operations a second, a multiply–accumulate being two
+    gbytes: float  # 10⁹ bytes a second
+    threads: int
+
+    def bound(self, intensity: float) -> float:
+        """Highest attainable GFLOP/s at `intensity` operations a byte: min(compute, bandwidth · intensity)."""
+        return min(self.gflops, self.gbytes * intensity)
+
+    @property
+    def ridge(self) -> float:
+        """Operations a byte at which the two ceilings meet: below, memory limits; above, arithmetic does."""
+        return self.gflops / self.gbytes
+
+
+@functools.cache
+def roofline(threads: int | None = None) -> Roofline:
+    """Measure both ceilings in fp32, about one second: a 1024³ matrix product, and a copy far larger than the caches."""
+    threads = threads or torch.get_num_threads()
+    n = 1024
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    source = torch.zeros(64 * 2**20 // 4 * 4)  # 256 MiB: beyond any laptop's last cache
+    target = torch.zeros_like(source)
+    with benchmark.set_torch_threads(threads):
+        compute = _best(lambda: torch.mm(a, b, out=out))
+        copy = _best(lambda: target.copy_(source))
+    return Roofline(2 * n**3 / compute / 1e9, 2 * source.nbytes / copy / 1e9, threads)
+
+
+def _best(call: Callable[[], object], repeat: int = 9) -> float:
+    """A ceiling is a best case, so the fastest of several calls is the right summary here, and only here."""
+    call()
+    times = []
+    for _ in range(repeat):
+        start = benchmark.timer()
+        call()
+        times.append(benchmark.timer() - start)
+    return min(times)
+
+
+def energy(call: Callable[[], object], *, seconds: float = 2.0) -> "Interval | machine.Skip":
+    """Joules a call, from the processor's own counter (RAPL): the whole package, idle power included. A Skip elsewhere."""
+    answer = machine.can("energy")
+    if answer is not True:
+        return answer
+    counter = machine.rapl_file()
+    wrap = int((counter.parent / "max_energy_range_uj").read_text())
+    joules: list[float] = []
+    call()
+    end = time.perf_counter() + seconds
+    while len(joules) < 12 or time.perf_counter() < end:
+        before, calls, start = int(counter.read_text()), 0, time.perf_counter()
+        while time.perf_counter() - start < max(seconds / 24, 0.05):  # the counter moves once a millisecond
+            call()
+            calls += 1
+        joules.append((int(counter.read_text()) - before) % wrap / 1e6 / calls)
+    m = median_interval(joules)
+    return Interval(m.value, m.low, m.high, "J")

@@ -1,0 +1,78 @@
+"""The two networks the chapters share: a small residual network and the baseline trained with the course's recipe."""
+
+import torch
+from torch import Tensor, nn
+
+from course_utils import data
+
+MEAN, STD = 0.2860, 0.3530
+"""Mean and standard deviation of a Fashion-MNIST pixel on the 0–1 scale, over the 55,000 training images."""
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with a residual path; a 1×1 convolution where the shape changes (He et al. 2016, §3.3)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # two modules: quantizers refuse one that is used twice
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, inputs, H, W) → (B, outputs, H/stride, W/stride)
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu2(y + self.shortcut(x))
+
+
+class MiniResNet(nn.Module):
+    """A stride-2 stem, three residual stages of `width`, 2·`width` and 4·`width` channels, pooling, one linear layer."""
+
+    def __init__(self, width: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(
+            Block(width, width, 1),
+            Block(width, 2 * width, 2),
+            Block(2 * width, 4 * width, 2),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, 28, 28) → logits (B, classes)
+        x = self.stages(self.stem(x))
+        return self.fc(self.pool(x).flatten(1))
+
+
+def mini_resnet(width: int = 32, *, seed: int | None = None) -> MiniResNet:
+    """An untrained network; `seed` fixes its weights without touching torch's global generator.
+
+    width 32: 308 thousand parameters, 10 million multiply–accumulates an image; width 16: a quarter of both.
+    """
+    if width < 1:
+        raise ValueError(f"width is {width}; it must be at least 1.")
+    if seed is None:
+        return MiniResNet(width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MiniResNet(width)
+
+
+def baseline() -> MiniResNet:
+    """The shipped network (width 32) in eval mode. It has never seen a validation or test image: datasets/README.md."""
+    from safetensors.torch import load_file
+
+    model = mini_resnet(32)
+    model.load_state_dict(load_file(data.dataset_file("baseline.safetensors")))
+    return model.eval()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 pixels (N, 1, 28, 28) → float32 with mean 0 and standard deviation 1, what every network here expects."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"normalise takes the uint8 images of data.fashion_mnist, not {images.dtype}: they are normalised once.")
+    return images.float().div_(255).sub_(MEAN).div_(STD)

@@ -1,0 +1,132 @@
+"""Figures in one style: labelled axes with units, a title that states the finding, an alternative text.
+
+Every function shows its figure and returns nothing; `show` displays one a chapter drew itself.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from course_utils.measure.stats import Interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette (2008), told apart with every common form of colour blindness."""
+MARKERS = "osD^vPX"
+_STYLE = {
+    "figure.dpi": 110,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "legend.frameon": False,
+}
+
+
+def axes(x: str, y: str, *, title: str, columns: int = 1, height: float = 3.4) -> tuple[Figure, "Axes | np.ndarray"]:
+    """An empty figure in the course's style, 6.4 inches wide; finish it with `show`."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4 if columns == 1 else 8.4, height), layout="constrained")
+        panels = figure.subplots(1, columns)
+        for panel in np.atleast_1d(panels):
+            panel.set(xlabel=x, ylabel=y)
+        if columns == 1:
+            panels.set_title(title, wrap=True)
+        else:
+            figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure, panels
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure with its alternative text, for screen readers and for whoever reads the notebook as text."""
+    from IPython.display import display
+
+    if not alt.strip():
+        raise ValueError("a figure needs an alternative text: one sentence that says what it shows.")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def lines(x: Sequence[float], series: Mapping[str, Sequence], *, xlabel: str, ylabel: str, title: str, alt: str,
+          logx: bool = False, logy: bool = False, reference: tuple[float, str] | None = None) -> None:  # fmt: skip
+    """One line a series over `x`; a value may be an Interval, whose ends are drawn. `reference` is (height, label)."""
+    figure, ax = axes(xlabel, ylabel, title=title)
+    for i, (name, values) in enumerate(series.items()):
+        middle, low, high = _ends(values)
+        ax.plot(x, middle, marker=MARKERS[i % len(MARKERS)], markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
+        if (high > low).any():
+            ax.fill_between(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
+    if reference:
+        ax.axhline(reference[0], color="0.4", linestyle="--", linewidth=1, label=reference[1])
+    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    if len(series) > 1 or reference:
+        ax.legend()
+    show(figure, alt)
+
+
+def bars(values: Mapping[str, "Interval | float"], *, ylabel: str, title: str, alt: str,
+         reference: tuple[float, str] | None = None, logx: bool = False) -> None:  # fmt: skip
+    """Horizontal bars, the first on top, with intervals where given. `ylabel` names the quantity and its unit."""
+    figure, ax = axes(ylabel, "", title=title, height=0.42 * len(values) + 1.3)
+    middle, low, high = _ends(list(values.values()))
+    rows = np.arange(len(values))
+    ax.barh(rows, middle, color=COLOURS[0], height=0.62)
+    ax.errorbar(middle, rows, xerr=[middle - low, high - middle], fmt="none", ecolor="black", capsize=3)
+    for row, value, end in zip(rows, middle, high, strict=True):
+        ax.annotate(f"{value:.3g}", (end, row), xytext=(5, 0), textcoords="offset points", va="center")
+    if reference:
+        ax.axvline(reference[0], color="0.4", linestyle="--", linewidth=1, label=reference[1])
+        ax.legend()
+    ax.set_yticks(rows, list(values))
+    ax.set_xscale("log" if logx else "linear")
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.margins(x=0.12)
+    show(figure, alt)
+
+
+def intervals(values: Mapping[str, Interval], *, xlabel: str, title: str, alt: str, same: tuple[float, float] | None = (0.97, 1.03)) -> None:
+    """Point and interval a row, with the band in which two arms count as the same and a line at 1."""
+    figure, ax = axes(xlabel, "", title=title, height=0.42 * len(values) + 1.3)
+    if same:
+        ax.axvspan(*same, color="0.85", label="the same, within ±3%")
+        ax.axvline(1, color="0.4", linewidth=1)
+    middle, low, high = _ends(list(values.values()))
+    rows = np.arange(len(values))
+    ax.errorbar(middle, rows, xerr=[middle - low, high - middle], fmt="o", color=COLOURS[0], capsize=4)
+    ax.set_yticks(rows, list(values))
+    ax.set_ylim(len(values) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    if same:
+        ax.legend(loc="best")
+    show(figure, alt)
+
+
+def seeds(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, alt: str, paired: bool = True) -> None:
+    """Every run as a point, one column a group; the same seed's points are joined, because runs are compared pairwise."""
+    figure, ax = axes("", ylabel, title=title)
+    table = np.asarray(list(groups.values()), dtype=float)
+    if paired:
+        ax.plot(range(len(groups)), table, color="0.75", linewidth=0.8, zorder=1)
+    for i, values in enumerate(table):
+        ax.scatter([i] * len(values), values, color=COLOURS[i % len(COLOURS)], zorder=2, s=24)
+        ax.hlines(values.mean(), i - 0.18, i + 0.18, color="black", linewidth=1.5, zorder=3)
+    ax.set_xticks(range(len(groups)), list(groups))
+    ax.margins(x=0.15)
+    show(figure, alt)
+
+
+def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    triples = [(v.value, v.low, v.high) if isinstance(v, Interval) else (float(v),) * 3 for v in values]
+    middle, low, high = np.array(triples, dtype=float).reshape(-1, 3).T
+    return middle, low, high

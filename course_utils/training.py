@@ -1,0 +1,96 @@
+"""The training recipe of chapter 02, for the chapters that need a trained network and teach something else."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from course_utils.models import normalise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum under a one-cycle learning rate (Smith 2018), label smoothing and mirrored images."""
+
+    epochs: int = 4
+    batch_size: int = 128
+    max_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.25  # share of the steps in which the learning rate rises
+    label_smoothing: float = 0.05
+    flip: bool = True
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What a run cost and gave: one entry an epoch."""
+
+    loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def fit(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> History:
+    """Train `model` in place on uint8 images (N, 1, 28, 28) and int64 labels (N,); leaves it in eval mode.
+
+    The order of images and the mirroring come from `recipe.seed` alone, so two models with one seed see the same
+    batches: what differs between them is the models. Raises ValueError for data of other lengths or no data.
+    """
+    recipe = recipe or Recipe()
+    if len(images) != len(labels) or len(images) == 0:
+        raise ValueError(f"{len(images)} images and {len(labels)} labels: both must have the same length, at least 1.")
+    generator = torch.Generator().manual_seed(recipe.seed)
+    steps_per_epoch = -(-len(images) // recipe.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.max_lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.max_lr, total_steps=recipe.epochs * steps_per_epoch + 1, pct_start=recipe.warmup
+    )
+    model.train().to(memory_format=torch.channels_last)
+    history = History()
+    start = time.perf_counter()
+    with tqdm(total=recipe.epochs * steps_per_epoch, disable=not progress, leave=False, desc="training", mininterval=1) as bar:
+        for _ in range(recipe.epochs):
+            total = 0.0
+            for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+                x = batch(images, index, generator if recipe.flip else None)
+                loss = F.cross_entropy(model(x), labels[index], label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(index)
+                bar.update()
+            history.loss.append(total / len(images))
+    history.seconds = time.perf_counter() - start
+    model.eval()
+    return history
+
+
+def batch(images: Tensor, index: Tensor, flip: torch.Generator | None = None) -> Tensor:
+    """The images at `index`, normalised, channels last; with a generator, each is mirrored with probability one half."""
+    x = normalise(images[index])
+    if flip is not None:
+        mirrored = torch.rand(len(x), generator=flip) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Logits (N, classes) of uint8 images (N, 1, 28, 28); the model's mode is left as it was, and eval is used."""
+    was_training = model.training
+    model.eval()
+    parts = [model(normalise(part).contiguous(memory_format=torch.channels_last)) for part in images.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images classified right, between 0 and 1."""
+    return float((predict(model, images).argmax(1) == labels).float().mean())
