@@ -13,3 +13,17 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
 """The course's folder: notebooks/ and datasets/ lie beside course_utils/."""
+
+
+def scratch(name: str) -> Path:
+    """A folder for what a chapter writes: build/scratch/NAME, or a temporary one where the course cannot be written."""
+    import tempfile
+
+    folder = Path(os.environ.get("COURSE_SCRATCH", ROOT / "build" / "scratch")) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix=f"course-{name}-"))

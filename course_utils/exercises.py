@@ -17,7 +17,7 @@ import io
 import pkgutil
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +150,20 @@ def reveal(question: str, measured: float, unit: str = "") -> None:
     print(f"measured {measured:.3g} {unit}".rstrip() + f"; {said}")
 
 
+@contextlib.contextmanager
+def fails(kind: type[Exception] = Exception) -> Iterator[None]:
+    """Run a circulating mistake live and show the error it ends in, without a traceback.
+
+    Should it no longer fail, AssertionError says so: then the text around it is out of date.
+    """
+    try:
+        yield
+    except kind as error:
+        print(f"{type(error).__name__}: {error}")
+    else:
+        raise AssertionError(f"this was expected to end in {kind.__name__}, and today it runs: the text must change.")
+
+
 def exercise(exercise_id: str) -> Callable:
     """Register a check in course_utils/checks/. Its docstring is shown when the answer passes."""
 
@@ -177,7 +191,8 @@ def is_pending(answer: object) -> bool:
     if answer is ...:
         return True
     if inspect.isclass(answer):
-        return any(is_pending(v.__func__ if isinstance(v, staticmethod | classmethod) else v) for v in vars(answer).values() if callable(v) or isinstance(v, staticmethod))
+        members = (getattr(v, "__func__", v) for v in vars(answer).values())  # staticmethods hold their function
+        return any(is_pending(m) for m in members if inspect.isfunction(m))
     if not inspect.isfunction(answer):
         return False
     try:

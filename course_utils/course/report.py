@@ -1,0 +1,122 @@
+"""Ledgers into one page and one picture: claims × machines, for one reader or a whole class."""
+
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+
+from course_utils.course.chapters import UsageError
+
+FIELDS = {"claim", "chapter", "statement", "value", "low", "high", "unit", "verdict", "reason", "machine"}
+LOOK = {  # a letter as well as a colour: the picture must be read in grey, too
+    "holds here": ("#bfe3c5", "holds"),
+    "does not hold here": ("#f4b6ae", "fails"),
+    "inconclusive": ("#f5e6a8", "open"),
+    "not testable here": ("#e0e0e0", "n/a"),
+}
+
+
+def read(path: Path) -> list[dict]:
+    """A ledger's rows. UsageError, naming the file, if it is none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError:
+        raise UsageError(f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run` writes.") from None
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"{path} is no ledger, or an empty one: it must be a list with at least one verdict.")
+    for row in rows:
+        if not isinstance(row, dict) or not FIELDS <= row.keys():
+            missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else "every field"
+            raise UsageError(f"{path} is no ledger: an entry lacks {missing}.")
+        if row["verdict"] not in LOOK:
+            raise UsageError(f"{path} is no ledger: {row['verdict']!r} is no verdict.")
+    return rows
+
+
+def report(paths: list[Path], folder: Path) -> tuple[Path, Path]:
+    """Write report.html (self-contained) and report.png into `folder`, each whole or not at all."""
+    ledgers = [read(path) for path in paths]
+    names = [machine_name(rows[0]["machine"]) for rows in ledgers]
+    names = [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+    claims = list({row["claim"]: row for rows in ledgers for row in rows}.values())
+    claims.sort(key=lambda row: row["claim"])
+    by_machine = [{row["claim"]: row for row in rows} for rows in ledgers]
+    picture = draw(claims, names, by_machine)
+    page = render(claims, names, by_machine, picture)
+    targets = folder / "report.html", folder / "report.png"
+    for target, content in zip(targets, (page.encode(), picture), strict=True):
+        part = target.with_suffix(target.suffix + ".part")
+        part.write_bytes(content)
+        os.replace(part, target)
+    return targets
+
+
+def machine_name(card: dict) -> str:
+    best = card["isa"][-1] if card.get("isa") else card.get("architecture", "?")
+    return f"{card.get('cpu', '?')}, {card.get('cores', '?')} cores, {best}"
+
+
+def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(6.5 + 1.1 * len(names), 0.3 * len(claims) + 1.2), layout="constrained", dpi=110)
+    ax = figure.subplots()
+    for column, rows in enumerate(by_machine):
+        for row, claim in enumerate(claims):
+            if claim["claim"] not in rows:
+                continue
+            colour, word = LOOK[rows[claim["claim"]]["verdict"]]
+            ax.add_patch(Rectangle((column, row), 0.94, 0.9, color=colour))
+            ax.text(column + 0.47, row + 0.5, word, ha="center", va="center", fontsize=8)
+    ax.set(xlim=(0, len(names)), ylim=(len(claims), 0))
+    ax.set_yticks([i + 0.45 for i in range(len(claims))], [f"{c['claim']}  {shorten(c['statement'], 62)}" for c in claims], fontsize=8)
+    ax.set_xticks([i + 0.47 for i in range(len(names))], [n.replace(", ", "\n") for n in names], fontsize=7)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def render(claims: list[dict], names: list[str], by_machine: list[dict], picture: bytes) -> str:
+    e = html.escape
+    head = "".join(f"<th>{e(n)}</th>" for n in names)
+    body = ""
+    for claim in claims:
+        answers = "".join(_cell(rows.get(claim["claim"])) for rows in by_machine)
+        body += f"<tr><td>{e(claim['claim'])}</td><td>{e(claim['statement'])}</td>{answers}</tr>"
+    counts = "; ".join(f"{e(n)}: {_count(rows)}" for n, rows in zip(names, by_machine, strict=True))
+    image = base64.b64encode(picture).decode()
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Claims, measured here</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse}}td,th{{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}}
+img{{max-width:100%}}small{{color:#555}}</style>
+<h1>Claims, measured here</h1><p>{counts}.</p>
+<img alt="One row a claim, one column a machine; the table below says the same." src="data:image/png;base64,{image}">
+<table><tr><th>claim</th><th>statement</th>{head}</tr>{body}</table></html>
+"""
+
+
+def shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rsplit(" ", 1)[0] + " …"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "<td></td>"
+    measured = html.escape(row["reason"])
+    if row["value"] is not None:
+        measured = html.escape(f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] {row['unit']}")
+    stand_in = f"<br><small>on a stand-in: {html.escape(row['stand_in'])}</small>" if row.get("stand_in") else ""
+    return f"<td style='background:{LOOK[row['verdict']][0]}'><b>{row['verdict']}</b><br>{measured}{stand_in}</td>"
+
+
+def _count(rows: dict) -> str:
+    verdicts = [row["verdict"] for row in rows.values()]
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in LOOK if v in verdicts)

@@ -1,0 +1,139 @@
+"""Execute chapters from end to end, watch their memory, and collect what they said into one ledger."""
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from course_utils import machine
+from course_utils.course import build
+from course_utils.course.chapters import Chapter
+
+
+@dataclass
+class Outcome:
+    """What one chapter's run gave."""
+
+    chapter: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    events: list[dict] = field(default_factory=list)
+    error: str = ""
+
+    def counts(self, kind: str, key: str) -> Counter:
+        return Counter(e[key] for e in self.events if e["kind"] == kind)
+
+
+def run(chapters: list[Chapter], profile: str, edition: str, folder: Path) -> list[Outcome]:
+    """Run each chapter by papermill into `folder`, going on after a failing one. Ctrl-C stops every process started."""
+    from tqdm import tqdm
+
+    outcomes = []
+    with tqdm(chapters, unit="chapter", dynamic_ncols=True) as bar:
+        for chapter in bar:
+            bar.set_description(chapter.name)
+            outcomes.append(run_one(chapter, profile, edition, folder))
+    return outcomes
+
+
+def run_one(chapter: Chapter, profile: str, edition: str, folder: Path) -> Outcome:
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    outcome, start = Outcome(chapter.name), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="course-run-") as scratch, build.environment(scratch, profile), Watch() as watch:
+        before, after = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
+        nbformat.write(build.notebook(chapter, edition), before)
+        try:
+            papermill.execute_notebook(
+                before, after, {"PROFILE": profile}, cwd=scratch, kernel_name=build.KERNEL["name"], progress_bar=False
+            )
+        except PapermillExecutionError as error:
+            outcome.error = f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}: {error.evalue}"
+        except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
+            outcome.error = f"{type(error).__name__}: {error}"
+        if after.is_file():
+            part = folder / f".{chapter.name}.part"
+            part.write_bytes(after.read_bytes())
+            os.replace(part, folder / f"{chapter.name}.ipynb")
+        events = Path(scratch) / "ledger.jsonl"
+        if events.is_file():
+            outcome.events = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    outcome.seconds, outcome.peak_bytes = time.perf_counter() - start, watch.peak
+    return outcome
+
+
+def ledger(outcomes: list[Outcome]) -> list[dict]:
+    """The verdicts of a run, the last of each claim, each with the machine it was reached on."""
+    card = machine.card().as_dict()
+    rows = {}
+    for event in (e for o in outcomes for e in o.events if e["kind"] == "verdict"):
+        rows[event["claim"]] = {k: v for k, v in event.items() if k != "kind"} | {"machine": card}
+    return list(rows.values())
+
+
+def table(outcomes: list[Outcome]) -> str:
+    head = f"{'chapter':24} {'seconds':>8} {'peak MB':>8} {'checks':>8} {'verdicts':>9} {'skips':>6}"
+    lines = [head, "-" * len(head)]
+    for o in outcomes:
+        checks = o.counts("check", "status")
+        verdicts, skips = len(o.counts("verdict", "claim")), sum(o.counts("skip", "kind").values())
+        passed = f"{checks['passed']}/{sum(checks.values())}"
+        lines.append(f"{o.chapter:24} {o.seconds:8.1f} {o.peak_bytes / 1e6:8.0f} {passed:>8} {verdicts:9} {skips:6}")
+    lines += [f"FAILED {o.chapter}: {o.error}" for o in outcomes if o.error]
+    return "\n".join(lines)
+
+
+class Watch:
+    """Peak memory of the processes this one starts, and their end.
+
+    Memory is the proportional set size (shared pages divided among those who share them) where the system tells it.
+    """
+
+    def __init__(self, every: float = 0.2) -> None:
+        self.every, self.peak = every, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        import psutil
+
+        self._before = {p.pid for p in psutil.Process().children(recursive=True)}
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for process in self._started():
+            import psutil
+
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _started(self) -> list:
+        import psutil
+
+        return [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
+
+    def _sample(self) -> None:
+        import psutil
+
+        while not self._stop.wait(self.every):
+            total = 0
+            for process in self._started():
+                with contextlib.suppress(psutil.Error):
+                    info = process.memory_full_info()
+                    total += getattr(info, "pss", 0) or info.rss
+            self.peak = max(self.peak, total)
+
+
+def _first_line(source: str) -> str:
+    lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
+    return lines[0][:60] if lines else ""
