@@ -121,7 +121,9 @@ def find(claim_id: str) -> Claim:
     known = registry()
     if claim_id not in known:
         near = difflib.get_close_matches(claim_id, known, 1, 0)
-        raise ClaimError(f"no claim {claim_id!r} in notebooks/claims/" + (f"; did you mean {near[0]!r}?" if near else "."))
+        raise ClaimError(
+            f"no claim {claim_id!r} in notebooks/claims/" + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
     return known[claim_id]
 
 
@@ -141,13 +143,13 @@ def registry(folder: Path = FOLDER) -> dict[str, Claim]:
     return claims
 
 
-def record(kind: str, **fields: object) -> None:
+def record(event: str, **fields: object) -> None:
     """Append an event (a verdict, a check, a skip) to the ledger file; without a writable place it is only shown."""
     path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **fields}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
     except OSError:
         pass
 
@@ -158,7 +160,7 @@ def ledger() -> list[dict]:
     if not path.is_file():
         return []
     events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({e["claim"]: e for e in events if e["kind"] == "verdict"}.values())
+    return list({e["claim"]: e for e in events if e["event"] == "verdict"}.values())
 
 
 def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
@@ -169,7 +171,9 @@ def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
         try:
             numbers = (float(interval),) * 3
         except (TypeError, ValueError):
-            raise TypeError(f"{claim_id} was given a {type(measurement).__name__}; give an Interval, a Comparison, a number or a Skip.") from None
+            raise TypeError(
+                f"{claim_id} was given a {type(measurement).__name__}; give an Interval, a Comparison, a number or a Skip."
+            ) from None
     if any(math.isnan(x) for x in numbers):
         raise ValueError(f"{claim_id} was given {numbers}: something went wrong before the verdict.")
     return numbers

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +43,9 @@ def verified(path: Path, expected: str, remedy: str) -> Path:
         raise DataError(f"{path.name} is missing from {path.parent.name}/. {remedy}")
     found = sha256(path)
     if found != expected:
-        raise DataError(f"{path.name} is not the file the course was made with: SHA-256 is {found}, not {expected}. {remedy}")
+        raise DataError(
+            f"{path.name} is not the file the course was made with: SHA-256 is {found}, not {expected}. {remedy}"
+        )
     return path
 
 
@@ -123,9 +124,11 @@ def fetch_full() -> list[str]:
             with gzip.open(packed, "rb") as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target)
             verified(part, _IDX[name], f"It was unpacked from {packed.name}: remove that and run the command again.")
-            os.replace(part, FULL / name)
+            part.replace(FULL / name)
         except (OSError, EOFError) as error:
-            raise DataError(f"{packed.name} could not be unpacked ({error}). Remove it and run the command again.") from error
+            raise DataError(
+                f"{packed.name} could not be unpacked ({error}). Remove it and run the command again."
+            ) from error
         finally:
             part.unlink(missing_ok=True)
     return missing

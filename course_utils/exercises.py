@@ -82,11 +82,15 @@ class Probe:
         except Wrong:
             raise
         except Exception as error:
-            raise Wrong(f"your code raised {type(error).__name__}: {error}\nfor the input {shown(*args, **kwargs)}.") from error
+            raise Wrong(
+                f"your code raised {type(error).__name__}: {error}\nfor the input {shown(*args, **kwargs)}."
+            ) from error
         except SystemExit:
             raise Wrong(f"your code ended the program (sys.exit) for the input {shown(*args, **kwargs)}.") from None
         if not same(given, before):
-            raise Wrong(f"your code changed its input, which belongs to the caller: {shown(*args, **kwargs)} became {shown(*given[0])}.")
+            raise Wrong(
+                f"your code changed its input, which belongs to the caller: {shown(*args, **kwargs)} became {shown(*given[0])}."
+            )
         return value
 
 
@@ -123,14 +127,20 @@ def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
     finally:
         torch.random.set_rng_state(state)
     if not in_time:
-        return _report(exercise_id, "wrong", f"your code was still running after {seconds:g} s and was stopped. Does a loop ever end?")
+        return _report(
+            exercise_id,
+            "wrong",
+            f"your code was still running after {seconds:g} s and was stopped. Does a loop ever end?",
+        )
     error = outcome[0]
     if error is None:
         return _report(exercise_id, "passed", inspect.getdoc(function) or "")
     if isinstance(error, Wrong):
         return _report(exercise_id, "wrong", str(error))
     # The answer had a shape that the check did not foresee (a string where a number was due, say).
-    return _report(exercise_id, "wrong", f"what your code returned could not be used ({type(error).__name__}: {error}).")
+    return _report(
+        exercise_id, "wrong", f"what your code returned could not be used ({type(error).__name__}: {error})."
+    )
 
 
 def predict(question: str, guess: object) -> None:
@@ -199,7 +209,9 @@ def is_pending(answer: object) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
     except (OSError, SyntaxError, TypeError):
         return False
-    gaps = [n for n in ast.walk(tree) if isinstance(n, ast.Expr | ast.Assign | ast.Return | ast.AnnAssign | ast.AugAssign)]
+    gaps = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Expr | ast.Assign | ast.Return | ast.AnnAssign | ast.AugAssign)
+    ]
     return any(isinstance(n.value, ast.Constant) and n.value.value is ... for n in gaps)
 
 

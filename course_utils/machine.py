@@ -160,7 +160,9 @@ def rapl_file() -> Path | None:
 def _gpu() -> "Skip | bool":
     import torch
 
-    return torch.cuda.is_available() or Skip("gpu", "no NVIDIA GPU that this torch can use.", "In Colab: Runtime, Change runtime type, GPU.")
+    return torch.cuda.is_available() or Skip(
+        "gpu", "no NVIDIA GPU that this torch can use.", "In Colab: Runtime, Change runtime type, GPU."
+    )
 
 
 def _vnni() -> "Skip | bool":
@@ -175,14 +177,21 @@ def _bf16() -> "Skip | bool":
 
 def _compiler() -> "Skip | bool":
     found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
-    return found or Skip("compiler", "no C++ compiler on the PATH.", "Debian and Ubuntu: apt install g++. macOS: xcode-select --install.")
+    return found or Skip(
+        "compiler", "no C++ compiler on the PATH.", "Debian and Ubuntu: apt install g++. macOS: xcode-select --install."
+    )
 
 
 def _energy() -> "Skip | bool":
     path = rapl_file()
     if path is None:
-        return Skip("system", "this system shows no energy counter (RAPL): usual in virtual machines, on Arm, macOS and Windows.")
-    return os.access(path, os.R_OK) or Skip("permission", "the energy counter can be read by root only.", f"sudo chmod a+r {path}")
+        return Skip(
+            "system",
+            "this system shows no energy counter (RAPL): usual in virtual machines, on Arm, macOS and Windows.",
+        )
+    return os.access(path, os.R_OK) or Skip(
+        "permission", "the energy counter can be read by root only.", f"sudo chmod a+r {path}"
+    )
 
 
 def _root() -> "Skip | bool":
@@ -201,7 +210,9 @@ def _full() -> "Skip | bool":
 
 def _package(name: str) -> "Skip | bool":
     spec = importlib.util.find_spec(name)
-    return spec is not None or Skip("package", f"the package {name} is not installed.", "make setup-extended, or the README's table of packages.")
+    return spec is not None or Skip(
+        "package", f"the package {name} is not installed.", "make setup-extended, or the README's table of packages."
+    )
 
 
 _CHECKS = {

@@ -74,5 +74,7 @@ def baseline() -> MiniResNet:
 def normalise(images: Tensor) -> Tensor:
     """uint8 pixels (N, 1, 28, 28) → float32 with mean 0 and standard deviation 1, what every network here expects."""
     if images.dtype != torch.uint8:
-        raise TypeError(f"normalise takes the uint8 images of data.fashion_mnist, not {images.dtype}: they are normalised once.")
+        raise TypeError(
+            f"normalise takes the uint8 images of data.fashion_mnist, not {images.dtype}: they are normalised once."
+        )
     return images.float().div_(255).sub_(MEAN).div_(STD)

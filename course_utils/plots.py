@@ -95,7 +95,14 @@ def bars(values: Mapping[str, "Interval | float"], *, ylabel: str, title: str, a
     show(figure, alt)
 
 
-def intervals(values: Mapping[str, Interval], *, xlabel: str, title: str, alt: str, same: tuple[float, float] | None = (0.97, 1.03)) -> None:
+def intervals(
+    values: Mapping[str, Interval],
+    *,
+    xlabel: str,
+    title: str,
+    alt: str,
+    same: tuple[float, float] | None = (0.97, 1.03),
+) -> None:
     """Point and interval a row, with the band in which two arms count as the same and a line at 1."""
     figure, ax = axes(xlabel, "", title=title, height=0.42 * len(values) + 1.3)
     if same:

@@ -34,7 +34,9 @@ class History:
     seconds: float = 0.0
 
 
-def fit(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> History:
+def fit(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe | None = None, *, progress: bool = True
+) -> History:
     """Train `model` in place on uint8 images (N, 1, 28, 28) and int64 labels (N,); leaves it in eval mode.
 
     The order of images and the mirroring come from `recipe.seed` alone, so two models with one seed see the same
@@ -54,7 +56,9 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe | None 
     model.train().to(memory_format=torch.channels_last)
     history = History()
     start = time.perf_counter()
-    with tqdm(total=recipe.epochs * steps_per_epoch, disable=not progress, leave=False, desc="training", mininterval=1) as bar:
+    with tqdm(
+        total=recipe.epochs * steps_per_epoch, disable=not progress, leave=False, desc="training", mininterval=1
+    ) as bar:
         for _ in range(recipe.epochs):
             total = 0.0
             for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):

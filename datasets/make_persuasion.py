@@ -1,6 +1,6 @@
 """Make persuasion.txt from Debian's package r-cran-janeaustenr: give this file the path of its data folder.
 
-    python datasets/make_persuasion.py /usr/lib/R/site-library/janeaustenr/data
+python datasets/make_persuasion.py /usr/lib/R/site-library/janeaustenr/data
 """
 
 import gzip

@@ -20,6 +20,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from course_utils.course.chapters import NOTEBOOKS, Chapter, repository
 
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+QUIET = {
+    "extra_arguments": ["--IPKernelApp.log_level=40"]
+}  # local kernels warn of unencrypted transport at every start
 START = """\
 # Opened alone, in Colab for example? Then this cell fetches the course. Inside the course it does nothing.
 import importlib.util
@@ -112,7 +115,9 @@ def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     if badges := links(repository(), chapter.name):
         built.cells[0].source += f"\n\n{badges}"
     metadata = {"tags": ["start"], "jupyter": {"source_hidden": True}}
-    built.cells.insert(first, new_code_cell(START.format(repository=repository()), id=f"c{chapter.number}-start", metadata=metadata))
+    built.cells.insert(
+        first, new_code_cell(START.format(repository=repository()), id=f"c{chapter.number}-start", metadata=metadata)
+    )
 
 
 def code_hash(chapter: Chapter, built: NotebookNode) -> str:
@@ -162,7 +167,9 @@ def execute(built: NotebookNode, profile: str) -> NotebookNode:
         before, after = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
         nbformat.write(built, before)
         with environment(folder, profile):
-            papermill.execute_notebook(before, after, cwd=folder, kernel_name=KERNEL["name"], progress_bar=False)
+            papermill.execute_notebook(
+                before, after, cwd=folder, kernel_name=KERNEL["name"], progress_bar=False, **QUIET
+            )
         ran = nbformat.read(after, as_version=4)
     for cell, done in zip(built.cells, ran.cells, strict=True):
         if cell.cell_type == "code":
@@ -173,7 +180,11 @@ def execute(built: NotebookNode, profile: str) -> NotebookNode:
 @contextlib.contextmanager
 def environment(scratch: str, profile: str) -> Iterator[None]:
     """What a chapter's kernel inherits: its profile, and a ledger and a folder of its own."""
-    wanted = {"COURSE_PROFILE": profile, "COURSE_LEDGER": f"{scratch}/ledger.jsonl", "COURSE_SCRATCH": f"{scratch}/scratch"}
+    wanted = {
+        "COURSE_PROFILE": profile,
+        "COURSE_LEDGER": f"{scratch}/ledger.jsonl",
+        "COURSE_SCRATCH": f"{scratch}/scratch",
+    }
     saved = {key: os.environ.get(key) for key in wanted}
     os.environ |= wanted
     try:
@@ -206,4 +217,4 @@ def _save(built: NotebookNode, path: Path) -> None:
     nbformat.validate(built)
     part = path.with_suffix(".ipynb.part")
     nbformat.write(built, part)
-    os.replace(part, path)
+    part.replace(path)

@@ -34,11 +34,11 @@ class Chapter:
 
     @property
     def learner(self) -> Path:
-        return NOTEBOOKS / f"{self.name}.ipynb"
+        return self.source.parent.parent / f"{self.name}.ipynb"
 
     @property
     def claims_file(self) -> Path:
-        return NOTEBOOKS / "claims" / f"{self.number}.toml"
+        return self.source.parent.parent / "claims" / f"{self.number}.toml"
 
     def text(self) -> str:
         return self.source.read_text(encoding="utf-8")
@@ -58,7 +58,9 @@ def chapters(wanted: list[str] | None = None, folder: Path = SOURCES) -> list[Ch
         if key not in by_key:
             near = difflib.get_close_matches(key, by_key, 1, 0.3)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UsageError(f"there is no chapter {key!r}; there are {', '.join(c.name for c in known) or 'none yet'}.{hint}")
+            raise UsageError(
+                f"there is no chapter {key!r}; there are {', '.join(c.name for c in known) or 'none yet'}.{hint}"
+            )
     return sorted({by_key[key] for key in wanted}, key=lambda c: c.name)
 
 

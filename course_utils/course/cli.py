@@ -130,7 +130,11 @@ def _data(commands: argparse._SubParsersAction) -> None:
         except (data.DataError, OSError) as error:
             print(f"course data: {error}", file=sys.stderr)
             return 1
-        print(f"{len(added)} files added, the others were there and whole." if added else "All four files are there and whole.")
+        print(
+            f"{len(added)} files added, the others were there and whole."
+            if added
+            else "All four files are there and whole."
+        )
         return 0
 
     parser = commands.add_parser("data", help="fetch all 70,000 images of Fashion-MNIST (30 MB)")
@@ -146,14 +150,16 @@ def _badges(commands: argparse._SubParsersAction) -> None:
         return 0
 
     parser = commands.add_parser("badges", help="stamp Colab and Binder links into README and notebooks")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository on GitHub; '' removes the links")
+    parser.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="the repository on GitHub; '' removes the links"
+    )
     parser.set_defaults(do=do)
 
 
 def _write_json(path: Path, value: object) -> None:
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 if __name__ == "__main__":

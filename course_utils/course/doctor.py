@@ -21,7 +21,17 @@ PARTS = {
     "package:onnxruntime": "ONNX Runtime, from chapter 00 on",
     "package:openvino": "OpenVINO in chapters 06 and 11",
 }
-NEEDED = ("torch", "torchvision", "matplotlib", "jupyterlab", "papermill", "jupytext", "ipykernel", "safetensors", "psutil")
+NEEDED = (
+    "torch",
+    "torchvision",
+    "matplotlib",
+    "jupyterlab",
+    "papermill",
+    "jupytext",
+    "ipykernel",
+    "safetensors",
+    "psutil",
+)
 
 
 def examine() -> dict:
@@ -31,7 +41,9 @@ def examine() -> dict:
         try:
             importlib.import_module(name)
         except Exception as error:
-            problems.append({"what": f"{name} cannot be imported ({type(error).__name__}: {error})", "remedy": "make setup"})
+            problems.append(
+                {"what": f"{name} cannot be imported ({type(error).__name__}: {error})", "remedy": "make setup"}
+            )
     for name in _data_files(problems):
         try:
             data.dataset_file(name)

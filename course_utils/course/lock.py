@@ -27,7 +27,9 @@ def compile_lock(*arguments: str) -> list[str]:
 
 
 def write(path: Path, title: str, entries: list[str]) -> None:
-    path.write_text(f"# {title}\n# Made by `make lock`; installed by `make setup` with --no-deps.\n" + "\n".join(entries) + "\n")
+    path.write_text(
+        f"# {title}\n# Made by `make lock`; installed by `make setup` with --no-deps.\n" + "\n".join(entries) + "\n"
+    )
     print(f"{path.name}: {len(entries)} packages")
 
 

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 from pathlib import Path
 
 from course_utils.course.chapters import UsageError
@@ -25,11 +24,13 @@ def read(path: Path) -> list[dict]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except ValueError:
-        raise UsageError(f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run` writes.") from None
+        raise UsageError(
+            f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run` writes."
+        ) from None
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path} is no ledger, or an empty one: it must be a list with at least one verdict.")
     for row in rows:
-        if not isinstance(row, dict) or not FIELDS <= row.keys():
+        if not isinstance(row, dict) or not row.keys() >= FIELDS:
             missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else "every field"
             raise UsageError(f"{path} is no ledger: an entry lacks {missing}.")
         if row["verdict"] not in LOOK:
@@ -51,7 +52,7 @@ def report(paths: list[Path], folder: Path) -> tuple[Path, Path]:
     for target, content in zip(targets, (page.encode(), picture), strict=True):
         part = target.with_suffix(target.suffix + ".part")
         part.write_bytes(content)
-        os.replace(part, target)
+        part.replace(target)
     return targets
 
 
@@ -74,7 +75,11 @@ def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
             ax.add_patch(Rectangle((column, row), 0.94, 0.9, color=colour))
             ax.text(column + 0.47, row + 0.5, word, ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, len(names)), ylim=(len(claims), 0))
-    ax.set_yticks([i + 0.45 for i in range(len(claims))], [f"{c['claim']}  {shorten(c['statement'], 62)}" for c in claims], fontsize=8)
+    ax.set_yticks(
+        [i + 0.45 for i in range(len(claims))],
+        [f"{c['claim']}  {shorten(c['statement'], 62)}" for c in claims],
+        fontsize=8,
+    )
     ax.set_xticks([i + 0.47 for i in range(len(names))], [n.replace(", ", "\n") for n in names], fontsize=7)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)

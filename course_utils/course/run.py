@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import tempfile
 import threading
 import time
@@ -25,8 +24,8 @@ class Outcome:
     events: list[dict] = field(default_factory=list)
     error: str = ""
 
-    def counts(self, kind: str, key: str) -> Counter:
-        return Counter(e[key] for e in self.events if e["kind"] == kind)
+    def counts(self, event: str, key: str) -> Counter:
+        return Counter(e[key] for e in self.events if e["event"] == event)
 
 
 def run(chapters: list[Chapter], profile: str, edition: str, folder: Path) -> list[Outcome]:
@@ -47,12 +46,22 @@ def run_one(chapter: Chapter, profile: str, edition: str, folder: Path) -> Outco
     from papermill.exceptions import PapermillExecutionError
 
     outcome, start = Outcome(chapter.name), time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="course-run-") as scratch, build.environment(scratch, profile), Watch() as watch:
+    with (
+        tempfile.TemporaryDirectory(prefix="course-run-") as scratch,
+        build.environment(scratch, profile),
+        Watch() as watch,
+    ):
         before, after = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
         nbformat.write(build.notebook(chapter, edition), before)
         try:
             papermill.execute_notebook(
-                before, after, {"PROFILE": profile}, cwd=scratch, kernel_name=build.KERNEL["name"], progress_bar=False
+                before,
+                after,
+                {"PROFILE": profile},
+                cwd=scratch,
+                kernel_name=build.KERNEL["name"],
+                progress_bar=False,
+                **build.QUIET,
             )
         except PapermillExecutionError as error:
             outcome.error = f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}: {error.evalue}"
@@ -61,7 +70,7 @@ def run_one(chapter: Chapter, profile: str, edition: str, folder: Path) -> Outco
         if after.is_file():
             part = folder / f".{chapter.name}.part"
             part.write_bytes(after.read_bytes())
-            os.replace(part, folder / f"{chapter.name}.ipynb")
+            part.replace(folder / f"{chapter.name}.ipynb")
         events = Path(scratch) / "ledger.jsonl"
         if events.is_file():
             outcome.events = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
@@ -73,8 +82,8 @@ def ledger(outcomes: list[Outcome]) -> list[dict]:
     """The verdicts of a run, the last of each claim, each with the machine it was reached on."""
     card = machine.card().as_dict()
     rows = {}
-    for event in (e for o in outcomes for e in o.events if e["kind"] == "verdict"):
-        rows[event["claim"]] = {k: v for k, v in event.items() if k != "kind"} | {"machine": card}
+    for event in (e for o in outcomes for e in o.events if e["event"] == "verdict"):
+        rows[event["claim"]] = {k: v for k, v in event.items() if k != "event"} | {"machine": card}
     return list(rows.values())
 
 

@@ -40,7 +40,9 @@ def torch_requirements() -> list[str]:
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments], check=True, cwd=ROOT)
+    subprocess.run(
+        [venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments], check=True, cwd=ROOT
+    )
 
 
 def works(python: Path) -> bool:

@@ -20,7 +20,10 @@ PARTS = ("Recall", "Predict", "From scratch", "Measure", "Explain", "If yours sh
 OTHER_SHAPE = ("00", "15")  # the door and the capstone are built differently; the rest of the checks hold for them
 MACHINE_PATH = re.compile(r"/(home|root|Users|work|farm|tmp|private/var)/[\w.-]+")
 REGISTRY = re.compile(r"https?://[^/\s]*(py[p]i|npm[j]s|pyth[o]nhosted|deb[.]deb)")
-_NUMBER = re.compile(r"(?<![\w.])\d[\d.,]*\s?(%|×|x\b|ms\b|µs\b|ns\b|GB\b|MB\b|KB\b|kB\b|MiB\b|GiB\b|GHz\b|dB\b|GFLOP|percent\b|seconds?\b|times (faster|slower|smaller))")
+_UNITS = (
+    r"%|×|x\b|ms\b|µs\b|ns\b|[GMkK]B\b|[MG]iB\b|GHz\b|dB\b|GFLOP|percent\b|seconds?\b|times (faster|slower|smaller)"
+)
+_NUMBER = re.compile(rf"(?<![\w.])\d[\d.,]*\s?({_UNITS})(?!\d)")
 _SOURCE = re.compile(r"\]\(|\b(19|20)\d\d\b")  # a link, or a work cited by its year
 
 
@@ -63,8 +66,14 @@ def _check_call(source: str) -> tuple[str, str]:
 
 def source_complaints(chapter: Chapter) -> list[str]:
     cells = build.cells(chapter)
-    out = [f"code cell {i} has {n} lines, more than 40" for i, c in enumerate(cells) if c.cell_type == "code" and (n := len(c.source.splitlines())) > 40]
-    out += _parts(chapter, cells) + _exercises(chapter) + _claims(chapter, cells) + _prose(cells) + _links(chapter, cells)
+    out = [
+        f"code cell {i} has {n} lines, more than 40"
+        for i, c in enumerate(cells)
+        if c.cell_type == "code" and (n := len(c.source.splitlines())) > 40
+    ]
+    out += (
+        _parts(chapter, cells) + _exercises(chapter) + _claims(chapter, cells) + _prose(cells) + _links(chapter, cells)
+    )
     if "parameters" not in build.tags(next(c for c in cells if c.cell_type == "code")):
         out.append('the first code cell must be tagged "parameters" and set PROFILE')
     return out
@@ -99,9 +108,9 @@ def _claims(chapter: Chapter, cells: list[NotebookNode]) -> list[str]:
     code = "\n".join(c.source for c in cells if c.cell_type == "code")
     used = set(re.findall(r'claims\.verdict\(\s*"([^"]+)"', code))
     known = {i for i in claims.registry() if i.startswith(f"{chapter.number}.")}
-    return [f"verdict on {i!r}, which notebooks/claims/ does not have" for i in sorted(used - set(claims.registry()))] + [
-        f"claim {i!r} never gets a verdict" for i in sorted(known - used)
-    ]
+    return [
+        f"verdict on {i!r}, which notebooks/claims/ does not have" for i in sorted(used - set(claims.registry()))
+    ] + [f"claim {i!r} never gets a verdict" for i in sorted(known - used)]
 
 
 def _prose(cells: list[NotebookNode]) -> list[str]:
@@ -110,7 +119,9 @@ def _prose(cells: list[NotebookNode]) -> list[str]:
     for cell in cells:
         if cell.cell_type != "markdown" or {"solution", "hint", "instructor"} & set(build.tags(cell)):
             continue
-        text = re.sub(r"<details>.*?</details>|```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|<!--.*?-->", " ", cell.source, flags=re.S)
+        text = re.sub(
+            r"<details>.*?</details>|```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|<!--.*?-->", " ", cell.source, flags=re.S
+        )
         for block in re.split(r"\n\s*\n|\n(?=[|*-] ?)", text):
             if (found := _NUMBER.search(block)) and not _SOURCE.search(block):
                 out.append(f"a number without a source: “{found.group(0)}” in “{' '.join(block.split())[:90]}”")
@@ -166,7 +177,11 @@ def _no_alt(output: NotebookNode) -> bool:
 
 
 def sizes(chapter: Chapter) -> str:
-    code = [c.source for c in build.cells(chapter) if c.cell_type == "code" and not {"wrong", "solution"} & set(build.tags(c))]
+    code = [
+        c.source
+        for c in build.cells(chapter)
+        if c.cell_type == "code" and not {"wrong", "solution"} & set(build.tags(c))
+    ]
     lines = sorted(len(c.splitlines()) for c in code)
     size = chapter.learner.stat().st_size / 1e3 if chapter.learner.is_file() else 0
     return f"{chapter.name}: {len(code)} code cells, median {lines[len(lines) // 2]} lines, longest {lines[-1]}; notebook {size:.0f} kB"

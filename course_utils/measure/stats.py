@@ -36,7 +36,9 @@ def median_interval(samples: Sequence[float]) -> Interval:
     """
     x = np.asarray(samples, dtype=float)
     if len(x) < MIN_ROUNDS or not np.isfinite(x).all():
-        raise ValueError(f"an interval needs at least {MIN_ROUNDS} finite samples; got {len(x)}, {np.isfinite(x).sum()} finite.")
+        raise ValueError(
+            f"an interval needs at least {MIN_ROUNDS} finite samples; got {len(x)}, {np.isfinite(x).sum()} finite."
+        )
     medians = np.sort([np.median(block) for block in np.array_split(x, min(len(x), BLOCKS))])
     trim = 1 if len(medians) == BLOCKS else 0
     middle = float(np.median(x))

@@ -55,7 +55,14 @@ def arm(model: Callable[[torch.Tensor], object], x: torch.Tensor, label: str = "
 
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     name = label or type(model).__name__
-    return Arm(call, name, None, str(x.dtype).removeprefix("torch."), len(x), "channels_last" if channels_last else "contiguous")
+    return Arm(
+        call,
+        name,
+        None,
+        str(x.dtype).removeprefix("torch."),
+        len(x),
+        "channels_last" if channels_last else "contiguous",
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,9 @@ class Latency:
         return f"{self.label or 'latency'}: {values} ({len(self.samples)} calls)"
 
 
-def latency(call: Callable[[], object] | Arm, *, seconds: float = 2.0, calls: int | None = None, threads: int | None = None) -> Latency:
+def latency(
+    call: Callable[[], object] | Arm, *, seconds: float = 2.0, calls: int | None = None, threads: int | None = None
+) -> Latency:
     """Time single calls one by one, after a warm-up, for `seconds` or for `calls` calls (at least eight either way)."""
     a = _as_arm(call, "the call")
     sampler = _Sampler(a, _threads(a, a, threads, "wall"), "wall", block=0.0)
@@ -203,7 +212,9 @@ def latency(call: Callable[[], object] | Arm, *, seconds: float = 2.0, calls: in
     return Latency(tuple(samples), a.label)
 
 
-def throughput(call: Callable[[], object] | Arm, batch: int, *, seconds: float = 1.0, threads: int | None = None) -> Interval:
+def throughput(
+    call: Callable[[], object] | Arm, batch: int, *, seconds: float = 1.0, threads: int | None = None
+) -> Interval:
     """Items a second when batches of `batch` are computed one after the other, with the median's interval."""
     median = latency(call, seconds=seconds, threads=threads).median
     return Interval(batch / median.value, batch / median.high, batch / median.low, "items/s")
@@ -230,11 +241,12 @@ class _Sampler:
     def _first_calls(self) -> float:
         with benchmark.set_torch_threads(self.threads):
             try:
-                value = self.arm.call()  # warm-up: memory, kernels chosen, caches
+                _refuse_lazy(self.arm.call(), self.arm.label)  # the first call warms up memory and caches
                 once = min(timeit.Timer(self.arm.call).repeat(2, 1))
+            except MeasurementError:
+                raise
             except Exception as error:
                 raise MeasurementError(f"{self.arm.label} raised {type(error).__name__}: {error}") from error
-            _refuse_lazy(value, self.arm.label)
             if once < 20e-6:  # short: look again, without the clock's own cost
                 once = min(timeit.Timer(self.arm.call).repeat(3, 1000)) / 1000
                 empty = min(timeit.Timer(lambda: None).repeat(3, 1000)) / 1000
@@ -265,7 +277,9 @@ def _as_arm(value: Callable[[], object] | Arm, name: str) -> Arm:
     if isinstance(value, Arm):
         return value if value.label else Arm(**(value.__dict__ | {"label": name}))
     if not callable(value):
-        raise TypeError(f"{name} is a {type(value).__name__}, already computed; pass a function without arguments, or measure.arm(model, x).")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, already computed; pass a function without arguments, or measure.arm(model, x)."
+        )
     return Arm(value, name)
 
 
@@ -275,7 +289,8 @@ def _threads(a: Arm, b: Arm, threads: int | None, clock: str) -> int:
     own = {x for x in (a.threads, b.threads, threads) if x is not None}
     if len(own) > 1:
         raise MeasurementError(
-            f"the arms do not have the same threads: {a.label} {a.threads or 'torch'}, {b.label} {b.threads or 'torch'}, asked for {threads}. "
+            f"the arms do not have the same threads: {a.label} {a.threads or 'torch'}, {b.label} {b.threads or 'torch'}, "
+            f"asked for {threads}. "
             "A runtime's threads are set when it is made (intra_op_num_threads, INFERENCE_NUM_THREADS): give both the same."
         )
     chosen = own.pop() if own else (1 if clock == "cpu" else torch.get_num_threads())

@@ -1,0 +1,213 @@
+"""The other instruments: data, models, training, sizes, memory, machine, plots."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from course_utils import data, machine, measure, models, plots, training
+
+
+def test_splits_are_balanced_and_share_no_image():
+    sets = {split: data.fashion_mnist(split) for split in data.SPLITS}
+    for split, n in (("train", 12_000), ("validation", 3_000), ("test", 10_000)):
+        images, labels = sets[split]
+        assert images.shape == (n, 1, 28, 28)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert torch.bincount(labels).tolist() == [n // 10] * 10
+    seen = {images.numpy().tobytes() for images in sets["train"][0]}
+    assert (
+        sum(images.numpy().tobytes() in seen for images in sets["validation"][0]) < 5
+    )  # the set itself holds a few twins
+    with pytest.raises(ValueError, match="'val'"):
+        data.fashion_mnist("val")
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    for name in ("SHA256.json", "fashion_mnist_validation.npz"):
+        shutil.copy(data.DATASETS / name, tmp_path / name)
+    monkeypatch.setattr(data, "DATASETS", tmp_path)
+    return tmp_path / "fashion_mnist_validation.npz"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_named_with_both_digests_and_the_remedy(copied, damage):
+    content = bytearray(copied.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        copied.write_bytes(content)
+    elif damage == "truncate":
+        copied.write_bytes(content[:-100])
+    else:
+        copied.unlink()
+    with pytest.raises(data.DataError) as error:
+        data.fashion_mnist("validation")
+    text = str(error.value)
+    assert "fashion_mnist_validation.npz" in text
+    assert "git checkout -- datasets/" in text
+    if damage != "remove":
+        wanted = json.loads((copied.parent / "SHA256.json").read_text())[copied.name]
+        assert wanted in text
+        assert data.sha256(copied) in text
+
+
+def test_validation_mask_is_500_a_class_and_always_the_same():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10, dtype=np.uint8), 6000))
+    mask = data.validation_mask(labels)
+    assert np.bincount(labels[mask]).tolist() == [500] * 10
+    assert (mask == data.validation_mask(labels)).all()
+
+
+def test_the_full_set_is_read_from_debians_files_and_repaired(tmp_path, monkeypatch):
+    import gzip
+
+    files = {name: f"{name}".encode() * 50 for name in ("a-idx", "b-idx")}
+    debian, full = tmp_path / "debian", tmp_path / "full"
+    debian.mkdir()
+    for name, content in files.items():
+        (debian / f"{name}.gz").write_bytes(gzip.compress(content))
+    import hashlib
+
+    monkeypatch.setattr(data, "_DEBIAN", debian)
+    monkeypatch.setattr(data, "FULL", full)
+    monkeypatch.setattr(data, "_IDX", {n: hashlib.sha256(c).hexdigest() for n, c in files.items()})
+    assert data.fetch_full() == ["a-idx", "b-idx"]
+    assert data.fetch_full() == []
+    (full / "a-idx").write_bytes(b"half")
+    assert data.fetch_full() == ["a-idx"]
+    (full / "b-idx").unlink()
+    (debian / "b-idx.gz").write_bytes(gzip.compress(files["b-idx"])[:-20])
+    with pytest.raises(data.DataError, match="b-idx"):
+        data.fetch_full()
+    assert sorted(p.name for p in full.iterdir()) == ["a-idx"]
+
+
+def test_austen_is_a_whole_novel():
+    text = data.austen()
+    assert text.startswith("Persuasion")
+    assert "FINIS" in text[-200:].upper()
+    assert len(text.split()) > 80_000
+
+
+def test_the_baseline_reaches_92_percent_of_the_whole_test_set():
+    images, labels = data.fashion_mnist("test")
+    assert training.accuracy(models.baseline(), images, labels) >= 0.92
+
+
+def test_mini_resnet_is_the_size_it_says_and_seeds_do_not_leak():
+    before = torch.random.get_rng_state()
+    net = models.mini_resnet(32, seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert measure.parameters(net) == 308_074
+    assert torch.equal(net.fc.weight, models.mini_resnet(32, seed=3).fc.weight)
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(ValueError, match="width is 0"):
+        models.mini_resnet(0)
+    with pytest.raises(TypeError, match="uint8"):
+        models.normalise(torch.zeros(1, 1, 28, 28))
+
+
+def test_fit_learns_repeats_itself_and_refuses_no_data():
+    images, labels = data.fashion_mnist("train")
+    images, labels = images[:600], labels[:600]
+    nets = [models.mini_resnet(4, seed=1) for _ in range(2)]
+    histories = [training.fit(net, images, labels, training.Recipe(epochs=3, seed=5), progress=False) for net in nets]
+    assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-4)
+    assert histories[0].loss[-1] < histories[0].loss[0] - 0.15
+    assert not nets[0].training
+    with pytest.raises(ValueError, match="600 images and 3 labels"):
+        training.fit(nets[0], images, labels[:3])
+
+
+def test_macs_parameters_and_bytes_of_layers_counted_by_hand():
+    conv = nn.Conv2d(3, 8, 5, stride=2, padding=2, groups=1, bias=False)
+    assert measure.macs(conv, torch.zeros(2, 3, 16, 16)) == 2 * 8 * 8 * 8 * 3 * 25
+    assert measure.macs(nn.Linear(10, 7), torch.zeros(4, 10)) == 4 * 70
+    assert measure.parameters(nn.Linear(10, 7)) == 77
+    assert 77 * 4 < measure.saved_bytes(nn.Linear(10, 7)) < 77 * 4 + 400
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert measure.saved_bytes(tied) > 0  # shared tensors are saved, not refused
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    def call():
+        a = torch.empty(1_000_000)
+        b = a + 1
+        del a
+        return b[:10].clone()
+
+    peak = measure.peak_memory(call)
+    assert 8_000_000 <= peak < 8_100_000
+
+
+def test_child_returns_json_its_peak_and_its_own_error():
+    big = measure.child("x = bytearray(200_000_000)\nprint('noise')\nprint('{\"a\": 1}')")
+    assert big.result == {"a": 1}
+    assert 200e6 < big.peak_bytes < 300e6
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        measure.child("1/0")
+    with pytest.raises(RuntimeError, match="JSON"):
+        measure.child("print('no')")
+    with pytest.raises(TimeoutError, match="1 s"):
+        measure.child("while True: pass", timeout=1.0)
+
+
+def test_roofline_bounds():
+    roof = measure.Roofline(100.0, 20.0, 2)
+    assert roof.bound(1) == 20.0
+    assert roof.bound(1000) == 100.0
+    assert roof.bound(roof.ridge) == pytest.approx(100.0)
+
+
+def test_skips_are_typed_and_false():
+    for what in ("gpu", "vnni", "bf16", "compiler", "energy", "root", "full", "two cores", "package:nowhere"):
+        answer = machine.can(what)
+        assert answer is True or (isinstance(answer, machine.Skip) and not answer and answer.reason)
+    assert machine.can("package:torch") is True
+    assert machine.can("package:nowhere").kind == "package"
+    with pytest.raises(ValueError, match="'tpu'"):
+        machine.can("tpu")
+    with pytest.raises(ValueError, match="'boredom'"):
+        machine.Skip("boredom", "no reason")
+    with pytest.raises(ValueError, match="must run"):
+        machine.skip("package:torch", "nothing")
+
+
+def test_the_card_shows_the_same_in_text_and_html():
+    card = machine.card()
+    assert card.cpu in repr(card)
+    assert card.profile in card._repr_html_()
+    assert json.dumps(card.as_dict())
+
+
+def test_a_figure_without_an_alternative_text_is_refused():
+    figure, _ = plots.axes("x (s)", "y", title="t")
+    with pytest.raises(ValueError, match="alternative text"):
+        plots.show(figure, "  ")
+
+
+@pytest.mark.parametrize("draw", ["lines", "bars", "intervals", "seeds"])
+def test_figures_carry_png_text_and_alt(draw, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, **kw: shown.append((bundle, kw["metadata"])))
+    i = measure.Interval(1.0, 0.9, 1.2)
+    calls = {
+        "lines": lambda: plots.lines(
+            [1, 2], {"a": [i, i], "b": [1, 2]}, xlabel="n", ylabel="s", title="t", alt="an alt"
+        ),
+        "bars": lambda: plots.bars({"a": i, "b": 2.0}, ylabel="s", title="t", alt="an alt"),
+        "intervals": lambda: plots.intervals({"a": i}, xlabel="x", title="t", alt="an alt"),
+        "seeds": lambda: plots.seeds({"a": [1, 2, 3], "b": [2, 3, 4]}, ylabel="%", title="t", alt="an alt"),
+    }
+    calls[draw]()
+    bundle, metadata = shown[0]
+    assert bundle["image/png"].startswith(b"\x89PNG")
+    assert b"Software" not in bundle["image/png"]
+    assert bundle["text/plain"] == "Figure: an alt"
+    assert metadata["image/png"]["alt"] == "an alt"
