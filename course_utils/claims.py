@@ -81,7 +81,7 @@ class Verdict:
         return (
             f"<div style='border-left:4px solid {colour};padding:2px 12px'><b style='color:{colour}'>{e(self.heading())}</b>"
             f"<br>“{e(self.claim.statement)}” <small>({e(self.claim.source)})</small>"
-            f"<br>Measured here: <b>{e(self.measured())}</b>. The claim holds for {e(self.band())}."
+            f"<br>Measured here: <b>{e(self.measured().rstrip('.'))}</b>. The claim holds for {e(self.band())}."
             f"<br><small>Condition: {e(self.claim.condition)}</small></div>"
         )
 

@@ -58,7 +58,7 @@ class Card:
 
     def _rows(self) -> list[tuple[str, str]]:
         return [
-            ("CPU", f"{self.cpu} ({self.architecture}), {self.cores} cores, torch uses {self.threads} threads"),
+            ("CPU", f"{self.cpu} ({self.architecture}), cores: {self.cores}, torch's threads: {self.threads}"),
             ("Instruction sets", ", ".join(self.isa) or "none of those that the course looks for"),
             ("Memory", f"{self.memory_gb:.1f} GB"),
             ("GPU", self.gpu),

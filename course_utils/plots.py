@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from course_utils.measure.stats import Interval
 
@@ -57,18 +59,29 @@ def show(figure: Figure, alt: str) -> None:
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
+def plain_log(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2 × 10⁰."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def lines(x: Sequence[float], series: Mapping[str, Sequence], *, xlabel: str, ylabel: str, title: str, alt: str,
           logx: bool = False, logy: bool = False, reference: tuple[float, str] | None = None) -> None:  # fmt: skip
     """One line a series over `x`; a value may be an Interval, whose ends are drawn. `reference` is (height, label)."""
     figure, ax = axes(xlabel, ylabel, title=title)
     for i, (name, values) in enumerate(series.items()):
         middle, low, high = _ends(values)
-        ax.plot(x, middle, marker=MARKERS[i % len(MARKERS)], markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
+        marker = MARKERS[i % len(MARKERS)] if len(middle) <= 40 else None
+        ax.plot(x, middle, marker=marker, markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
         if (high > low).any():
             ax.fill_between(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
     if reference:
         ax.axhline(reference[0], color="0.4", linestyle="--", linewidth=1, label=reference[1])
-    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    for axis, is_log in ((ax.xaxis, logx), (ax.yaxis, logy)):
+        if is_log:
+            plain_log(axis)
     if len(series) > 1 or reference:
         ax.legend()
     show(figure, alt)
@@ -88,7 +101,8 @@ def bars(values: Mapping[str, "Interval | float"], *, ylabel: str, title: str, a
         ax.axvline(reference[0], color="0.4", linestyle="--", linewidth=1, label=reference[1])
         ax.legend()
     ax.set_yticks(rows, list(values))
-    ax.set_xscale("log" if logx else "linear")
+    if logx:
+        plain_log(ax.xaxis)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.12)

@@ -107,3 +107,14 @@ def test_the_lock_pins_everything_the_project_asks_for():
 def test_no_private_import_of_another_module():
     for path in (ROOT / "course_utils").glob("**/*.py"):
         assert not re.search(r"from course_utils\S* import .*\b_\w+", path.read_text(encoding="utf-8")), path
+
+
+def test_the_readme_lists_every_chapter_with_its_question():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for chapter in CHAPTERS:
+        row = next((line for line in readme.splitlines() if f"(notebooks/{chapter.name}.ipynb)" in line), None)
+        assert row, f"README's table lacks {chapter.name}"
+        question = re.search(r"^# \*\*(.+?)\*\*$", chapter.text(), re.M).group(1)
+        minutes = re.search(r"^# (\d+) minutes", chapter.text(), re.M).group(1)
+        assert question in row, row
+        assert f"| {minutes} |" in row, row

@@ -32,8 +32,8 @@ if importlib.util.find_spec("course_utils") is None:
 
     repository = os.environ.get("COURSE_REPOSITORY", {repository!r})
     if not repository:
-        raise SystemExit("This notebook needs the course around it, and this copy names no repository to fetch it from: "
-                         "open it inside the course's folder, or set COURSE_REPOSITORY to an address git can clone.")
+        raise SystemExit("This notebook needs the course, and this copy names no repository to fetch "
+                         "it from. Open it inside the course's folder, or set COURSE_REPOSITORY.")
     if repository.count("/") == 1 and not pathlib.Path(repository).exists():
         repository = f"https://github.com/{{repository}}"
     folder = pathlib.Path.cwd() / "efficient-deep-learning-measured"

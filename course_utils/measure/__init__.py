@@ -17,6 +17,7 @@ from course_utils.measure.resources import (
     roofline,
     saved_bytes,
 )
+from course_utils.measure.runtimes import onnx_arm, onnx_session
 from course_utils.measure.stats import Interval, median_interval, paired_share, paired_t
 from course_utils.measure.timing import (
     Arm,
@@ -47,6 +48,8 @@ __all__ = [
     "latency",
     "macs",
     "median_interval",
+    "onnx_arm",
+    "onnx_session",
     "paired_share",
     "paired_t",
     "parameters",

@@ -22,7 +22,7 @@ class Interval:
     unit: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] {self.unit}".rstrip()
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] {self.unit}".rstrip()
 
 
 def median_interval(samples: Sequence[float]) -> Interval:

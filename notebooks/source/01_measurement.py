@@ -84,7 +84,9 @@ plots.lines(
 
 # %% tags=["nbval-ignore-output"]
 warm_calls = np.array([milliseconds(inference) for _ in range(CALLS)])
-pairs = warm_calls[1::2] / warm_calls[: len(warm_calls) // 2 * 2 : 2]  # each call against the one before it
+pairs = (
+    warm_calls[1::2] / warm_calls[: len(warm_calls) // 2 * 2 : 2]
+)  # each call against the one before it
 factor = np.maximum(pairs, 1 / pairs)
 exercises.reveal("01.twice", float(factor.max()), "times")
 
@@ -102,7 +104,10 @@ figure, ax = plots.axes(
 ax.hist(np.clip(pairs, 0.7, 1.4), bins=np.linspace(0.7, 1.4, 57), color=plots.COLOURS[0])
 ax.axvspan(0.97, 1.03, color="0.85", zorder=0, label="the same, within ±3%")
 ax.legend()
-plots.show(figure, "Histogram of time ratios of neighbouring calls of one network, with the band of ±3% in grey.")
+plots.show(
+    figure,
+    "Histogram of time ratios of neighbouring calls of one network, with the band of ±3% in grey.",
+)
 
 # %% [markdown]
 # The grey band is where every bar should stand, because nothing changed between the two calls. What lies outside it would
@@ -315,7 +320,9 @@ print(f"{'':18} {'million MACs':>12} {'parameters':>11} {'file MB':>8} {'peak MB
 for name, (net, example) in networks.items():
     call = measure.arm(net, example)
     took = measure.latency(call, seconds=SECONDS / 2)
-    print(f"{name:18} {measure.macs(net, example) / 1e6:12.1f} {measure.parameters(net):11,}", end="")
+    print(
+        f"{name:18} {measure.macs(net, example) / 1e6:12.1f} {measure.parameters(net):11,}", end=""
+    )
     print(
         f" {measure.saved_bytes(net) / 1e6:8.2f} {measure.peak_memory(call.call) / 1e6:8.1f} {measure.pretty(took.p50):>8}"
     )
@@ -336,9 +343,13 @@ separable = nn.Sequential(
 features = torch.randn(8, channels, 28, 28)
 mac_ratio = measure.macs(standard, features) / measure.macs(separable, features)
 split = measure.compare(
-    measure.arm(standard, features, "3×3"), measure.arm(separable, features, "separable"), seconds=SECONDS
+    measure.arm(standard, features, "3×3"),
+    measure.arm(separable, features, "separable"),
+    seconds=SECONDS,
 )
-share_kept = measure.Interval(split.ratio / mac_ratio, split.low / mac_ratio, split.high / mac_ratio)
+share_kept = measure.Interval(
+    split.ratio / mac_ratio, split.low / mac_ratio, split.high / mac_ratio
+)
 print(f"{mac_ratio:.1f} times fewer MACs;", split)
 claims.verdict("01.fewer_macs_proportionally_faster", share_kept)
 
@@ -358,7 +369,9 @@ def operations_a_byte(layer, x):
     """Arithmetic intensity of a layer in fp32, if input, weights and output each move once."""
     y = layer(x)
     moved = 4 * (x.numel() + y.numel() + sum(p.numel() for p in layer.parameters()))
-    operations = 2 * measure.macs(layer, x) or y.numel()  # ReLU: one operation a number, which MAC counters leave out
+    operations = (
+        2 * measure.macs(layer, x) or y.numel()
+    )  # ReLU: one operation a number, which MAC counters leave out
     return operations / moved, operations
 
 
@@ -379,15 +392,21 @@ for name, (layer, example) in layers.items():
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
-    "operations a byte", "GFLOP/s", title=f"Below {roof.ridge:.0f} operations a byte, memory decides", height=4.2
+    "operations a byte",
+    "GFLOP/s",
+    title=f"Below {roof.ridge:.0f} operations a byte, memory decides",
+    height=4.2,
 )
 line = np.geomspace(0.05, 400, 200)
 ax.loglog(line, [roof.bound(i) for i in line], color="0.3", label="roofline, measured here")
 for i, (name, (intensity, speed_here)) in enumerate(placed.items()):
-    ax.plot(intensity, speed_here, plots.MARKERS[i], color=plots.COLOURS[i], label=name, markersize=8)
+    ax.plot(
+        intensity, speed_here, plots.MARKERS[i], color=plots.COLOURS[i], label=name, markersize=8
+    )
 ax.legend(fontsize=8, loc="lower right")
 plots.show(
-    figure, "Roofline of this machine with six layers: ReLU, depthwise and batch-1 linear at the left under the slope."
+    figure,
+    "Roofline of this machine with six layers: ReLU, depthwise and batch-1 linear at the left under the slope.",
 )
 
 # %% [markdown]
@@ -420,24 +439,36 @@ def after():
 
 # %% tags=["nbval-ignore-output"]
 part = measure.compare(
-    measure.arm(step_two, batch, "old part"), measure.arm(faster_two, batch, "new part"), seconds=SECONDS
+    measure.arm(step_two, batch, "old part"),
+    measure.arm(faster_two, batch, "new part"),
+    seconds=SECONDS,
 )
-alone = measure.compare(measure.Arm(before, "both"), measure.arm(step_two, batch, "old part"), seconds=SECONDS)
+alone = measure.compare(
+    measure.Arm(before, "both"), measure.arm(step_two, batch, "old part"), seconds=SECONDS
+)
 p = 1 / alone.ratio  # the part's share of the whole
 whole = measure.compare(before, after, seconds=SECONDS)
 predicted = 1 / ((1 - p) + p / part.ratio)
-print(f"S = {part.ratio:.1f}, p = {p:.2f}: Amdahl predicts {predicted:.2f}x, measured {whole.ratio:.2f}x")
+print(
+    f"S = {part.ratio:.1f}, p = {p:.2f}: Amdahl predicts {predicted:.2f}x, measured {whole.ratio:.2f}x"
+)
 
 # %% tags=["nbval-ignore-output"]
 by_formula = [1 / (w * part.ratio) for w in (whole.ratio, whole.high, whole.low)]
 claims.verdict("01.acceleration_multiplies_time", measure.Interval(*by_formula))
 
 # %% tags=["nbval-ignore-output"]
-claims.verdict("01.amdahl", measure.Interval(whole.ratio / predicted, whole.low / predicted, whole.high / predicted))
+claims.verdict(
+    "01.amdahl",
+    measure.Interval(whole.ratio / predicted, whole.low / predicted, whole.high / predicted),
+)
 
 # %% tags=["nbval-ignore-output"]
 speedups = [1, 2, 4, 8, 16, 32]
-curves = {f"p = {share:.2f}": [1 / ((1 - share) + share / s) for s in speedups] for share in (0.5, p, 0.95)}
+curves = {
+    f"p = {share:.2f}": [1 / ((1 - share) + share / s) for s in speedups]
+    for share in (0.5, p, 0.95)
+}
 plots.lines(
     speedups,
     curves,
@@ -460,7 +491,10 @@ plots.lines(
 from torch.profiler import ProfilerActivity, profile
 
 mobilenet = networks["MobileNetV3-small"][0]
-with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+with (
+    torch.inference_mode(),
+    profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record,
+):
     for _ in range(max(CALLS // 50, 3)):
         mobilenet(image)
 by_operator = record.key_averages()
@@ -482,11 +516,16 @@ macs_of = {}
 for layer in mobilenet.modules():
     if isinstance(layer, nn.Conv2d):
         layer.register_forward_hook(
-            lambda conv, _, y: macs_of.update({conv: (kind(conv.weight.shape), conv.weight[0].numel() * y[0].numel())})
+            lambda conv, _, y: macs_of.update(
+                {conv: (kind(conv.weight.shape), conv.weight[0].numel() * y[0].numel())}
+            )
         )
 with torch.inference_mode():
     mobilenet(image)
-{name: sum(m for k, m in macs_of.values() if k == name) for name in ("pointwise", "depthwise", "standard")}
+{
+    name: sum(m for k, m in macs_of.values() if k == name)
+    for name in ("pointwise", "depthwise", "standard")
+}
 
 # %% tags=["nbval-ignore-output"]
 micros = dict.fromkeys(("pointwise", "depthwise", "standard"), 0.0)
@@ -495,7 +534,10 @@ for event in record.key_averages(group_by_input_shape=True):
         micros[kind(event.input_shapes[1])] += event.cpu_time_total
 total_time, total_macs = sum(micros.values()), sum(m for _, m in macs_of.values())
 per_mac = {
-    name: micros[name] / total_time / (sum(m for k, m in macs_of.values() if k == name) / total_macs) for name in micros
+    name: micros[name]
+    / total_time
+    / (sum(m for k, m in macs_of.values() if k == name) / total_macs)
+    for name in micros
 }
 plots.bars(
     {f"{name}": per_mac[name] for name in per_mac},
@@ -534,7 +576,9 @@ small = models.mini_resnet(16, seed=0).eval()
 joules = [measure.energy(measure.arm(net, x).call, seconds=SECONDS) for net in (model, small)]
 if machine.can("energy"):
     larger, smaller = joules
-    use = measure.Interval(larger.value / smaller.value, larger.low / smaller.high, larger.high / smaller.low)
+    use = measure.Interval(
+        larger.value / smaller.value, larger.low / smaller.high, larger.high / smaller.low
+    )
 else:
     use = machine.skip("energy", "joules an inference")
 claims.verdict("01.faster_uses_less_energy", use)
@@ -562,18 +606,18 @@ claims.verdict("01.faster_uses_less_energy", use)
 
 
 # %% tags=["nbval-ignore-output"]
-def snippet(net):
+def snippet(net, images):
     start = time.time()
-    net(x)
+    net(images)
     return time.time() - start
 
 
 old, new = models.mini_resnet(32, seed=5).eval(), models.mini_resnet(32, seed=5).eval()
 fresh = torch.randn(7, 1, 28, 28)  # a batch size that nothing has warmed up yet
-x, kept = fresh, x
-print(f"“The new network is {snippet(old) / snippet(new):.2f} times faster.”")
-x = kept
-print("Measured:", measure.compare(measure.arm(old, fresh), measure.arm(new, fresh), seconds=SECONDS))
+print(f"“The new network is {snippet(old, fresh) / snippet(new, fresh):.2f} times faster.”")
+print(
+    "Measured:", measure.compare(measure.arm(old, fresh), measure.arm(new, fresh), seconds=SECONDS)
+)
 
 # %% [markdown]
 # The first network paid for the preparation of the shapes; the second one found it done. And `time.time()` is the wall
@@ -584,7 +628,9 @@ print("Measured:", measure.compare(measure.arm(old, fresh), measure.arm(new, fre
 # that the counter has never heard of:
 
 # %% tags=["nbval-ignore-output"]
-encoder = nn.TransformerEncoderLayer(d_model=64, nhead=4, dim_feedforward=128, batch_first=True).eval()
+encoder = nn.TransformerEncoderLayer(
+    d_model=64, nhead=4, dim_feedforward=128, batch_first=True
+).eval()
 tokens = torch.zeros(2, 10, 64)  # (B, T, d_model): 20 tokens
 on_fast_path = measure.macs(encoder, tokens)
 torch.backends.mha.set_fastpath_enabled(False)
@@ -613,7 +659,7 @@ print(f"the counter off the fast path still misses {projections + mlp + attentio
 
 # %% tags=["exercise"]
 def p99(latencies):
-    sorted(latencies)
+    ordered = sorted(latencies)
     return ...
 
 
@@ -798,7 +844,13 @@ def decide(ratios):
 def decide(ratios):
     ratios = np.asarray(ratios)
     half = 3 * ratios.std(ddof=1) / math.sqrt(len(ratios))
-    return "faster" if ratios.mean() - half > 1 else "slower" if ratios.mean() + half < 1 else "can't tell"
+    return (
+        "faster"
+        if ratios.mean() - half > 1
+        else "slower"
+        if ratios.mean() + half < 1
+        else "can't tell"
+    )
 
 
 # %% tags=["wrong"]
@@ -838,7 +890,9 @@ finally:
 low, high = interval(interleaved)
 sequential = np.median(one_after_the_other) / np.median(second)
 shown = {"all A, then all B": measure.Interval(sequential, sequential, sequential)}
-shown["A and B interleaved"] = measure.Interval(float(np.median(interleaved)), float(low), float(high))
+shown["A and B interleaved"] = measure.Interval(
+    float(np.median(interleaved)), float(low), float(high)
+)
 plots.intervals(
     shown,
     xlabel="speed-up of a network over itself (x)",
