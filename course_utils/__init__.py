@@ -9,7 +9,8 @@ from pathlib import Path
 
 # torch's profiler and its benchmark module report what they look for on GPUs; on a CPU that is noise in a notebook.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+for _name in ("torch.utils.cpp_extension", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
 """The course's folder: notebooks/ and datasets/ lie beside course_utils/."""

@@ -24,6 +24,7 @@ _UNITS = (
     r"%|×|x\b|ms\b|µs\b|ns\b|[GMkK]B\b|[MG]iB\b|GHz\b|dB\b|GFLOP|percent\b|seconds?\b|times (faster|slower|smaller)"
 )
 _NUMBER = re.compile(rf"(?<![\w.])\d[\d.,]*\s?({_UNITS})(?!\d)")
+_NOT_PROSE = r"<details>.*?</details>|```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|<!--.*?-->"
 _SOURCE = re.compile(r"\]\(|\b(19|20)\d\d\b")  # a link, or a work cited by its year
 
 
@@ -119,9 +120,9 @@ def _prose(cells: list[NotebookNode]) -> list[str]:
     for cell in cells:
         if cell.cell_type != "markdown" or {"solution", "hint", "instructor"} & set(build.tags(cell)):
             continue
-        text = re.sub(
-            r"<details>.*?</details>|```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|<!--.*?-->", " ", cell.source, flags=re.S
-        )
+        # A quiz may say wrong things: that is what it is for.
+        text = re.sub(r"## Exit quiz.*?(?=\*\*Key points|\Z)", " ", cell.source, flags=re.S)
+        text = re.sub(_NOT_PROSE, " ", text, flags=re.S)
         for block in re.split(r"\n\s*\n|\n(?=[|*-] ?)", text):
             if (found := _NUMBER.search(block)) and not _SOURCE.search(block):
                 out.append(f"a number without a source: “{found.group(0)}” in “{' '.join(block.split())[:90]}”")

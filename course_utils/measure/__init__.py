@@ -14,6 +14,7 @@ from course_utils.measure.resources import (
     macs,
     parameters,
     peak_memory,
+    release,
     roofline,
     saved_bytes,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "parameters",
     "peak_memory",
     "pretty",
+    "release",
     "roofline",
     "saved_bytes",
     "throughput",
