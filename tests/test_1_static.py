@@ -117,4 +117,8 @@ def test_the_readme_lists_every_chapter_with_its_question():
         question = re.search(r"^# \*\*(.+?)\*\*$", chapter.text(), re.M).group(1)
         minutes = re.search(r"^# (\d+) minutes", chapter.text(), re.M).group(1)
         assert question in row, row
+        listed = re.search(rf"^# \| {chapter.number} .*\| (\d+) \|$", CHAPTERS[0].text(), re.M)
+        assert chapter.number == "00" or listed.group(1) == minutes, (
+            f"the map in 00 says {listed.group(1)}, not {minutes}"
+        )
         assert f"| {minutes} |" in row, row

@@ -52,7 +52,8 @@ def _lab(commands: argparse._SubParsersAction) -> None:
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--allow-root")
         os.chdir(ROOT)
-        os.execv(sys.executable, [*command, *options.rest, str(first.relative_to(ROOT))])
+        command.append(f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}")
+        os.execv(sys.executable, [*command, *options.rest])
 
     parser = commands.add_parser("lab", help="open the first chapter in JupyterLab (further options go to jupyter lab)")
     parser.set_defaults(do=do)

@@ -240,10 +240,10 @@ def speedup(old_seconds, new_seconds):
 # | 02 Training recipe | train to a stated accuracy in a fraction of the naive time | 80 |
 # | 03 Pruning | take channels out of a network and keep its accuracy | 85 |
 # | 04 Distillation | let a small network learn from a large one | 80 |
-# | 05 Quantization math | store numbers in 8 bits and bound the error | 80 |
+# | 05 Quantization math | store numbers in 8 bits and bound the error | 90 |
 # | 06 Quantization in practice | deploy an INT8 network and know when it pays | 90 |
 # | 07 Mixed precision | train in 16 bits without losing small gradients | 80 |
-# | 08 Memory | predict what a training step needs, and trade it for time | 80 |
+# | 08 Memory | predict what a training step needs, and trade it for time | 90 |
 # | 09 Distributed training | train on several processes and know what it costs | 90 |
 # | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 85 |
 # | 11 Runtimes | export a model, check it, choose where to run it | 85 |

@@ -86,7 +86,7 @@ layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d 
 list(layers)
 
 # %% [markdown]
-# Ten convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$ bits and back: *fake
+# Nine convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$ bits and back: *fake
 # quantization*. The numbers stay fp32, but only $2^b$ different ones are left in each tensor or channel.
 
 
