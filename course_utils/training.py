@@ -50,8 +50,9 @@ def fit(
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.max_lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
+    total_steps = max(recipe.epochs * steps_per_epoch + 1, 8)  # OneCycle can't rise and fall in fewer
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.max_lr, total_steps=recipe.epochs * steps_per_epoch + 1, pct_start=recipe.warmup
+        optimizer, recipe.max_lr, total_steps=total_steps, pct_start=recipe.warmup
     )
     model.train().to(memory_format=torch.channels_last)
     history = History()

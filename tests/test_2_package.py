@@ -120,6 +120,7 @@ def test_fit_learns_repeats_itself_and_refuses_no_data():
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-4)
     assert histories[0].loss[-1] < histories[0].loss[0] - 0.15
     assert not nets[0].training
+    training.fit(nets[0], images[:100], labels[:100], training.Recipe(epochs=1), progress=False)  # a single step
     with pytest.raises(ValueError, match="600 images and 3 labels"):
         training.fit(nets[0], images, labels[:3])
 
