@@ -17,7 +17,7 @@ import nbformat
 from nbformat.notebooknode import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from course_utils.course.chapters import NOTEBOOKS, Chapter, repository
+from course_utils.course.chapters import Chapter, repository
 
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 QUIET = {
@@ -26,14 +26,18 @@ QUIET = {
 START = """\
 # Opened alone, in Colab for example? Then this cell fetches the course. Inside the course it does nothing.
 import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 
 if importlib.util.find_spec("course_utils") is None:
-    import os, pathlib, subprocess, sys
-
-    repository = os.environ.get("COURSE_REPOSITORY", {repository!r})
+    repository = os.environ.get("COURSE_REPOSITORY", "{repository}")
     if not repository:
-        raise SystemExit("This notebook needs the course, and this copy names no repository to fetch "
-                         "it from. Open it inside the course's folder, or set COURSE_REPOSITORY.")
+        raise SystemExit(
+            "This notebook needs the course, and this copy names no repository to fetch it from. "
+            "Open it inside the course's folder, or set COURSE_REPOSITORY."
+        )
     if repository.count("/") == 1 and not pathlib.Path(repository).exists():
         repository = f"https://github.com/{{repository}}"
     folder = pathlib.Path.cwd() / "efficient-deep-learning-measured"
@@ -139,9 +143,9 @@ def write(chapter: Chapter, edition: str, folder: Path) -> Path:
     return path
 
 
-def write_learner(chapter: Chapter, profile: str, *, keep_outputs: bool = False, folder: Path = NOTEBOOKS) -> Path:
+def write_learner(chapter: Chapter, profile: str, *, keep_outputs: bool = False, folder: Path | None = None) -> Path:
     """Write the executed learner edition; with `keep_outputs`, reuse the stored outputs if the code is unchanged."""
-    built, path = notebook(chapter), folder / f"{chapter.name}.ipynb"
+    built, path = notebook(chapter), folder / f"{chapter.name}.ipynb" if folder else chapter.learner
     wanted = code_hash(chapter, built)
     if keep_outputs and path.is_file():
         stored = nbformat.read(path, as_version=4)

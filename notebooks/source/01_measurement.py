@@ -206,7 +206,7 @@ print("Timer without num_threads:", benchmark.Timer("0").timeit(1).num_threads, 
 #
 # **Dead code.** The work was done before the clock started.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 result = inference()
 with exercises.fails(measure.MeasurementError):
     measure.compare(inference, lambda: result)
