@@ -292,8 +292,9 @@ plots.lines(
 )
 
 # %% [markdown]
-# On the left, every step to the right is nearly free: the fixed cost of a call is shared by more images. Where the curve
-# goes flat, more images only mean more waiting. Chapter 13 builds a server that sits at the bend on purpose.
+# Along the steep stretch a larger batch is nearly free: the fixed cost of a call is shared by more images. Where the curve is
+# flat, more images only mean more waiting. A flat piece on the far left, if yours has one, is a library that changes its kernel
+# between one image and two. Chapter 13 builds a server that sits at the bend on purpose.
 
 # %% [markdown]
 # ## Explain: what a network costs

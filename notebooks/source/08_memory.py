@@ -531,6 +531,7 @@ for name, way in ways.items():
 # you could stop here. Time is not: GELU and above all dropout's random numbers are counted as nothing and take their share.
 # The right rule is: **the extra time is the forward pass's share of the step.** Measure that share, with and without dropout.
 
+
 # %% tags=["nbval-ignore-output"]
 def forward_only():
     with torch.no_grad():
@@ -888,6 +889,7 @@ with exercises.fails(MemoryError):
     device.malloc(10 * MIB)
 device.empty_cache()
 print("after empty_cache: reserved", device.reserved // MIB, "MiB")
+
 
 # %% tags=["nbval-ignore-output"]
 def draw(allocators, title, alt):
