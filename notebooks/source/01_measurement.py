@@ -874,12 +874,12 @@ def decide(ratios):
 import subprocess
 import sys
 
-rounds = max(CALLS // 8, 24)
+rounds = max(CALLS // 8, 12)
 one_after_the_other = [milliseconds(inference) for _ in range(rounds)]
-burn = "import torch\nwhile True: torch.mm(torch.ones(600, 600), torch.ones(600, 600))"
-load = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(machine.usable_cores())]
+burn = [sys.executable, "-c", "while True: pass"]
+load = [subprocess.Popen(burn) for _ in range(machine.usable_cores())]
 try:
-    time.sleep({"smoke": 2.0}.get(PROFILE, 4.0))  # until the others have started
+    time.sleep(0.5)  # until the others have started
     second = [milliseconds(inference) for _ in range(rounds)]
     interleaved = ratios(inference, inference, rounds)
 finally:
