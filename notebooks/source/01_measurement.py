@@ -881,23 +881,21 @@ load = [subprocess.Popen(burn) for _ in range(machine.usable_cores())]
 try:
     time.sleep(0.5)  # until the others have started
     second = [milliseconds(inference) for _ in range(rounds)]
-    interleaved = ratios(inference, inference, rounds)
+    interleaved = measure.compare(inference, lambda: inference(), seconds=SECONDS)
 finally:
     for process in load:
         process.kill()
         process.wait()
 
 # %% tags=["nbval-ignore-output"]
-low, high = interval(interleaved)
 sequential = np.median(one_after_the_other) / np.median(second)
-shown = {"all A, then all B": measure.Interval(sequential, sequential, sequential)}
-shown["A and B interleaved"] = measure.Interval(
-    float(np.median(interleaved)), float(low), float(high)
-)
 plots.intervals(
-    shown,
+    {
+        "all A, then all B": measure.Interval(sequential, sequential, sequential),
+        "A and B interleaved": interleaved.interval,
+    },
     xlabel="speed-up of a network over itself (x)",
-    title=f"One after the other: {sequential:.2f}x. Interleaved: {np.median(interleaved):.2f}x",
+    title=f"One after the other: {sequential:.2f}x. Interleaved: {interleaved.verdict}",
     alt="The sequential measurement lies far to the left of 1, the interleaved interval includes 1.",
 )
 
