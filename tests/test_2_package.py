@@ -1,7 +1,9 @@
 """The other instruments: data, models, training, sizes, memory, machine, plots."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -157,6 +159,33 @@ def test_child_returns_json_its_peak_and_its_own_error():
         measure.child("print('no')")
     with pytest.raises(TimeoutError, match="1 s"):
         measure.child("while True: pass", timeout=1.0)
+
+
+def test_children_take_turns_and_none_outlives_the_call():
+    import psutil
+
+    code = "import os\ndef sample():\n    print('noise of a library')\n    return [os.environ['WHO'], os.getpid()]"
+    got = measure.turns(code, {who: {"WHO": who} for who in "ab"}, rounds=5)
+    assert {who: {name for name, _ in rows} for who, rows in got.items()} == {"a": {"a"}, "b": {"b"}}
+    pids = [{pid for _, pid in rows} for rows in got.values()]
+    assert all(len(p) == 1 and not psutil.pid_exists(p.pop()) for p in pids), "one process an arm, gone afterwards"
+    assert [len(rows) for rows in got.values()] == [5, 5]
+    with pytest.raises(RuntimeError, match=r"child 'a'(.|\n)*ZeroDivisionError"):
+        measure.turns("def sample(): 1 / 0", {"a": {}}, rounds=1)
+    with pytest.raises(TimeoutError, match="1 s"):
+        measure.turns("import time\ndef sample(): time.sleep(30)", {"a": {}}, rounds=1, timeout=1)
+
+
+def test_a_comparison_does_not_keep_what_it_called():
+    model = torch.nn.Linear(64, 64)
+    gone = weakref.ref(model)
+    result = measure.compare(*[measure.arm(m, torch.randn(8, 64)) for m in (model, torch.nn.ReLU())], seconds=0.1)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert result.baseline.label == "Linear"
+    with pytest.raises(measure.MeasurementError, match="measure again"):
+        result.candidate.call()
 
 
 def test_roofline_bounds():

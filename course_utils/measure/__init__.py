@@ -3,13 +3,12 @@
 measure.compare(lambda: slow(x), lambda: fast(x))   # a speed-up with its interval and a verdict
 measure.latency(call), measure.throughput(call, batch)
 measure.saved_bytes(model), measure.macs(model, x), measure.parameters(model), measure.peak_memory(call)
-measure.roofline(), measure.energy(call), measure.child("print(1)")
+measure.roofline(), measure.energy(call), measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
 """
 
+from course_utils.measure.children import Child, child, turns
 from course_utils.measure.resources import (
-    Child,
     Roofline,
-    child,
     energy,
     macs,
     parameters,
@@ -60,4 +59,5 @@ __all__ = [
     "roofline",
     "saved_bytes",
     "throughput",
+    "turns",
 ]

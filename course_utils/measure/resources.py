@@ -4,9 +4,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -80,65 +77,6 @@ def release() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
-
-
-@dataclass(frozen=True)
-class Child:
-    """What a child process gave: its last line as JSON, its peak memory, and what it wrote to the error stream."""
-
-    result: object
-    peak_bytes: int
-    stderr: str
-
-
-def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.0) -> Child:
-    """Run Python source in a process of its own and read the last line it prints as JSON.
-
-    For what cannot share a process: another ISA cap (`env={"ONEDNN_MAX_CPU_ISA": "AVX2"}`), another runtime, a peak
-    memory. Raises RuntimeError with the child's own traceback if it fails, TimeoutError after `timeout` seconds.
-    """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=err, env=os.environ | (env or {}))
-        try:
-            peak = _wait(process, timeout)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        out.seek(0), err.seek(0)
-        printed, errors = out.read().strip(), err.read()
-    if process.returncode != 0:
-        raise RuntimeError(f"the child process ended with {process.returncode}:\n{errors[-3000:]}")
-    last = printed.splitlines()[-1] if printed else ""
-    try:
-        return Child(json.loads(last), peak, errors)
-    except json.JSONDecodeError:
-        raise RuntimeError(f"the child's last line must be JSON; it printed {last[:200]!r}.") from None
-
-
-def _wait(process: subprocess.Popen, timeout: float) -> int:
-    """Wait for the process; return its peak resident memory in bytes, as last seen before it ended (read every 5 ms)."""
-    peak, end = 0, time.monotonic() + timeout
-    while process.poll() is None:
-        if time.monotonic() > end:
-            raise TimeoutError(f"the child process did not end within {timeout:.0f} s and was stopped.")
-        peak = max(peak, _resident_peak(process.pid))
-        time.sleep(0.005)
-    return peak
-
-
-def _resident_peak(pid: int) -> int:
-    """Linux keeps the high-water mark itself; elsewhere the present size has to do."""
-    import psutil
-
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        try:
-            return psutil.Process(pid).memory_info().rss
-        except psutil.Error:
-            return 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import random
 import time
 import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def compare(
     result = speedup(ratios, spread)
     medians = np.median(times, axis=0)
     return Comparison(
-        result.value, result.low, result.high, decide(result.low, result.high), a, b,
+        result.value, result.low, result.high, decide(result.low, result.high), _spent(a), _spent(b),
         float(medians[0]), float(medians[1]), len(ratios), threads, clock, tuple(ratios),
     )  # fmt: skip
 
@@ -281,6 +281,17 @@ def _as_arm(value: Callable[[], object] | Arm, name: str) -> Arm:
             f"{name} is a {type(value).__name__}, already computed; pass a function without arguments, or measure.arm(model, x)."
         )
     return Arm(value, name)
+
+
+def _spent(a: Arm) -> Arm:
+    """The arm without its callable: a result that is kept must not keep the model alive."""
+    return replace(a, call=_no_call)
+
+
+def _no_call() -> object:
+    raise MeasurementError(
+        "a Comparison keeps its arms' conditions, not what they called; measure again with new arms."
+    )
 
 
 def _threads(a: Arm, b: Arm, threads: int | None, clock: str) -> int:

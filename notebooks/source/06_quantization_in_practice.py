@@ -390,7 +390,7 @@ if have_onnx:
         )
         measure.release()  # give back what the graph tools needed
 
-    to_int8(folder / "big.onnx", folder / "big8.onnx", "x", torch.randn(4, 3, side, side).split(2))
+    to_int8(folder / "big.onnx", folder / "big8.onnx", "x", torch.randn(4, 3, side, side).split(1))
     for name in ("big.onnx", "big8.onnx"):
         graph = onnx.load(folder / name, load_external_data=False).graph
         print(name, dict(Counter(node.op_type for node in graph.node).most_common(5)))
@@ -616,18 +616,17 @@ else:
 # ## Explain: one instruction
 # What makes INT8 fast on a CPU is one instruction. To multiply four pairs of bytes and add the products to a 32-bit sum, AVX-512
 # took three: multiply and add pairs, widen, add. VNNI (`vpdpbusd`) does all of it in one (Intel 2018). You can see it on one
-# machine. oneDNN, the library under PyTorch, can be told to ignore instructions it has: a child process runs the same INT8
-# convolution under each cap.
+# machine. oneDNN, the library under PyTorch, can be told to ignore instructions it has. One child process for each cap; all
+# are alive at once and take their turns in random order, so that whatever slows the machine slows them all (chapter 1).
 
 # %%
 CONVOLUTION = """
-import json, time, torch
+import time, torch
 torch.set_num_threads(1)
-def best(call):
-    times = []
-    for _ in range(REPEAT):
-        start = time.thread_time(); call(); times.append(time.thread_time() - start)
-    return times
+def seconds(call):
+    start = time.thread_time()
+    for _ in range(4): call()
+    return (time.thread_time() - start) / 4
 x = torch.randint(0, 255, (4, 128, 28, 28), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 w = torch.randint(-127, 127, (128, 128, 3, 3), dtype=torch.int8)
 scales, zeros = torch.full((128,), 0.01), torch.zeros(128, dtype=torch.int64)
@@ -636,35 +635,32 @@ int8 = lambda: torch.ops.onednn.qconv2d_pointwise(x, 0.01, 0, packed, scales, ze
                                                   0.1, 0, torch.uint8, "none", [], "")
 xf, wf = torch.rand(4, 128, 28, 28).contiguous(memory_format=torch.channels_last), torch.rand(128, 128, 3, 3)
 fp32 = lambda: torch.nn.functional.conv2d(xf, wf, padding=1)
-best(int8), best(fp32)
-print(json.dumps({"int8": best(int8), "fp32": best(fp32)}))
+def sample():
+    return {"int8": seconds(int8), "fp32": seconds(fp32)}
 """
 
 # %% tags=["nbval-ignore-output"]
 caps = {"AVX2": "avx2", "AVX512_CORE": "avx512_f", "AVX512_CORE_VNNI": "avx512_vnni"}
-code = CONVOLUTION.replace("REPEAT", "12" if SMOKE else "48")
-capped = {}
-for cap, needs in caps.items():
-    if needs in machine.isa():
-        capped[cap] = measure.child(
-            code, env={"ONEDNN_MAX_CPU_ISA": cap, "OMP_NUM_THREADS": "1"}
-        ).result
-if capped:
-    gains = {cap: np.median(t["fp32"]) / np.median(t["int8"]) for cap, t in capped.items()}
+here = {cap: {"ONEDNN_MAX_CPU_ISA": cap, "OMP_NUM_THREADS": "1"}
+        for cap, needs in caps.items() if needs in machine.isa()}  # fmt: skip
+if here:
+    capped = measure.turns(CONVOLUTION, here, rounds=8 if SMOKE else 36)
+    ratios = {cap: [t["fp32"] / t["int8"] for t in times] for cap, times in capped.items()}
+    gains = {cap: measure.median_interval(ratio) for cap, ratio in ratios.items()}
     plots.bars(
-        {cap.replace("_CORE", "").replace("_", " with "): float(g) for cap, g in gains.items()},
+        {cap.replace("_CORE", "").replace("_", " with "): gain for cap, gain in gains.items()},
         ylabel="speed-up of INT8 over fp32 (x), one convolution, one thread",
         reference=(1.0, "as fast as fp32"),
-        title="INT8 over fp32: " + ", ".join(f"{g:.1f}x" for g in gains.values()),
-        alt="Speed-up of an INT8 convolution over fp32 under caps on the instruction set, rising with VNNI.",
+        title="INT8 over fp32: " + ", ".join(f"{g.value:.1f}x" for g in gains.values()),
+        alt="Speed-up of an INT8 convolution over fp32 under each cap this processor can be given, with intervals.",
     )
 else:
     print(machine.Skip("isa", "no x86 instruction set to cap: oneDNN's caps are for x86."))
 
 # %% tags=["nbval-ignore-output"]
-if {"AVX512_CORE", "AVX512_CORE_VNNI"} <= capped.keys():
-    pairs = np.array(capped["AVX512_CORE"]["int8"]) / np.array(capped["AVX512_CORE_VNNI"]["int8"])
-    factor = measure.median_interval(pairs)
+if {"AVX512_CORE", "AVX512_CORE_VNNI"} <= here.keys():
+    rounds = zip(capped["AVX512_CORE"], capped["AVX512_CORE_VNNI"], strict=True)
+    factor = measure.median_interval([without["int8"] / vnni["int8"] for without, vnni in rounds])
 else:
     factor = machine.Skip("isa", "this CPU has no AVX-512 with VNNI to switch off.")
 claims.verdict("06.vnni_factor", factor)
@@ -685,8 +681,9 @@ else:
 claims.verdict("06.vnni_like_a_gpu", against_gpu)
 
 # %% [markdown]
-# Without the dot-product instruction, 8 bits save bytes but hardly any arithmetic, and fp32 on the same core is nearly as fast.
-# This is the most frequent reason why somebody's INT8 shows no gain.
+# A bar for each instruction set that your processor has: if there is only one, yours is the world without VNNI. There, 8 bits
+# save bytes but hardly any arithmetic, and fp32 on the same core is nearly as fast. This is the most frequent reason why
+# somebody's INT8 shows no gain.
 #
 # ## Measure: a network that is hard to quantize
 # EfficientNet-Lite0 comes with weights trained on ImageNet (Tan and Le 2019; Google 2020). Its depthwise layers have channels
@@ -834,6 +831,7 @@ import warnings
 
 import torch._inductor.config as inductor
 
+inductor.compile_threads = 1  # no worker processes: each would hold a Python of its own in memory
 if have_ao and machine.can("compiler") and not SMOKE:
     start = time.perf_counter()
     with inductor.patch(freezing=True), torch.no_grad(), warnings.catch_warnings():
