@@ -40,7 +40,7 @@ def test_one_by_one_and_at_once_are_the_same_bits_in_any_order(ch02):
 
 
 def test_training_stops_at_the_target_and_counts_its_steps(ch02):
-    net = models.mini_resnet(4, seed=0)
+    net = models.mini_resnet(8, seed=0)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     batches = ch02.in_memory(models.normalise)
     assert ch02.train(net, batches, optimizer, 7)[0] == 7
@@ -103,7 +103,7 @@ def test_the_recipe_is_training_fit_bit_for_bit(ch02):
 
 
 def test_range_test_goes_through_all_rates(ch02):
-    rates, losses = ch02.range_test(models.mini_resnet(4, seed=0), ch02.in_memory(models.normalise), 1e-3, 1.0, 12)
+    rates, losses = ch02.range_test(models.mini_resnet(8, seed=0), ch02.in_memory(models.normalise), 1e-3, 1.0, 12)
     assert (rates[0], rates[-1]) == pytest.approx((1e-3, 1.0))
     assert len(losses) == 12
     assert np.isfinite(losses).all()

@@ -117,7 +117,7 @@ def test_mini_resnet_is_the_size_it_says_and_seeds_do_not_leak():
 def test_fit_learns_repeats_itself_and_refuses_no_data():
     images, labels = data.fashion_mnist("train")
     images, labels = images[:600], labels[:600]
-    nets = [models.mini_resnet(4, seed=1) for _ in range(2)]
+    nets = [models.mini_resnet(8, seed=1) for _ in range(2)]
     histories = [training.fit(net, images, labels, training.Recipe(epochs=3, seed=5), progress=False) for net in nets]
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-4)
     assert histories[0].loss[-1] < histories[0].loss[0] - 0.15

@@ -251,7 +251,7 @@ def plain(seed):
 
 
 def with_batchnorm(seed):
-    return models.mini_resnet(4, seed=seed)
+    return models.mini_resnet(8, seed=seed)
 
 
 inputs = {"0 … 255": lambda u: u.float(), "0 … 1": unit, "standardised": models.normalise}
