@@ -69,12 +69,8 @@ def test_batchnorm_takes_a_scale_out_and_a_plain_network_does_not(ch02, factor):
 def test_schedules_start_and_end_where_they_should(ch02):
     assert ch02.cosine(0) == 1
     assert ch02.cosine(40) == pytest.approx(0, abs=1e-12)
-    warm = [ch02.warm_cosine(step) for step in range(40)]
-    assert warm[0] == pytest.approx(0.1)
-    assert max(warm) == pytest.approx(1, abs=0.01)
-    assert int(np.argmax(warm)) == pytest.approx(10, abs=1)
-    assert all(b > a for a, b in zip(warm[:9], warm[1:10], strict=True))
-    assert all(b < a for a, b in zip(warm[10:], warm[11:], strict=False))
+    fallen = [ch02.cosine(step) for step in range(41)]
+    assert all(b < a for a, b in zip(fallen, fallen[1:], strict=False))
 
 
 def test_stepped_once_an_epoch_the_rate_stays_in_the_warm_up(ch02):

@@ -1,0 +1,390 @@
+"""course_utils.trt without a GPU: every TensorRT name it uses against the real bindings, every failure its own exception.
+
+The bindings (`tensorrt-cu13-bindings`) are read where they are installed; nothing of them is kept or passed on.
+"""
+
+import ast
+import ctypes
+import importlib
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import CHAPTERS, taught
+
+from course_utils import ROOT, trt
+
+SOURCE = (ROOT / "course_utils" / "trt.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> types.ModuleType:
+    """TensorRT's Python module, loaded by the function that chapter 12 teaches."""
+    tools = {"trt": trt, "importlib": importlib, "shutil": shutil, "re": re, "Path": Path, "subprocess": subprocess}
+    module = taught("12", **tools, ctypes=ctypes).tensorrt_names(tmp_path_factory.mktemp("names"))
+    if module is None:
+        pytest.skip("no tensorrt, and no tensorrt_bindings with a C compiler on this platform")
+    return module
+
+
+class Names(ast.NodeVisitor):
+    """Follows TensorRT's objects through a source: what is made of what, by the bindings' own signatures.
+
+    `wrong` collects names and keywords that the bindings do not have, `seen` all that were resolved.
+    """
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module, self.known, self.wrong, self.seen = module, {}, [], set()
+
+    def check(self, source: str) -> list[str]:
+        self.visit(ast.parse(source))
+        return sorted(set(self.wrong))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.known = {k: v for k, v in self.known.items() if k.startswith("self.")}
+        for argument in node.args.args:
+            if argument.arg == "trt":
+                self.known["trt"] = ("module", self.module)
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            many = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            for t, v in zip(target.elts, node.value.elts, strict=True) if many else [(target, node.value)]:
+                self.known.pop(ast.unparse(t), None)
+                if kind := self.infer(v):
+                    self.known[ast.unparse(t)] = kind
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.infer(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.infer(node)
+        self.generic_visit(node)
+
+    def infer(self, node: ast.AST) -> tuple | None:
+        """("module" | "class" | "instance" | "function", object) of an expression, None if it is not TensorRT's."""
+        text = ast.unparse(node)
+        if text in self.known:
+            return self.known[text]
+        if text in ("load()", "tensorrt") or (text == "trt" and "trt" not in self.known):
+            return ("module", self.module) if text != "trt" else None
+        if isinstance(node, ast.Attribute):
+            base = self.infer(node.value)
+            return self._member(base, node.attr, text) if base else None
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func) == "_made":  # course_utils.trt's own: makes one of its first argument
+                made = self.infer(node.args[0])
+                return ("instance", made[1]) if made else None
+            kind = self.infer(node.func)
+            return self._call(kind, node, text) if kind else None
+        return None
+
+    def _member(self, base: tuple, name: str, text: str) -> tuple | None:
+        if base[0] == "function":
+            return None
+        if not hasattr(base[1], name):
+            self.wrong.append(f"{text}: {getattr(base[1], '__name__', base[1])} has no {name}")
+            return None
+        self.seen.add(f"{getattr(base[1], '__name__', '')}.{name}")
+        value = getattr(base[1], name)
+        if isinstance(value, type):
+            return ("class", value)
+        return ("function", value) if callable(value) and not isinstance(value, property) else None
+
+    def _call(self, kind: tuple, node: ast.Call, text: str) -> tuple | None:
+        function = kind[1].__init__ if kind[0] == "class" else kind[1]
+        signatures = re.findall(r"(?<!\w)\w+\(self: [^\n]*\) -> [^\n]+", function.__doc__ or "")
+        if signatures:
+            fits = [s for s in signatures if self._fits(s, node)]
+            if not fits:
+                self.wrong.append(f"{text}: takes {signatures}")
+                return None
+            result = fits[0].rsplit("-> ", 1)[1].split(".")[-1].strip()
+            if kind[0] == "function" and isinstance(getattr(self.module, result, None), type):
+                return ("instance", getattr(self.module, result))
+        return ("instance", kind[1]) if kind[0] == "class" else None
+
+    @staticmethod
+    def _fits(signature: str, node: ast.Call) -> bool:
+        inside = signature[signature.index("(") + 1 : signature.rindex(") ->")]
+        parameters = re.findall(r"(?:^|, )(\w+): ", inside)[1:]
+        required = [p for p in parameters if not re.search(rf"\b{p}: [^,]*=", inside)]
+        given = parameters[: len(node.args)] + [k.arg for k in node.keywords]
+        return len(node.args) <= len(parameters) and set(required) <= set(given) <= set(parameters)
+
+
+def test_every_name_and_keyword_of_the_module_is_in_the_bindings(real):
+    names = Names(real)
+    assert names.check(SOURCE) == []
+    assert len(names.seen) >= 45, sorted(names.seen)  # it must not pass because it saw nothing
+    expected = {"Builder.build_serialized_network", "MemoryPoolType.WORKSPACE", "IExecutionContext.execute_async_v3"}
+    assert expected | {"OnnxParserRefitter.refit_from_file", "EngineInspector.get_engine_information"} <= names.seen
+
+
+def test_every_name_of_the_chapter_is_in_the_bindings(real):
+    source = next(c for c in CHAPTERS if c.number == "12").source.read_text(encoding="utf-8")
+    assert Names(real).check("\n".join(line for line in source.splitlines() if not line.startswith("# %%"))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("builder.build_engine(network, config)", "build_engine"),
+        ("builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))", "EXPLICIT_BATCH"),
+        ("config.set_flag(trt.BuilderFlag.FP16)", "FP16"),
+        ("config.max_workspace_size = 1", "max_workspace_size"),
+        ("context.execute_async_v2([], 0)", "execute_async_v2"),
+        ("builder.create_network(explicit=True)", "explicit"),
+        ("config.set_timing_cache(cache, ignore=True)", "ignore"),
+        ("trt.Builder()", "Builder"),
+        ("context.set_input_shape('x')", "set_input_shape"),
+    ],
+)
+def test_the_name_checker_can_fail(real, line, name):
+    good = """
+def f(trt, log):
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    config = builder.create_builder_config()
+    cache = config.create_timing_cache(b"")
+    engine = trt.Runtime(log).deserialize_cuda_engine(b"")
+    context = engine.create_execution_context()
+"""
+    if real.__version__.startswith("10") and name in ("EXPLICIT_BATCH", "FP16"):
+        pytest.skip("TensorRT 10 still has this name")
+    assert Names(real).check(good) == []
+    wrong = Names(real).check(f"{good}    {line}\n")
+    assert any(name in complaint for complaint in wrong), wrong
+
+
+def test_the_recipes_of_the_chapter_are_gone_and_their_successors_are_there(real):
+    source = next(c for c in CHAPTERS if c.number == "12").source.read_text(encoding="utf-8")
+    assigned = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assign)]
+    recipes = next(ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == "RECIPES")
+    assert len(recipes) >= 10
+
+    def there(chain: str) -> bool:
+        owner, _, name = chain.rpartition(".")
+        return hasattr(getattr(real, owner) if owner else real, name)
+
+    assert [new for _, new, _ in recipes.values() if not there(new)] == []
+    if not real.__version__.startswith("10"):
+        assert [old for old, _, _ in recipes.values() if there(old)] == []
+
+
+# What goes wrong, one exception each.
+
+
+@pytest.fixture
+def no_driver(real, monkeypatch):
+    """The real classes, and nothing behind them that could make a builder: as on a machine without a driver."""
+    if "libs" in str(getattr(real, "__file__", "")) or real.__name__ == "tensorrt":
+        pytest.skip("a real tensorrt is installed")
+    monkeypatch.setitem(sys.modules, "tensorrt", real)
+
+
+def test_without_tensorrt_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(trt.NoTensorRT, match="pip install tensorrt"):
+        trt.build(tmp_path / "x.onnx")
+
+
+def test_without_a_driver_builder_and_runtime_say_so(no_driver, tmp_path):
+    with pytest.raises(trt.NoDriver, match="nvidia-smi"):
+        trt.build(tmp_path / "x.onnx")
+    with pytest.raises(trt.NoDriver, match="nvidia-smi"):
+        trt.Engine(b"")
+
+
+class Fake:
+    """A module `tensorrt` whose classes answer what a test wants; they have the real ones' names and no other."""
+
+    def __init__(self, real: types.ModuleType) -> None:
+        made = {n: mock.Mock(spec_set=dir(getattr(real, n))) for n in ("Builder", "OnnxParser", "IBuilderConfig", "Runtime",
+                "ICudaEngine", "Refitter", "OnnxParserRefitter", "INetworkDefinition")}  # fmt: skip
+        self.module = types.ModuleType("tensorrt")
+        self.module.__dict__.update(real.__dict__)
+        self.log = None
+        for name in ("Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter"):
+            setattr(self.module, name, lambda *given, made=made[name]: self._keep(given, made))
+        self.builder, self.parser, self.config, self.runtime = list(made.values())[:4]
+        self.engine, self.refitter, self.refit_parser, self.network = list(made.values())[4:]
+        self.builder.create_network.return_value = self.network
+        self.builder.create_builder_config.return_value = self.config
+        self.config.add_optimization_profile.return_value = 0
+        self.config.set_timing_cache.return_value = True
+        self.config.get_timing_cache.return_value.serialize.return_value = b"times"
+        self.builder.build_serialized_network.return_value = b"plan"
+        self.network.num_inputs = 1
+        self.network.get_input.return_value = types.SimpleNamespace(name="image", shape=(-1, 1, 28, 28))
+        self.runtime.deserialize_cuda_engine.return_value = self.engine
+        self.engine.num_io_tensors, self.engine.num_optimization_profiles = 2, 2
+        self.engine.get_tensor_name.side_effect = lambda i: ["image", "logits"][i]
+        modes = {"image": real.TensorIOMode.INPUT, "logits": real.TensorIOMode.OUTPUT}
+        self.engine.get_tensor_mode.side_effect = modes.get
+        self.engine.get_tensor_shape.side_effect = lambda name: (-1, 1, 28, 28) if name == "image" else (-1, 10)
+        profiles = [[(n, 1, 28, 28) for n in sizes] for sizes in ((1, 4, 8), (8, 64, 256))]
+        self.engine.get_tensor_profile_shape.side_effect = lambda name, index: profiles[index]
+
+    def _keep(self, given: tuple, made: mock.Mock) -> mock.Mock:
+        self.log = given[-1]
+        return made
+
+    def says(self, *lines: str) -> object:
+        """A side effect that logs errors and gives None."""
+
+        def effect(*_: object) -> None:
+            for line in lines:
+                self.log.log(self.module.ILogger.ERROR, line)
+
+        return effect
+
+
+@pytest.fixture
+def fake(real, monkeypatch) -> Fake:
+    fake = Fake(real)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake.module)
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
+    return fake
+
+
+PROFILE = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}
+
+
+def test_build_gives_the_plan_and_writes_the_timing_cache(fake, tmp_path):
+    cache = tmp_path / "timing.cache"
+    assert trt.build("m.onnx", [PROFILE], workspace=2**30, timing_cache=cache, refit=True) == b"plan"
+    assert cache.read_bytes() == b"times"
+    trt.build("m.onnx", [PROFILE], timing_cache=cache)
+    fake.config.create_timing_cache.assert_called_with(b"times")
+    fake.config.set_flag.assert_called_once_with(fake.module.BuilderFlag.REFIT)
+    fake.config.set_memory_pool_limit.assert_called_once_with(fake.module.MemoryPoolType.WORKSPACE, 2**30)
+
+
+def test_a_timing_cache_of_another_gpu_is_replaced_by_an_empty_one(fake, tmp_path):
+    (tmp_path / "timing.cache").write_bytes(b"from elsewhere")
+    fake.config.set_timing_cache.return_value = False
+    assert trt.build("m.onnx", [PROFILE], timing_cache=tmp_path / "timing.cache") == b"plan"
+    assert [c.args for c in fake.config.create_timing_cache.call_args_list] == [(b"from elsewhere",), (b"",)]
+
+
+def test_parser_errors_become_one_message(fake):
+    fake.parser.parse_from_file.return_value = False
+    fake.parser.num_errors = 2
+    fake.parser.get_error.side_effect = lambda i: mock.Mock(desc=lambda: f"no importer for operator Op{i}")
+    with pytest.raises(trt.ParseError, match=r"m\.onnx.*Op0.*Op1"):
+        trt.build("some/folder/m.onnx", [PROFILE])
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        (["Skipping tactic 0 due to insufficient memory", "Could not find any implementation for node conv1."], trt.OutOfWorkspace),
+        (["Try increasing the workspace size"], trt.OutOfWorkspace),
+        (["Error Code 2: OutOfMemory (Requested size was 8 bytes.)"], trt.OutOfWorkspace),
+        (["Error Code 4: shapes do not match"], trt.BuildError),
+        ([], trt.BuildError),
+    ],
+)  # fmt: skip
+def test_a_builder_that_gives_up_says_why(fake, lines, kind):
+    fake.builder.build_serialized_network.side_effect = fake.says(*lines)
+    fake.builder.build_serialized_network.return_value = None
+    with pytest.raises(trt.TrtError) as caught:
+        trt.build("m.onnx", [PROFILE])
+    assert type(caught.value) is kind
+    assert (lines or ["said nothing"])[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "profiles",
+    [
+        [],
+        [{}],
+        [{"picture": PROFILE["image"]}],
+        [{"image": ((1, 1, 28, 28), (64, 1, 28, 28), (32, 1, 28, 28))}],
+        [{"image": ((1, 1, 28, 28), (64, 1, 32, 28), (256, 1, 28, 28))}],
+        [{"image": ((1, 28, 28),) * 3}],
+        [PROFILE, {"image": ((9, 1, 28, 28), (8, 1, 28, 28), (9, 1, 28, 28))}],
+    ],
+)
+def test_profiles_that_do_not_fit_are_refused_before_tensorrt_sees_them(fake, profiles):
+    with pytest.raises(trt.ProfileError):
+        trt.build("m.onnx", profiles)
+    fake.builder.build_serialized_network.assert_not_called()
+
+
+def test_a_foreign_plan_is_a_mismatch_with_tensorrts_own_words(fake):
+    fake.runtime.deserialize_cuda_engine.side_effect = fake.says(
+        "generated on an incompatible device, expecting compute 8.6 got 7.5"
+    )
+    fake.runtime.deserialize_cuda_engine.return_value = None
+    with pytest.raises(trt.EngineMismatch, match=r"expecting compute 8\.6 got 7\.5.*build it again"):
+        trt.Engine(b"old")
+
+
+def test_an_engine_knows_its_bounds_and_refuses_shapes_outside(fake):
+    engine = trt.Engine(b"plan")
+    assert (engine.inputs, engine.outputs) == (["image"], ["logits"])
+    assert [b["image"][2][0] for b in engine.bounds()] == [8, 256]
+    with pytest.raises(trt.OutsideProfile, match="257"):
+        engine.run({"image": torch.zeros(257, 1, 28, 28)})
+    with pytest.raises(KeyError, match="image"):
+        engine.run({"picture": torch.zeros(1, 1, 28, 28)})
+
+
+@pytest.mark.parametrize(("batch", "index"), [(1, 0), (7, 0), (8, 0), (9, 1), (256, 1)])
+def test_the_profile_tuned_nearest_is_taken(fake, batch, index):
+    assert trt.choose_profile(trt.Engine(b"plan").bounds(), {"image": (batch, 1, 28, 28)}) == index
+
+
+def test_refit_refuses_an_engine_with_baked_weights_and_names_what_is_missing(fake):
+    engine = trt.Engine(b"plan")
+    fake.engine.refittable = False
+    with pytest.raises(trt.RefitError, match="refit=True"):
+        engine.refit("new.onnx")
+    fake.engine.refittable = True
+    fake.refit_parser.refit_from_file.return_value = False
+    fake.refit_parser.num_errors = 0
+    with pytest.raises(trt.RefitError, match="does not fit"):
+        engine.refit("new.onnx")
+    fake.refit_parser.refit_from_file.return_value = True
+    fake.refitter.refit_cuda_engine.return_value = False
+    fake.refitter.get_missing_weights.return_value = ["conv1.weight"]
+    with pytest.raises(trt.RefitError, match=r"conv1\.weight"):
+        engine.refit("new.onnx")
+
+
+def test_layers_of_tensorrt_10_and_11_are_read(fake):
+    old = {"Name": "conv1 + relu1", "LayerType": "CaskConvolution", "TacticName": "sm80_i8",
+           "Inputs": [{"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
+           "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}],
+           "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]"}  # fmt: skip
+    new = {
+        "Name": "__myl_Conv",
+        "LayerType": "kgen",
+        "Inputs": [{"Format/Datatype": "Half"}],
+        "Outputs": [{"DataType": "Float"}],
+    }
+    first, second = trt.layers(json.dumps({"Layers": [old, new]}))
+    assert (first.reads, first.writes, first.nodes) == (("int8",), ("fp16",), ("conv1", "relu1"))
+    assert (second.reads, second.writes, second.nodes) == (("fp16",), ("fp32",), ())
+    with pytest.raises(trt.TrtError, match="DETAILED"):
+        trt.layers(json.dumps({"Layers": ["conv1"]}))
+
+
+def test_the_module_is_short_and_light():
+    assert len(inspect.getsource(trt).splitlines()) < 300
+    code = "import sys; from course_utils import trt; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "False", out.stderr
