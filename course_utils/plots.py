@@ -60,9 +60,13 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def plain_log(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2 × 10⁰."""
+    """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2 × 10⁰; at the powers
+    alone where the data span so many that the labels would touch.
+    """
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_data_interval()
+    crowded = axis.axis_name == "x" and low > 0 and high / low > 2000
+    axis.set_major_locator(LogLocator(subs=(1,) if crowded else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
