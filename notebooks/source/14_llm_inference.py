@@ -925,7 +925,7 @@ def speculate(w, past, cache, count, draft, most=8):
 
 
 # %% tags=["nbval-ignore-output"]
-COUNT, TEXTS = (6, 8) if SMOKE else (10, 8)
+COUNT, TEXTS = (6, 8) if SMOKE else (7, 8)
 
 
 def race(prompts):
