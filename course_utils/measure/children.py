@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_utils.measure.resources import release
+
 
 @dataclass(frozen=True)
 class Child:
@@ -85,6 +87,7 @@ def turns(
     outlives the call.
     """
     results: dict[str, list[object]] = {name: [] for name in arms}
+    release()  # the children are about to need what this process holds free
     with contextlib.ExitStack() as stack:
         children = {name: stack.enter_context(_Turn(name, code, env)) for name, env in arms.items()}
         late = threading.Event()
