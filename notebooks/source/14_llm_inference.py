@@ -242,9 +242,8 @@ prefill[n] = measure.Interval(*[gain.baseline_seconds] * 3)  # measured already
 exercises.reveal("14.cache", gain.ratio, "times")
 gain
 
+
 # %% tags=["nbval-ignore-output"]
-
-
 def ms(i):
     return measure.Interval(1e3 * i.value, 1e3 * i.low, 1e3 * i.high)
 
