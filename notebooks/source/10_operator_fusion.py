@@ -489,7 +489,7 @@ ways = {
 }
 peaks = {name: [] for name in ways}
 for length in lengths:
-    q, k, v = torch.randn(3, 2, length, 64).unbind(0)
+    q, k, v = torch.randn(3, 1, length, 64).unbind(0)
     for name, attention in ways.items():
         with torch.no_grad():
             peaks[name].append(measure.peak_memory(lambda a=attention: a(q, k, v)) / MIB)
