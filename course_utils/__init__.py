@@ -28,3 +28,23 @@ def scratch(name: str) -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix=f"course-{name}-"))
+
+
+def _explain_missing_names() -> None:
+    """In a notebook, say after a NameError what it mostly means: a cell further up has not been run."""
+    import sys
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        return
+
+    def explain(result: object) -> None:
+        error = result.error_in_exec
+        if isinstance(error, NameError) and getattr(error, "name", None):
+            print(f"{error.name!r} is not there yet. If a cell further up makes it, run the cells in order: menu Run, "
+                  "Run All Above Selected Cell; then this one again.")  # fmt: skip
+
+    shell.events.register("post_run_cell", explain)
+
+
+_explain_missing_names()

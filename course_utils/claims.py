@@ -20,6 +20,13 @@ from course_utils.measure.stats import Interval
 FOLDER = ROOT / "notebooks" / "claims"
 HOLDS, FAILS, OPEN, UNTESTED = "holds here", "does not hold here", "inconclusive", "not testable here"
 _COLOURS = {HOLDS: "#1b7837", FAILS: "#b2182b", OPEN: "#8a6d00", UNTESTED: "#666666"}
+LOOK = {
+    HOLDS: ("#bfe3c5", "holds"),
+    FAILS: ("#f4b6ae", "fails"),
+    OPEN: ("#f5e6a8", "open"),
+    UNTESTED: ("#e0e0e0", "n/a"),
+}
+"""Fill and short word of each verdict: a picture must be read in grey, too."""
 
 
 class ClaimError(ValueError):
@@ -131,7 +138,7 @@ def find(claim_id: str) -> Claim:
 def registry(folder: Path = FOLDER) -> dict[str, Claim]:
     """All claims by id. Raises ClaimError for an entry that lacks a field or has one too many."""
     claims = {}
-    for path in sorted(folder.glob("*.toml")):
+    for path in sorted(folder.glob("[0-9][0-9].toml")):
         for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
             claim_id = f"{path.stem}.{name}"
             try:
@@ -161,6 +168,52 @@ def ledger() -> list[dict]:
         return []
     events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return list({e["claim"]: e for e in events if e["event"] == "verdict"}.values())
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """Which technique when, with what a ledger says about the claims made for it; shows itself as a table."""
+
+    rows: tuple[dict, ...]  # name, chapters, try_when, leave_when, and verdicts: (claim, statement, verdict or None)
+
+    def __repr__(self) -> str:
+        lines = []
+        for row in self.rows:
+            said = [f"{LOOK[v][1] if v else 'not run'}: {statement}" for _, statement, v in row["verdicts"]]
+            lines.append("\n    ".join([f"{row['name']} ({', '.join(row['chapters'])})", *said]))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        e, body = html.escape, ""
+        for row in self.rows:
+            said = "<br>".join(
+                f"<span title='{e(claim)}' style='background:{LOOK[v][0] if v else 'none'}'>"
+                f"{LOOK[v][1] if v else 'not run'}</span> {e(statement)}"
+                for claim, statement, v in row["verdicts"]
+            )
+            cells = (
+                f"<b>{e(row['name'])}</b> ({', '.join(row['chapters'])})",
+                e(row["try_when"]),
+                e(row["leave_when"]),
+                said,
+            )
+            body += (
+                "<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{c}</td>" for c in cells) + "</tr>"
+            )
+        head = "".join(f"<th style='text-align:left'>{h}</th>" for h in ("technique (chapter)", "try it when", "leave it when",
+                                                                         "what is promised of it, and what this machine said"))  # fmt: skip
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def techniques(rows: list[dict]) -> Techniques:
+    """Which technique when, from a ledger's rows (`ledger()`, or a ledger.json). Raises ClaimError for an unknown claim."""
+    said = {row["claim"]: row["verdict"] for row in rows}
+    entries = tomllib.loads((FOLDER / "techniques.toml").read_text(encoding="utf-8"))
+    return Techniques(tuple(
+        {"name": name, **{k: entry[k] for k in ("chapters", "try_when", "leave_when")},
+         "verdicts": tuple((i, find(i).statement, said.get(i)) for i in entry["claims"])}
+        for name, entry in entries.items()
+    ))  # fmt: skip
 
 
 def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:

@@ -226,6 +226,8 @@ def same(a: object, b: object) -> bool:
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.nn.Module):
         return same(dict(a.state_dict()), dict(b.state_dict()))
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or (np.isnan(a) and np.isnan(b))
     return type(a).__eq__ is object.__eq__ or bool(a == b)
 
 

@@ -122,6 +122,24 @@ def usable_cores() -> int:
     return cores
 
 
+def held_bytes(pid: int) -> int:
+    """Memory of a process in bytes: its proportional set size (shared pages divided among those who share them) where
+    Linux tells it in one look, its resident size elsewhere; 0 for a process that is gone.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        pass
+    import psutil
+
+    try:
+        info = psutil.Process(pid).memory_full_info()
+        return getattr(info, "pss", 0) or info.rss
+    except psutil.Error:
+        return 0
+
+
 def version(package: str) -> str | None:
     """The installed version of a package, or None; nothing is imported."""
     try:

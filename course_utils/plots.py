@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from course_utils.measure.stats import Interval
@@ -149,6 +150,37 @@ def seeds(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, alt
     ax.set_xticks(range(len(groups)), list(groups))
     ax.margins(x=0.15)
     show(figure, alt)
+
+
+def verdicts(rows: Sequence[Mapping]) -> Figure:
+    """One row a chapter, one square a claim, from a ledger's rows (claims.ledger() or a ledger.json); show it with `show`."""
+    from course_utils import claims
+
+    by_chapter: dict[str, list[str]] = {i.split(".")[0]: [] for i in claims.registry()}
+    for row in sorted(rows, key=lambda row: row["claim"]):
+        by_chapter.setdefault(row["claim"].split(".")[0], []).append(row["verdict"])
+    total = [v for found in by_chapter.values() for v in found]
+    words = {claims.HOLDS: "hold", claims.FAILS: "do not", claims.OPEN: "inconclusive", claims.UNTESTED: "not testable"}
+    said = ", ".join(f"{total.count(v)} {word}" for v, word in words.items() if v in total)
+    figure, ax = axes(
+        "",
+        "chapter",
+        title=f"{len(total)} claims on this machine: {said or 'none yet'}",
+        height=0.24 * len(by_chapter) + 1.1,
+    )
+    letter = {claims.HOLDS: "✓", claims.FAILS: "✗", claims.OPEN: "?", claims.UNTESTED: "–"}
+    for y, found in enumerate(by_chapter.values()):
+        for x, verdict in enumerate(found):
+            ax.add_patch(Rectangle((x, y), 0.9, 0.85, color=claims.LOOK[verdict][0], label=claims.LOOK[verdict][1]))
+            ax.text(x + 0.45, y + 0.45, letter[verdict], ha="center", va="center", fontsize=8)
+    ax.set(xlim=(0, max(14, *map(len, by_chapter.values()))), ylim=(len(by_chapter), 0))
+    ax.set_yticks([y + 0.45 for y in range(len(by_chapter))], list(by_chapter), fontsize=8)
+    ax.set_xticks([])
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    key = [Rectangle((0, 0), 1, 1, color=fill) for fill, _ in claims.LOOK.values()]
+    figure.legend(key, [f"{letter[v]} {v}" for v in claims.LOOK], loc="outside lower center", ncols=4, fontsize=8)
+    return figure
 
 
 def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

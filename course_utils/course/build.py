@@ -17,6 +17,7 @@ import nbformat
 from nbformat.notebooknode import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from course_utils import ROOT, machine
 from course_utils.course.chapters import Chapter, repository
 
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -170,6 +171,7 @@ def execute(built: NotebookNode, profile: str) -> NotebookNode:
     with tempfile.TemporaryDirectory(prefix="course-build-") as folder:
         before, after = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
         nbformat.write(built, before)
+        (Path(folder) / "ledger.jsonl").write_text(_earlier(built.metadata["course"]["chapter"]), encoding="utf-8")
         with environment(folder, profile):
             papermill.execute_notebook(
                 before, after, cwd=folder, kernel_name=KERNEL["name"], progress_bar=False, **QUIET
@@ -179,6 +181,18 @@ def execute(built: NotebookNode, profile: str) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = _clean(done.outputs), done.execution_count
     return built
+
+
+def _earlier(chapter: str) -> str:
+    """The verdicts of earlier chapters from the last `course run` on this machine, as a reader's ledger would hold them."""
+    path = ROOT / "build" / "run" / "ledger.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    own = machine.card()
+    return "".join(
+        json.dumps({"event": "verdict", **row}) + "\n"
+        for row in rows
+        if row["chapter"] < chapter[:2] and (row["machine"]["cpu"], tuple(row["machine"]["isa"])) == (own.cpu, own.isa)
+    )
 
 
 @contextlib.contextmanager

@@ -6,15 +6,11 @@ import io
 import json
 from pathlib import Path
 
+from course_utils import claims as registry
+from course_utils.claims import LOOK
 from course_utils.course.chapters import UsageError
 
 FIELDS = {"claim", "chapter", "statement", "value", "low", "high", "unit", "verdict", "reason", "machine"}
-LOOK = {  # a letter as well as a colour: the picture must be read in grey, too
-    "holds here": ("#bfe3c5", "holds"),
-    "does not hold here": ("#f4b6ae", "fails"),
-    "inconclusive": ("#f5e6a8", "open"),
-    "not testable here": ("#e0e0e0", "n/a"),
-}
 
 
 def read(path: Path) -> list[dict]:
@@ -38,22 +34,34 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def report(paths: list[Path], folder: Path) -> tuple[Path, Path]:
-    """Write report.html (self-contained) and report.png into `folder`, each whole or not at all."""
+def report(paths: list[Path], folder: Path) -> list[Path]:
+    """Write report.html (self-contained) and report.png into `folder`, and for a single ledger techniques.html, which
+    technique when; each whole or not at all. One ledger is drawn by chapter, several as claims × machines.
+    """
     ledgers = [read(path) for path in paths]
     names = [machine_name(rows[0]["machine"]) for rows in ledgers]
     names = [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
     claims = list({row["claim"]: row for rows in ledgers for row in rows}.values())
     claims.sort(key=lambda row: row["claim"])
     by_machine = [{row["claim"]: row for row in rows} for rows in ledgers]
-    picture = draw(claims, names, by_machine)
-    page = render(claims, names, by_machine, picture)
-    targets = folder / "report.html", folder / "report.png"
-    for target, content in zip(targets, (page.encode(), picture), strict=True):
-        part = target.with_suffix(target.suffix + ".part")
+    picture = draw(claims, names, by_machine) if len(ledgers) > 1 else overview(ledgers[0])
+    files = {"report.html": render(claims, names, by_machine, picture).encode(), "report.png": picture}
+    if len(ledgers) == 1:
+        table = registry.techniques(ledgers[0])._repr_html_()
+        files["techniques.html"] = page("Which technique when", f"<p>{html.escape(names[0])}.</p>{table}").encode()
+    for name, content in files.items():
+        part = folder / f"{name}.part"
         part.write_bytes(content)
-        part.replace(target)
-    return targets
+        part.replace(folder / name)
+    return [folder / name for name in files]
+
+
+def overview(rows: list[dict]) -> bytes:
+    from course_utils import plots
+
+    buffer = io.BytesIO()
+    plots.verdicts(rows).savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def machine_name(card: dict) -> str:
@@ -98,13 +106,23 @@ def render(claims: list[dict], names: list[str], by_machine: list[dict], picture
         body += f"<tr><td>{e(claim['claim'])}</td><td>{e(claim['statement'])}</td>{answers}</tr>"
     counts = "; ".join(f"{e(n)}: {_count(rows)}" for n, rows in zip(names, by_machine, strict=True))
     image = base64.b64encode(picture).decode()
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Claims, measured here</title>
+    alt = "One row a claim, one column a machine; the table below says the same."
+    if len(names) == 1:
+        alt = "One row a chapter, one square a claim; the table below says the same."
+    return page(
+        "Claims, measured here",
+        f'<p>{counts}.</p><img alt="{alt}" src="data:image/png;base64,{image}">'
+        f"<table><tr><th>claim</th><th>statement</th>{head}</tr>{body}</table>",
+    )
+
+
+def page(title: str, body: str) -> str:
+    """A page that needs nothing from elsewhere."""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse}}td,th{{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}}
 img{{max-width:100%}}small{{color:#555}}</style>
-<h1>Claims, measured here</h1><p>{counts}.</p>
-<img alt="One row a claim, one column a machine; the table below says the same." src="data:image/png;base64,{image}">
-<table><tr><th>claim</th><th>statement</th>{head}</tr>{body}</table></html>
+<h1>{title}</h1>{body}</html>
 """
 
 

@@ -6,8 +6,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from nbformat.notebooknode import NotebookNode
 
 from course_utils import machine
 from course_utils.course import build
@@ -32,27 +35,36 @@ def run(chapters: list[Chapter], profile: str, edition: str, folder: Path) -> li
     """Run each chapter by papermill into `folder`, going on after a failing one. Ctrl-C stops every process started."""
     from tqdm import tqdm
 
-    outcomes = []
+    outcomes: list[Outcome] = []
     with tqdm(chapters, unit="chapter", dynamic_ncols=True) as bar:
         for chapter in bar:
             bar.set_description(chapter.name)
-            outcomes.append(run_one(chapter, profile, edition, folder))
+            earlier = [e for o in outcomes for e in o.events if e["event"] == "verdict"]
+            outcomes.append(run_one(chapter, profile, edition, folder, earlier))
     return outcomes
 
 
-def run_one(chapter: Chapter, profile: str, edition: str, folder: Path) -> Outcome:
+def run_one(chapter: Chapter, profile: str, edition: str, folder: Path, earlier: Sequence[dict] = ()) -> Outcome:
+    """Run one chapter; it finds the `earlier` chapters' verdicts in its ledger, as a reader's last chapter would."""
+    return execute(build.notebook(chapter, edition), chapter.name, profile, folder, earlier)
+
+
+def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: Sequence[dict] = ()) -> Outcome:
+    """Run a notebook that is not executed yet in an empty working folder; its copy with outputs goes to `folder`."""
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    outcome, start = Outcome(chapter.name), time.perf_counter()
+    outcome, start = Outcome(name), time.perf_counter()
     with (
         tempfile.TemporaryDirectory(prefix="course-run-") as scratch,
         build.environment(scratch, profile),
         Watch() as watch,
     ):
         before, after = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
-        nbformat.write(build.notebook(chapter, edition), before)
+        nbformat.write(book, before)
+        events = Path(scratch) / "ledger.jsonl"
+        events.write_text("".join(json.dumps(e) + "\n" for e in earlier), encoding="utf-8")
         try:
             papermill.execute_notebook(
                 before,
@@ -68,12 +80,11 @@ def run_one(chapter: Chapter, profile: str, edition: str, folder: Path) -> Outco
         except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
             outcome.error = f"{type(error).__name__}: {error}"
         if after.is_file():
-            part = folder / f".{chapter.name}.part"
+            part = folder / f".{name}.part"
             part.write_bytes(after.read_bytes())
-            part.replace(folder / f"{chapter.name}.ipynb")
-        events = Path(scratch) / "ledger.jsonl"
-        if events.is_file():
-            outcome.events = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+            part.replace(folder / f"{name}.ipynb")
+        lines = events.read_text(encoding="utf-8").splitlines()
+        outcome.events = [json.loads(line) for line in lines[len(earlier) :]]
     outcome.seconds, outcome.peak_bytes = time.perf_counter() - start, watch.peak
     return outcome
 
@@ -132,14 +143,10 @@ class Watch:
         return [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
 
     def _sample(self) -> None:
-        import psutil
-
         while not self._stop.wait(self.every):
             total = 0
             for process in self._started():
-                with contextlib.suppress(psutil.Error):
-                    info = process.memory_full_info()
-                    total += getattr(info, "pss", 0) or info.rss
+                total += machine.held_bytes(process.pid)
             self.peak = max(self.peak, total)
 
 

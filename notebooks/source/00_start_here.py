@@ -222,15 +222,38 @@ def speedup(old_seconds, new_seconds):
 # case that fails. Hints and a solution are folded below each exercise.
 #
 # ## The map
-# ```mermaid
-# flowchart LR
-#   A[analyse<br/>01] --> O[optimise] --> V[verify<br/>01] --> D[deploy<br/>15]
-#   V -. not yet .-> A
-#   O --> C[compress the model] & T[train it cheaper] & R[run it better]
-#   C --> C1[03 pruning] & C2[04 distillation] & C3[05, 06 quantization]
-#   T --> T1[02 recipe] & T2[07 mixed precision] & T3[08 memory] & T4[09 many machines]
-#   R --> R1[10 fusion] & R2[11 runtimes] & R3[12 TensorRT] & R4[13 batching] & R5[14 language models]
-# ```
+
+# %%
+STEPS = ["analyse\n01", "optimise\n02 to 14", "verify\n01", "deploy\n13, 15"]
+BRANCHES = {
+    "a smaller model": "03 pruning\n04 distillation\n05, 06 quantization",
+    "cheaper training": "02 recipe · 07 mixed precision\n08 memory\n09 several workers",
+    "running it better": "10 fusion · 11 runtimes\n12 TensorRT · 13 batching\n14 language models",
+}
+figure, ax = plots.axes(
+    "", "", title=f"{len(STEPS)} steps, {len(BRANCHES)} branches, 16 chapters", height=3.2
+)
+box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": plots.COLOURS[0]}
+arrow = {"arrowstyle": "->", "color": "0.3", "shrinkA": 34, "shrinkB": 34}
+for x, step in enumerate(STEPS):
+    ax.text(x, 1.0, step, ha="center", va="center", bbox=box)
+    if x:
+        ax.annotate("", (x, 1.0), (x - 1, 1.0), arrowprops=arrow)
+back = arrow | {"connectionstyle": "arc3,rad=0.45", "shrinkA": 18, "shrinkB": 18}
+ax.annotate("", (0, 1.0), (2, 1.0), arrowprops=back | {"linestyle": "--"})
+ax.text(1, 1.62, "not yet", ha="center", va="center", fontsize=9, color="0.3")
+for x, (branch, chapters) in zip((0.1, 1.5, 2.9), BRANCHES.items(), strict=True):
+    ax.text(x, -0.15, branch, ha="center", va="center", weight="bold", fontsize=9)
+    ax.text(x, -0.65, chapters, ha="center", va="center", fontsize=8)
+    ax.plot([1, x], [0.68, 0.05], color="0.7", linewidth=1)
+ax.set(xlim=(-0.6, 3.6), ylim=(-1.1, 1.8))
+ax.axis("off")
+plots.show(
+    figure,
+    "A chain of four boxes, analyse, optimise, verify, deploy, with a dashed way back from verify; three branches below optimise.",
+)
+
+# %% [markdown]
 # Analyse, optimise, verify, deploy; and back whenever the verdict says *not yet*. Optimising has three branches: make the model
 # smaller, train it at less cost, run what you have in a better way.
 #
@@ -252,8 +275,7 @@ def speedup(old_seconds, new_seconds):
 # | 14 LLM inference | explain and cut the cost of each generated token | 90 |
 # | 15 Capstone | bring a model under a latency, size and accuracy target | 120 |
 #
-# After 01 you may go in any order that the *before this* line of a chapter allows. A chapter that is not in your folder is
-# still being written.
+# After 01 you may go in any order that the *before this* line of a chapter allows.
 #
 # ## How long a chapter takes, and what it needs
 # Three *profiles* run the same code in three sizes. `smoke` takes seconds and only shows that everything works. `fast` is the

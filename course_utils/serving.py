@@ -1,0 +1,523 @@
+"""A server in a process group of its own, and a load generator in a process of its own, over real HTTP on 127.0.0.1.
+
+with serving.server(Path("app.py"), token="secret") as server:          # app.py reads PORT and COURSE_TOKEN
+    answers = serving.open_loop(server.url + "/embed", bodies, rate=200, seconds=5, token="secret")
+    answers.p(99), answers.throughput, answers.failed, server.peak_mb()
+
+The client is `python -m course_utils.serving`: it imports no torch, sends over keep-alive connections and counts latency
+from the moment a request was due, not from when the client got round to sending it.
+"""
+
+from __future__ import annotations  # the client must start fast, so numpy is imported where it is used
+
+import asyncio
+import collections
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from course_utils import ROOT, machine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_BUSY = ("address already in use", "address in use", "addrinuse", "errno 98", "errno 48", "winerror 10048")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of every request, in the order in which they were due. Times are seconds since the load began."""
+
+    intended: np.ndarray
+    sent: np.ndarray
+    finished: np.ndarray
+    status: np.ndarray  # the HTTP status; 0 where no answer came
+    which: np.ndarray  # the index into `bodies` that was sent
+    seconds: float  # how long the load lasted
+    bodies: tuple[bytes, ...] = ()  # the answers' texts, with keep=True
+
+    def latency(self) -> np.ndarray:
+        """Seconds from the intended arrival to the answer, of the requests answered with 200."""
+        good = self.status == 200
+        return (self.finished - self.intended)[good]
+
+    def p(self, q: float) -> float:
+        """The q-th percentile of the latency in milliseconds; NaN if nothing was answered. `failed` are not in it."""
+        import numpy as np
+
+        latency = self.latency()
+        return float(1e3 * np.percentile(latency, q)) if len(latency) else float("nan")
+
+    @property
+    def throughput(self) -> float:
+        """Answers with status 200 a second, of those that came while the load lasted."""
+        return float(((self.status == 200) & (self.finished <= self.seconds)).sum() / self.seconds)
+
+    @property
+    def failed(self) -> int:
+        """Requests without an answer of status 200."""
+        return int((self.status != 200).sum())
+
+    def between(self, start: float, end: float) -> Answers:
+        """The requests due from `start` to before `end`, on a clock that begins at `start`."""
+        import numpy as np
+
+        keep = np.flatnonzero((self.intended >= start) & (self.intended < end))
+        times = [t[keep] - start for t in (self.intended, self.sent, self.finished)]
+        texts = tuple(self.bodies[i] for i in keep) if self.bodies else ()
+        return Answers(*times, self.status[keep], self.which[keep], min(end, self.seconds) - start, texts)
+
+
+def open_loop(url: str, bodies: Sequence[bytes], rate: float, seconds: float, *, connections: int = 64,
+              token: str | None = None, seed: int = 0, timeout_s: float = 30.0, keep: bool = False) -> Answers:  # fmt: skip
+    """Poisson arrivals, `rate` a second for `seconds`, whatever the server does; each sends one of `bodies` by POST.
+
+    If all `connections` are busy a request waits in the client, and that wait counts. A request that is not answered
+    `timeout_s` after it was due is given up, with status 0. Raises RuntimeError if the server cannot be reached.
+    """
+    import numpy as np
+
+    if not rate > 0:
+        raise ValueError(f"rate is {rate}; it must be above 0 requests a second.")
+    rng = np.random.default_rng(seed)
+    due = np.cumsum(rng.exponential(1 / rate, max(16, int(2 * rate * seconds + 50))))
+    due = due[due < seconds]
+    return _client(url, bodies, seconds, connections, token, seed, timeout_s, keep, due)
+
+
+def closed_loop(url: str, bodies: Sequence[bytes], seconds: float, *, connections: int, token: str | None = None,
+                seed: int = 0, timeout_s: float = 30.0, keep: bool = False) -> Answers:  # fmt: skip
+    """Each of `connections` sends its next request when its last is answered: the server sets the pace.
+
+    Good for a capacity, wrong for a latency under load: a slow server is asked less often.
+    """
+    return _client(url, bodies, seconds, connections, token, seed, timeout_s, keep, None)
+
+
+def _client(url: str, bodies: Sequence[bytes], seconds: float, connections: int, token: str | None, seed: int,
+            timeout_s: float, keep: bool, due: np.ndarray | None) -> Answers:  # fmt: skip
+    """Run the load in a process of its own and read what it saw."""
+    import numpy as np
+
+    if not bodies or connections < 1 or not seconds > 0:
+        raise ValueError(
+            f"at least one body and one connection and more than 0 s are needed; got {len(bodies)} bodies, "
+            f"{connections} connections, {seconds} s."
+        )
+    head = {"url": url, "seconds": seconds, "connections": connections, "token": token, "seed": seed, "timeout": timeout_s,
+            "keep": keep, "sizes": [len(b) for b in bodies], "due": None if due is None else len(due)}  # fmt: skip
+    which = np.random.default_rng([seed, 1]).integers(0, len(bodies), 4096 if due is None else len(due))
+    head |= {"which": len(which)}
+    numbers = which.astype("d").tobytes() + (b"" if due is None else due.tobytes())
+    request = json.dumps(head).encode() + b"\n" + b"".join(bodies) + numbers
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "course_utils.serving"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        out, errors = process.communicate(request, timeout=seconds + timeout_s + 60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the load generator ended with {process.returncode}:\n{errors.decode()[-2000:]}")
+    first, _, rest = out.partition(b"\n")
+    n, sizes = json.loads(first)["count"], json.loads(first)["sizes"]
+    numbers = np.frombuffer(rest[: 40 * n]).reshape(5, n)
+    ends = np.cumsum([0, *sizes]) + 40 * n
+    texts = tuple(rest[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    status, which = numbers[3].astype(int), numbers[4].astype(int)
+    return Answers(numbers[0], numbers[1], numbers[2], status, which, float(seconds), texts)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection that carries one request at a time."""
+
+    def __init__(self, load: _Load) -> None:
+        self.load, self.transport, self.request = load, None, None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        import httptools
+
+        self.transport, self.parser = transport, httptools.HttpResponseParser(self)
+        with contextlib.suppress(OSError, AttributeError):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, request: int, data: bytes) -> None:
+        self.request, self.parts = request, []
+        self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except Exception:  # not HTTP: the request it answers has failed, the connection is no good
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        if self.load.keep:
+            self.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        self._done(self.parser.get_status_code(), stays=self.parser.should_keep_alive())
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.transport = None
+        self._done(0, stays=False)
+
+    def give_up(self) -> None:
+        if self.transport:
+            self.transport.abort()
+
+    def _done(self, status: int, *, stays: bool) -> None:
+        request, self.request = self.request, None
+        if not stays and self.transport:
+            self.transport.close()
+            self.transport = None
+        self.load.ended(self, request, status, b"".join(getattr(self, "parts", ())))
+
+
+class _Load:
+    """The requests of one run and the connections that carry them."""
+
+    def __init__(self, head: dict, bodies: list[bytes], which: Sequence[float], due: Sequence[float] | None) -> None:
+        target = urlsplit(head["url"])
+        self.host, self.port = target.hostname, target.port or 80
+        token = f"Authorization: Bearer {head['token']}\r\n" if head["token"] else ""
+        path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+        self.data = [
+            f"POST {path} HTTP/1.1\r\nHost: {target.netloc}\r\n{token}Content-Type: application/json\r\n"
+            f"Content-Length: {len(b)}\r\n\r\n".encode()
+            + b
+            for b in bodies
+        ]
+        self.choice = [int(w) for w in which]
+        self.seconds, self.connections, self.timeout, self.keep = (
+            head[k] for k in ("seconds", "connections", "timeout", "keep")
+        )
+        self.due = due
+        self.rows: list[list] = []  # [intended, sent, finished, status, which, text] of each request
+        self.waiting: collections.deque[int] = collections.deque()
+        self.idle: list[_Connection] = []
+        self.busy: set[_Connection] = set()
+        self.opening = 0
+        self.over = False
+
+    def now(self) -> float:
+        return time.perf_counter() - self.start
+
+    async def run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.finished = asyncio.Event()
+        opened = [
+            await self.loop.create_connection(lambda: _Connection(self), self.host, self.port)
+            for _ in range(self.connections)
+        ]
+        self.idle = [protocol for _, protocol in opened]
+        self.start = time.perf_counter()
+        sweeper = self.loop.create_task(self._sweep())
+        if self.due is None:
+            for _ in range(self.connections):
+                self._next()
+        else:
+            for due, which in zip(self.due, self.choice, strict=True):
+                while (wait := due - self.now()) > 0:  # uvloop's timers may end up to half a millisecond early
+                    await asyncio.sleep(wait)
+                self.rows.append([due, math.nan, math.nan, -1, which, b""])
+                self.waiting.append(len(self.rows) - 1)
+                self._assign()
+        await asyncio.sleep(max(0.0, self.seconds - self.now()))
+        self.over = True
+        self._check_end()
+        await self.finished.wait()
+        sweeper.cancel()
+        for connection in [*self.idle, *self.busy]:
+            connection.give_up()
+
+    def _next(self) -> None:
+        """Closed loop: one more request, due now."""
+        self.rows.append([self.now(), math.nan, math.nan, -1, self.choice[len(self.rows) % len(self.choice)], b""])
+        self.waiting.append(len(self.rows) - 1)
+        self._assign()
+
+    def _assign(self) -> None:
+        while self.waiting and self.idle:
+            connection = self.idle.pop()
+            if connection.transport is None or connection.transport.is_closing():
+                self._reopen()
+                continue
+            request = self.waiting.popleft()
+            self.busy.add(connection)
+            self.rows[request][1] = self.now()
+            connection.send(request, self.data[self.rows[request][4]])
+
+    def _reopen(self) -> None:
+        async def open_one() -> None:
+            try:
+                _, connection = await self.loop.create_connection(lambda: _Connection(self), self.host, self.port)
+            except OSError:
+                await asyncio.sleep(0.05)
+                self._reopen()
+                return
+            finally:
+                self.opening -= 1
+            self.idle.append(connection)
+            self._assign()
+
+        self.opening += 1
+        self._tasks = {t for t in getattr(self, "_tasks", ()) if not t.done()} | {self.loop.create_task(open_one())}
+
+    def ended(self, connection: _Connection, request: int | None, status: int, text: bytes) -> None:
+        if request is not None:
+            row = self.rows[request]
+            row[2], row[3], row[5] = self.now(), status, text
+            self.busy.discard(connection)
+            if connection.transport is not None:
+                self.idle.append(connection)
+            else:
+                self._reopen()
+            if self.due is None and not self.over:
+                self._next()
+        elif connection in self.idle:  # the server closed a connection that was resting
+            self.idle.remove(connection)
+            self._reopen()
+        if self.waiting:
+            self._assign()
+        self._check_end()
+
+    async def _sweep(self) -> None:
+        """Give up what is too late."""
+        while True:
+            await asyncio.sleep(0.05)
+            limit = self.now() - self.timeout
+            while self.waiting and self.rows[self.waiting[0]][0] < limit:
+                row = self.rows[self.waiting.popleft()]
+                row[1], row[2], row[3] = self.now(), self.now(), 0
+            for connection in [c for c in self.busy if self.rows[c.request][0] < limit]:
+                connection.give_up()
+            self._check_end()
+
+    def _check_end(self) -> None:
+        if self.over and not self.waiting and not self.busy:
+            self.finished.set()
+
+
+def _load_main() -> None:
+    head = json.loads(sys.stdin.buffer.readline())
+    bodies = [sys.stdin.buffer.read(size) for size in head["sizes"]]
+    which, due = (None if n is None else array("d", sys.stdin.buffer.read(8 * n)) for n in (head["which"], head["due"]))
+    load = _Load(head, bodies, which, due)
+    try:
+        import uvloop  # not on Windows
+
+        uvloop.run(load.run())
+    except ImportError:
+        asyncio.run(load.run())
+    rows = load.rows
+    texts = [row[5] for row in rows] if head["keep"] else []
+    sys.stdout.buffer.write(json.dumps({"count": len(rows), "sizes": [len(t) for t in texts]}).encode() + b"\n")
+    sys.stdout.buffer.write(
+        b"".join(array("d", [row[k] for row in rows]).tobytes() for k in range(5)) + b"".join(texts)
+    )
+
+
+@dataclass
+class Server:
+    """A running server. `pid` is the program's own, `log()` what it printed so far."""
+
+    url: str
+    pid: int
+    token: str | None
+    _log: Path = field(repr=False)
+    _guard: int = field(repr=False)
+    _peak: float = field(default=0.0, repr=False)
+
+    @property
+    def log(self) -> str:
+        """What the server has printed so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port
+
+    def processes(self) -> list:
+        """The server's processes now, as psutil.Process, the guard that watches over them not counted."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self._guard).children(recursive=True)
+        return []
+
+    def peak_mb(self) -> float:
+        """The most memory, in MB, that the server's processes were seen to hold (proportional set size where the system
+        tells it, so that shared pages count once). Looked at once a second, and now.
+        """
+        self._look()
+        return self._peak / 1e6
+
+    def _look(self) -> None:
+        self._peak = max(self._peak, sum(machine.held_bytes(process.pid) for process in self.processes()))
+
+
+_GUARD = """
+import os, signal, subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def watch():
+    sys.stdin.buffer.read()  # ends when whoever started us has ended, however that happened
+    os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+threading.Thread(target=watch, daemon=True).start()
+os._exit(child.wait() & 255)
+"""
+"""Runs beside the server and ends it if the notebook's process vanishes: a kernel that is killed runs no `finally`."""
+
+
+@contextlib.contextmanager
+def server(program: Path, *, args: Sequence[str] = (), port: int | None = None, token: str | None = None,
+           env: Mapping[str, str] | None = None, ready_s: float = 60.0, ready: str = "/") -> Iterator[Server]:  # fmt: skip
+    """`python program args…` in a process group of its own, with PORT and COURSE_TOKEN in its environment.
+
+    Waits until GET `ready` is answered, with whatever status but 502 or 503. However the block is left, the group is
+    asked to end, is killed after five seconds if it did not, and is gone, its port free, when the block is over.
+    Without `port` a free one is taken, another one if somebody else took it meanwhile. Raises RuntimeError with the
+    server's last lines if it ends while starting, TimeoutError if it does not answer within `ready_s` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="course-server-", ignore_cleanup_errors=True) as folder:
+        for attempt in range(3):
+            log, chosen = Path(folder) / f"log{attempt}.txt", port or _free_port()
+            with log.open("wb") as out:
+                settings = {"PORT": str(chosen), "PYTHONUNBUFFERED": "1"} | ({"COURSE_TOKEN": token} if token else {})
+                path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _GUARD, sys.executable, str(program), *args],
+                    stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=os.environ | {"PYTHONPATH": path} | settings | dict(env or {}),
+                )  # fmt: skip
+            seen: set = set()
+            try:
+                url = f"http://127.0.0.1:{chosen}"
+                pid = _wait_ready(process, url + ready, token, ready_s, log, seen)
+                if pid is None and port is None and attempt < 2:
+                    continue  # somebody else took the port between our look and its bind
+                if pid is None:
+                    raise RuntimeError(f"the server {Path(program).name} ended while starting:\n{_tail(log)}")
+                running = Server(url, pid, token, log, process.pid)
+                stop = threading.Event()
+                watcher = threading.Thread(target=_watch, args=(running, stop), daemon=True)
+                watcher.start()
+                try:
+                    yield running
+                finally:
+                    stop.set()
+                    watcher.join()
+                return
+            finally:
+                _end(process, seen)
+
+
+def _watch(running: Server, stop: threading.Event) -> None:
+    while not stop.wait(1.0):
+        running._look()
+
+
+def _wait_ready(
+    process: subprocess.Popen, url: str, token: str | None, ready_s: float, log: Path, seen: set
+) -> int | None:
+    """The program's pid once it answers; None if it ended because its port was taken."""
+    import http.client
+
+    import psutil
+
+    target, end = urlsplit(url), time.monotonic() + ready_s
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            if any(word in log.read_text(errors="replace").lower() for word in _BUSY):
+                return None
+            raise RuntimeError(f"the server ended while starting, with status {process.returncode}:\n{_tail(log)}")
+        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=2)
+        try:
+            connection.request("GET", target.path or "/", headers={"Authorization": f"Bearer {token}"} if token else {})
+            answered = connection.getresponse().status not in (502, 503)
+        except (OSError, http.client.HTTPException):
+            answered = False
+        finally:
+            connection.close()
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
+            seen.update(family)
+            own = psutil.Process(process.pid).children()
+            # whoever answers must be ours: another program may hold the port
+            if answered and own and _listens(target.port, {p.pid for p in family}):
+                return own[0].pid
+        time.sleep(0.03)
+    raise TimeoutError(f"the server did not answer at {url} within {ready_s:g} s. It printed:\n{_tail(log)}")
+
+
+def _listens(port: int, pids: set[int]) -> bool:
+    """Whether one of these processes listens on the port; True where the system does not tell."""
+    import psutil
+
+    try:
+        for pid in pids:
+            connections = psutil.Process(pid).net_connections(kind="tcp")
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections):
+                return True
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):
+        return True
+    return False
+
+
+def _end(process: subprocess.Popen, seen: set) -> None:
+    """End the whole group: politely, then not; return when all of it is gone."""
+    import psutil
+
+    family = set(seen)
+    with contextlib.suppress(psutil.Error):
+        family.update(psutil.Process(process.pid).children(recursive=True))
+    for kind, patience in ((signal.SIGTERM, 5.0), (getattr(signal, "SIGKILL", signal.SIGTERM), 5.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, kind)
+        for member in family:  # those that left the group, and where there are no groups
+            with contextlib.suppress(psutil.Error):
+                member.send_signal(kind)
+        _, alive = psutil.wait_procs(family, timeout=patience)
+        if not alive:
+            break
+    if process.poll() is None:
+        process.kill()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) or "(it printed nothing)"
+
+
+if __name__ == "__main__":
+    _load_main()
