@@ -3,13 +3,16 @@
     make test                 notebooks run in smoke
     make test PROFILE=fast    notebooks run in fast
 
-Every stage runs even if an earlier one failed; the exit status is 1 if any did.
+Every stage runs even if an earlier one failed; the exit status is 1 if any did. In smoke the last two stages run side by
+side, each with one thread: there the notebooks are tested, and nothing that they measure counts.
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,13 +27,47 @@ def stages() -> list[tuple[str, list[str]]]:
         ("lint", [str(BIN / "ruff"), "check", "--no-cache", "."]),
         ("format", [str(BIN / "ruff"), "format", "--no-cache", "--check", "-q", "."]),
         ("static, units, exercises", [*pytest, *test_files("123")]),
-        ("nbval", [*pytest, "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", *notebooks]),
-        ("papermill, commands, faults, JupyterLab", [*pytest, *test_files("5678")]),
+        (
+            "nbval, commands, faults, JupyterLab",
+            [
+                *pytest,
+                "--nbval",
+                "--nbval-current-env",
+                "--nbval-sanitize-with",
+                "tests/nbval.cfg",
+                *notebooks,
+                *test_files("678"),
+            ],
+        ),
+        ("papermill", [*pytest, *test_files("5")]),
     ]
 
 
 def test_files(digits: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py") if p.name[5] in digits)
+
+
+def together(pair: list[tuple[str, list[str]]]) -> list[str]:
+    """Run the stages at the same time and print what each said, one after the other; the names of those that failed."""
+    start, running = time.monotonic(), []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        for number, (name, command) in enumerate(pair):
+            # The first shows at once what it says, the second when it has ended.
+            log = stack.enter_context(tempfile.TemporaryFile("w+")) if number else None
+            print(f"\n=== {name}, started", flush=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT, env=environment)
+            stack.callback(process.kill)  # also after Ctrl-C; a process that has ended does not mind
+            running.append((name, process, log))
+        failed = []
+        for name, process, log in running:
+            if process.wait() != 0:
+                failed.append(name)
+            if log:
+                log.seek(0)
+                print(log.read())
+            print(f"=== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    return failed
 
 
 def main() -> int:
@@ -39,13 +76,15 @@ def main() -> int:
     os.environ["COURSE_PROFILE"] = parser.parse_args().profile
     os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
     os.environ.pop("COURSE_LEDGER", None)
-    failed = []
-    for name, command in stages():
+    failed, todo = [], stages()
+    side_by_side = todo[-2:] if os.environ["COURSE_PROFILE"] == "smoke" else []
+    for name, command in todo[: len(todo) - len(side_by_side)]:
         start = time.monotonic()
         print(f"\n=== {name}", flush=True)
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             failed.append(name)
         print(f"=== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    failed += together(side_by_side)
     print(f"\nFAILED: {', '.join(failed)}" if failed else "\nEverything passed.")
     return 1 if failed else 0
 

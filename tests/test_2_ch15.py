@@ -78,7 +78,7 @@ def test_the_service_answers_its_key_and_nobody_else(tmp_path):
     (tmp_path / "service.py").write_text(constant("SERVICE"), encoding="utf-8")
     key = os.urandom(8).hex()
     bodies = [key.encode() + bytes(784 * n) for n in (1, 3)]
-    wrong = [b"x" * 16 + bytes(784), key.encode() + bytes(785), key.encode(), b""]
+    wrong = [b"x" * 16 + bytes(784), key.encode() + bytes(785), key.encode()]
     env = {"MODEL": "", "MAX_BATCH": "4", "MAX_WAIT_MS": "0"}
     with serving.server(tmp_path / "service.py", token=key, env=env) as running:
         good = serving.closed_loop(running.url + "/sort", bodies, 0.3, connections=2, keep=True)

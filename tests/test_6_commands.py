@@ -330,3 +330,47 @@ def test_a_notebook_opened_alone_fetches_the_course(bare_python, tmp_path):
     done = subprocess.run(command, cwd=empty, env=os.environ | offline, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert nbformat.read(empty / "bare.ipynb", 4).cells[1].outputs[-1].text == "3000\n"
+
+
+def run_as_a_reader(path: Path, folder: Path, *prefix: str) -> subprocess.CompletedProcess:
+    """Papermill on a notebook as it lies there, in a working folder of its own, without the suite's scratch folders."""
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(path),
+        str(folder / "out.ipynb"),
+        "--cwd",
+        str(folder),
+        "-k",
+        "python3",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COURSE_LEDGER", "COURSE_SCRATCH")}
+    environment |= {"COURSE_PROFILE": "smoke"}
+    return subprocess.run([*prefix, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_cell_that_is_run_too_early_says_what_to_do(tmp_path):
+    book = nbformat.read(ROOT / "notebooks" / "08_memory.ipynb", 4)
+    code = [c for c in book.cells if c.cell_type == "code"]
+    late = next(c for c in code[8:] if "def " not in c.source and "plots." in c.source)
+    book.cells = [*code[:3], late]
+    nbformat.write(book, tmp_path / "early.ipynb")
+    ran = run_as_a_reader(tmp_path / "early.ipynb", tmp_path)
+    assert ran.returncode != 0
+    assert "NameError" in ran.stderr
+    told = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
+    assert any("run the cells in order" in o.get("text", "") for o in told)
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
+
+
+def test_a_checkout_that_cannot_be_written_is_enough(tmp_path):
+    """The whole course is mounted read-only: what a chapter writes goes to a temporary folder."""
+    prefix = ["unshare", "-m", "sh", "-c", READ_ONLY, str(ROOT)]
+    can_mount = sys.platform == "linux" and os.geteuid() == 0
+    if not can_mount or subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this needs root on Linux and the right to mount")
+    ran = run_as_a_reader(ROOT / "notebooks" / "05_quantization_math.ipynb", tmp_path, *prefix)
+    assert ran.returncode == 0, ran.stderr[-2000:]

@@ -653,16 +653,16 @@ from course_utils import measure
 from course_utils.distributed import batch, step
 
 
-def train(way, settings, rows):
+def train(way, settings):
     """Three steps on this worker's share of the rows."""
     model, optimizer = build(way, settings["width"], settings["depth"])
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    x, y = (t[share] for t in batch(rows, settings["width"]))
+    x, y = (t[share] for t in batch(settings["rows"], settings["width"]))
     for _ in range(3):
         optimizer.zero_grad(set_to_none=True)
         step(model, x, y)
         optimizer.step()
-    return model, optimizer
+    return {"model": model, "optimizer": optimizer}
 
 
 def weights(model):
@@ -674,16 +674,11 @@ def run(settings):
     result, reference = {}, None
     for way in ("DDP", "ZeRO-1", "FSDP2"):
         kept = {}
-
-        def call(way=way, kept=kept):
-            kept["model"], kept["optimizer"] = train(way, settings, settings["rows"])
-
-        peak = measure.peak_memory(call)
+        peak = measure.peak_memory(lambda kept=kept, way=way: kept.update(train(way, settings)))
         reference = weights(kept["model"]) if reference is None else reference
         gap = weights(kept["model"]) - reference
         result[way] = held(**kept) | {"peak": peak, "apart": float(gap.abs().max())}
-        kept.clear()
-        measure.release()  # the next way starts from nothing
+        kept.clear(), measure.release()  # the next way starts from nothing
     return result
 
 
@@ -1488,6 +1483,7 @@ gpipe = {
 split = {
     rows: typical([t for r, t in tensor["times"] if r == rows]) for rows in SETTINGS["tp_rows"]
 }
+# %% tags=["nbval-ignore-output"]
 fitted, equations, times = [tuple(c) for c in SETTINGS["cases"][: SETTINGS["fit"]]], [], []
 for k in fitted:
     job = our_job(*k)

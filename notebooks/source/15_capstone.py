@@ -107,7 +107,7 @@ def cost(path, seconds=SECONDS):
 shipped_model = models.baseline()
 shipped = export(shipped_model, "shipped")
 ORDER = 24.5  # images: the mean of 1 to 48
-a, c = cost(shipped, 3 * SECONDS)  # everything below is in units of this: measure it well
+a, c = cost(shipped, 2 * SECONDS)  # everything below is in units of this: measure it well
 unit = a + c * ORDER
 print(f"one order: {measure.pretty(unit)}, of which {a / unit:.0%} are the same for every order")
 
@@ -174,7 +174,7 @@ exercises.predict("15.int8", my_guess)
 # The server is [mosec](https://mosecorg.github.io/mosec/), from chapter 13: its batcher collects what waits, up to `max_batch_size`, for at most `max_wait_time` milliseconds. An order's body is
 # a key of 16 bytes, then its pixels. mosec hands a worker the body alone and no headers, so the key travels in the body: a stranger's request is refused before it costs anything.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 SERVICE = """
 import hmac, os
 import numpy as np
@@ -182,9 +182,6 @@ import onnxruntime
 from mosec import Server, ValidationError, Worker
 
 os.environ |= {"MOSEC_PORT": os.environ["PORT"], "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "warning"}
-MEAN, STD = 0.2860, 0.3530
-
-
 class Sorter(Worker):
     def __init__(self):
         super().__init__()
@@ -203,9 +200,8 @@ class Sorter(Worker):
         return np.frombuffer(pixels, np.uint8).reshape(-1, 1, 28, 28)  # (n, 1, 28, 28)
 
     def forward(self, orders):  # a list of orders, of different n
-        sizes = [len(order) for order in orders]
-        images = np.concatenate(orders).astype(np.float32)
-        images = (images / 255 - MEAN) / STD
+        sizes, images = [len(order) for order in orders], np.concatenate(orders).astype(np.float32)
+        images = (images / 255 - 0.2860) / 0.3530  # models.MEAN and models.STD
         logits = self.session.run(None, {"image": images})[0] if self.session else images[:, 0, 0, :10]
         return np.split(logits.argmax(1), np.cumsum(sizes)[:-1])
 
@@ -219,6 +215,7 @@ if __name__ == "__main__":
     server.append_worker(Sorter, num=1, route="/sort", **settings)
     server.run()
 """
+# %% tags=["nbval-ignore-output"]
 (folder / "service.py").write_text(SERVICE, encoding="utf-8")
 serves = machine.can("package:mosec")
 if not serves:
@@ -261,10 +258,10 @@ if serves:
         start(Deployment("shipped", shipped)) as today,
     ):
         pieces = {"no network": [], "shipped": []}
-        for _ in range(3 if SMOKE else 8):
+        for _ in range(2 if SMOKE else 4):
             for name, running in (("no network", empty), ("shipped", today)):
                 answers = serving.closed_loop(
-                    running.url + "/sort", orders, SECONDS / 2, connections=16
+                    running.url + "/sort", orders, SECONDS / 3, connections=16
                 )
                 pieces[name].append(answers.throughput)
     per_order = {name: 1e3 / np.median(p) for name, p in pieces.items()}
@@ -331,6 +328,7 @@ def keep(name, figure, alt):
     plots.show(figure, alt)
 
 
+# %%
 def pareto():
     """Time against errors on the validation images, best at the lower left; the area of a point is its file."""
     fit = [x for x in candidates.values() if x.kb <= brief.file_kb and x.right >= floor]
@@ -448,7 +446,7 @@ def heal(student, teacher, epochs, limit=None, max_lr=0.05, temperature=4.0, see
 
 
 healed = heal(
-    pruned, shipped_model, epochs=1 if SMOKE else 10 if FULL else 3, limit=2000 if SMOKE else None
+    pruned, shipped_model, epochs=1 if SMOKE else 10 if FULL else 2, limit=2000 if SMOKE else None
 )
 enter("cut, healed", export(copy.deepcopy(healed), "healed"))
 reduced = enter("cut, healed, INT8", quantized(folder / "healed.onnx", "healed_int8"))
@@ -467,7 +465,7 @@ arms = {
     for name in ("shipped", "INT8", "cut, healed", "cut, healed, INT8")
 }
 gain = {
-    name: measure.compare(arms["shipped"], replace(arm, dtype="float32"), seconds=3 * SECONDS)
+    name: measure.compare(arms["shipped"], replace(arm, dtype="float32"), seconds=2 * SECONDS)
     for name, arm in arms.items()
     if name != "shipped"
 }
@@ -523,6 +521,7 @@ class Requirement:
         return self.measured / self.limit
 
 
+# %%
 @dataclass(frozen=True)
 class Acceptance:
     deployment: Deployment
@@ -558,8 +557,9 @@ def against(name, interval, limit, unit):
 
 # %%
 was_right = answers_of(shipped, test_images) == test_labels
+tested = {shipped: was_right}  # which test images each file gets right
 LOAD = max(
-    {"smoke": 1.0, "fast": 4.0, "full": 20.0}[PROFILE], (0 if SMOKE else 450) / brief.rate
+    {"smoke": 1.0, "fast": 2.5, "full": 20.0}[PROFILE], (0 if SMOKE else 450) / brief.rate
 )  # seconds
 
 
@@ -569,11 +569,13 @@ def accept(d):
         serving.closed_loop(
             running.url + "/sort", orders, 0.3, connections=4
         )  # the first calls are slow
-        answers = serving.open_loop(running.url + "/sort", orders, brief.rate, LOAD, timeout_s=10)
+        answers = serving.open_loop(running.url + "/sort", orders, brief.rate, LOAD, timeout_s=5)
     late = late_share(answers, brief.latency_ms)
-    waited = np.where(answers.status == 200, answers.finished - answers.intended, 10.0)
+    waited = np.where(answers.status == 200, answers.finished - answers.intended, 5.0)
     decided = against("latency", late, 0.01, "ms").verdict
-    is_right = answers_of(d.model, test_images) == test_labels
+    if d.model not in tested:
+        tested[d.model] = answers_of(d.model, test_images) == test_labels
+    is_right = tested[d.model]
     gained = measure.paired_share(was_right.numpy(), is_right.numpy())
     lost = measure.Interval(-gained.value, -gained.high, -gained.low)
     exactly = [measure.Interval(v, v, v) for v in (d.model.stat().st_size / 1e3, peak_mb(d.model))]
@@ -620,7 +622,7 @@ claims.verdict("15.one_technique_is_enough", missed)
 # | undecided | the load was too short to tell | raise `LOAD` |
 #
 # ## Two deployments that fail, and ought to
-# A test that accepts everything proves nothing. *Cut and not healed* is as small and as fast as the reference. *Waits for company* is the reference's own model with one wrong setting: the batcher holds each order back until 256 are together or four times the limit is over.
+# A test that accepts everything proves nothing. *Cut and not healed* is as small and as fast as the reference. *Waits for company* is the reference's own model with one wrong setting: the batcher holds each order back until 64 are together or four times the limit is over.
 
 # %% tags=["nbval-ignore-output"]
 if serves:
@@ -629,7 +631,7 @@ if serves:
         Deployment(
             "waits for company",
             reduced.path,
-            max_batch=256,
+            max_batch=64,
             max_wait_ms=int(4 * brief.latency_ms) + 1,
         ),
     ):
@@ -670,13 +672,13 @@ if serves:
     pieces = {"shipped": [], "reduced": []}
     with ExitStack() as stack:
         running = {
-            name: stack.enter_context(start(Deployment(name, path)))
+            name: stack.enter_context(start(Deployment(name, path, max_batch=4)))
             for name, path in (("shipped", shipped), ("reduced", reduced.path))
         }
-        for _ in range(8 if SMOKE else 12):
+        for _ in range(24 if FULL else 8):
             for name in np.random.default_rng().permutation(list(running)):
                 answers = serving.closed_loop(
-                    running[name].url + "/sort", orders, SECONDS / 2, connections=16
+                    running[name].url + "/sort", orders, SECONDS / 2.5, connections=16
                 )
                 pieces[name].append(answers.throughput)
     more = measure.median_interval(np.divide(pieces["reduced"], pieces["shipped"]))
@@ -935,7 +937,7 @@ def choose(candidates, brief):
 # ## Yours
 # The reference is one way. There are better ones. Make a model file of your own with what the sixteen chapters taught, put it into a `Deployment`, and let `accept` judge it. Some questions to begin with:
 # - The reference hangs on one requirement. Which, and what would you give up for it?
-# - Cut 60 % in place of 50 (`pruning_ratio=0.6`, chapter 03) and heal longer: does the accuracy hold?
+# - Cut more (`pruning_ratio=0.6`, chapter 03) and heal longer: does the accuracy hold?
 # - A narrower network trained from nothing with distillation (`models.mini_resnet(16)`, chapter 04) in place of a cut one?
 # - `max_batch` and `max_wait_ms`: can you make it worse? Better?
 
