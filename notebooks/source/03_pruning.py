@@ -1480,3 +1480,5 @@ plots.lines(
 # | latency-aware pruning | Shen et al. 2022, *HALP*, [arXiv 2110.10811](https://arxiv.org/abs/2110.10811) |
 # | 2:4 sparsity | Mishra et al. 2021, *Accelerating Sparse Deep Neural Networks*, [arXiv 2104.08378](https://arxiv.org/abs/2104.08378) |
 # | the claims | 〈如何提升模型推理速度?深度学习优化全攻略〉 2025; 〈8.1 模型压缩与加速〉; 〈大模型的优化与加速技术〉 |
+#
+# Next: [04 · Distillation](04_distillation.ipynb), where a small network is trained from the start, by a large one.

@@ -1588,3 +1588,5 @@ plots.bars(
 #
 # For the capstone's ledger, this chapter adds five verdicts: six decibels a bit, one scale a channel, four times smaller, Huffman's share,
 # stochastic rounding.
+#
+# Next: [06 · Quantization in practice](06_quantization_in_practice.ipynb), where a whole network gets 8 bits and a clock decides.

@@ -1392,4 +1392,6 @@ big = None
 # **Sources** · Touvron et al. 2023, Llama 2 · Allal et al. 2025, SmolLM2 · Yu et al. 2022, Orca · Anyscale 2023, How
 # continuous batching enables 23x throughput · Frantar et al. 2023, GPTQ · Lin et al. 2024, AWQ · Xiao et al. 2023,
 # SmoothQuant · Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding · Ainslie et al. 2023,
-# GQA · [llama.cpp](https://github.com/ggml-org/llama.cpp) · Next: [15 Capstone](15_capstone.ipynb)
+# GQA · [llama.cpp](https://github.com/ggml-org/llama.cpp)
+#
+# Next: [15 · Capstone](15_capstone.ipynb), where one service has to keep four promises at once, and a program says whether it does.
