@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from course_utils.course.chapters import chapters
 
 @pytest.fixture(scope="module")
 def ch15():
-    return taught("15", dataclass=dataclass, Path=Path, measure=measure, io=io)
+    return taught("15", dataclass=dataclass, field=field, Path=Path, measure=measure, io=io)
 
 
 def answers(waited_ms: np.ndarray, status: np.ndarray | None = None) -> serving.Answers:
