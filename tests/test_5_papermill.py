@@ -1,16 +1,20 @@
-"""Every chapter from end to end by papermill, twice in one kernel: solved, then with wrong answers filled in.
+"""Every chapter from end to end by papermill, without a network and from a working folder outside of the course.
 
-Both without a network and from a working folder outside of the course.
+Each exercise gets a wrong answer first, which must be rejected and stop nothing, and then its solution. The chapters in
+TWICE run a second time in the same kernel: all of them with COURSE_TWICE=all.
 """
 
+import copy
 import os
 
 import pytest
 from conftest import CHAPTERS, names
+from nbformat.v4 import new_code_cell
 
 from course_utils import claims
 from course_utils.course import build, run, shape
 
+TWICE = ("00", "01", "05", "07", "08")  # a few seconds each; all sixteen would take ten minutes more
 PROFILE = os.environ.get("COURSE_PROFILE", "smoke")
 OFFLINE = """
 import socket
@@ -43,30 +47,34 @@ def test_the_parameters_cell_is_tagged_once_in_every_edition():
             assert "PROFILE = " in tagged[0].source
 
 
-def solved_then_wrong(chapter):
-    """The instructor edition, and after it the learner edition whose exercises hold the k-th wrong answer."""
-    book, again = build.notebook(chapter, "instructor"), build.notebook(chapter, "learner")
-    answers = iter(shape.exercises(chapter))
-    for cell in again.cells:
-        cell.id = f"{cell.id}-2"
-        kind = build.tags(cell)
-        if "parameters" in kind:
-            cell.metadata["tags"].remove("parameters")
-        if "exercise" in kind:
+def wrong_then_solved(chapter, twice):
+    """The instructor edition with the k-th wrong answer and its check before each solution; `twice`, all of it again."""
+    book, answers, cells = build.notebook(chapter, "instructor"), iter(shape.exercises(chapter)), []
+    for i, cell in enumerate(book.cells):
+        if "exercise" in build.tags(cell):
             wrong = next(answers).wrong
-            cell.source = wrong[int(chapter.number) % len(wrong)]
-    book.cells += again.cells
+            for k, source in enumerate((wrong[int(chapter.number) % len(wrong)], book.cells[i + 1].source)):
+                cells.append(new_code_cell(source, id=f"{cell.id}-wrong{k}"))
+        cells.append(cell)
+    for cell in list(cells) if twice else []:
+        again = copy.deepcopy(cell)
+        again.id += "-again"
+        again.metadata["tags"] = [t for t in build.tags(cell) if t != "parameters"]
+        cells.append(again)
+    book.cells = cells
     return book
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=names(CHAPTERS))
-def test_a_chapter_runs_solved_and_again_with_wrong_answers(chapter, tmp_path, offline, capsys):
-    outcome = run.execute(solved_then_wrong(chapter), chapter.name, PROFILE, tmp_path)
+def test_a_chapter_runs_with_wrong_answers_and_solved(chapter, tmp_path, offline, capsys):
+    twice = chapter.number in TWICE or os.environ.get("COURSE_TWICE") == "all"
+    outcome = run.execute(wrong_then_solved(chapter, twice), chapter.name, PROFILE, tmp_path)
     with capsys.disabled():
-        print(f"\n    {chapter.name}: {outcome.seconds:.0f} s, {outcome.peak_bytes / 1e6:.0f} MB, twice in {PROFILE}")
+        said = f"{outcome.seconds:.0f} s, {outcome.peak_bytes / 1e6:.0f} MB{', twice' * twice}"
+        print(f"\n    {chapter.name}: {said} in {PROFILE}")
     assert outcome.error == ""
     checks = [(e["exercise"], e["status"]) for e in outcome.events if e["event"] == "check"]
-    asked = [e.id for e in shape.exercises(chapter)]
-    assert checks == [(i, "passed") for i in asked] + [(i, "wrong") for i in asked]
+    once = [(e.id, status) for e in shape.exercises(chapter) for status in ("wrong", "passed")]
+    assert checks == once * (1 + twice)
     reached = {e["claim"] for e in outcome.events if e["event"] == "verdict"}
     assert reached == {i for i in claims.registry() if i.startswith(f"{chapter.number}.")}

@@ -1197,15 +1197,18 @@ def train(stage, settings, x, y):
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/deep.py
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from ds import ADAMW, train
 
-from course_utils.distributed import batch, chain, step
+from course_utils.distributed import batch, chain, link_torch, step
 
 
 def run(settings):
     """ZeRO 1, 2 and 3 on this worker's rows, and plain training on all rows."""
+    link_torch(Path(settings["out"]))  # DeepSpeed builds a library when it starts
     x, y = batch(64, settings["width"])
     plain = chain(settings["width"], 2)
     optimizer = torch.optim.AdamW(plain.parameters(), **ADAMW)

@@ -713,24 +713,15 @@ class Workers:
 
 
 # %%
-def cells(*names):
-    """The source of the cells, as last run, that define these names: IPython keeps what was run in `In`."""
-    from IPython import get_ipython
+def cells(*defined):
+    """The source of the cells that define these functions and classes, as last run: Python keeps it for its tracebacks."""
+    import linecache
 
-    found = []
-    for name in names:
-        starts = tuple(f"{word} {name}" for word in ("class", "def", "async def"))
-        cell = [
-            c
-            for c in get_ipython().user_ns["In"]
-            if any(li.startswith(starts) for li in c.splitlines())
-        ][-1]
-        found += [cell] if cell not in found else []
-    return "\n\n".join(found)
+    codes = [(thing.__init__ if isinstance(thing, type) else thing).__code__ for thing in defined]
+    return "\n\n".join("".join(linecache.getlines(f)) for f in dict.fromkeys(c.co_filename for c in codes))  # fmt: skip
 
 
-names = "Batcher ask _collect _answer tokenizer Service application guarded Workers"
-code = cells(*names.split())
+code = cells(Batcher, ask, _collect, _answer, tokenizer, Service, application, guarded, Workers)
 (FOLDER / "service.py").write_text(HEAD + code, encoding="utf-8")
 (FOLDER / "worker.py").write_text(WORKER, encoding="utf-8")
 (FOLDER / "main.py").write_text(MAIN, encoding="utf-8")
@@ -1224,7 +1215,9 @@ def off(loads, h, g):
 
 
 batching = list(SETTINGS)[1:]
-grid = [(h / 1e3, g / 1e3) for h in (0.3, 0.7, 1.2, 2.0) for g in (0, 0.1, 0.2, 0.35, 0.6)]
+grid = [
+    (h / 1e3, g / 1e3) for h in (0.3, 0.7, 1.2, 2.0, 3.0, 4.5) for g in (0, 0.1, 0.2, 0.35, 0.6)
+]
 h, g = min(grid, key=lambda pair: off(FIT, *pair).mean())
 errors = off(HELD, h, g)
 print(

@@ -280,7 +280,7 @@ if serves:
 # comes once: a candidate that was chosen on the test images has already seen the exam.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 @dataclass(frozen=True)
 class Candidate:
     name: str
