@@ -1215,9 +1215,7 @@ def off(loads, h, g):
 
 
 batching = list(SETTINGS)[1:]
-grid = [
-    (h / 1e3, g / 1e3) for h in (0.3, 0.7, 1.2, 2.0, 3.0, 4.5) for g in (0, 0.1, 0.2, 0.35, 0.6)
-]
+grid = [(h / 1e3, g / 1e3) for h in (0.3, 0.7, 1.2, 2, 3, 4.5) for g in (0, 0.1, 0.2, 0.35, 0.6)]
 h, g = min(grid, key=lambda pair: off(FIT, *pair).mean())
 errors = off(HELD, h, g)
 print(
