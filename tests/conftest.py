@@ -52,6 +52,6 @@ def taught(number: str, **given: object) -> SimpleNamespace:
         for node in ast.parse(cell.source).body:
             if isinstance(node, ast.FunctionDef):  # a default that the chapter computes is not there
                 node.args.defaults = [d for d in node.args.defaults if not isinstance(d, ast.Name) or d.id in space]
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 exec(compile(ast.Module([node], []), f"<chapter {number}>", "exec"), space)
     return SimpleNamespace(**space)

@@ -1,6 +1,5 @@
 """What chapter 13 teaches, taken from its cells and tried on more inputs, and the servers and clients it stands on."""
 
-import ast
 import asyncio
 import collections
 import contextlib
@@ -16,10 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from conftest import taught
 
 from course_utils import serving
-from course_utils.course import build
-from course_utils.course.chapters import chapters
 
 ECHO = """
 import asyncio, os, sys
@@ -41,17 +39,8 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module")
 def ch13() -> SimpleNamespace:
-    space = {"asyncio": asyncio, "collections": collections, "itertools": itertools, "heapq": heapq, "time": time}
-    space |= {"contextlib": contextlib, "json": json, "np": np, "__name__": "chapter13"}
-    for cell in build.cells(chapters(["13"])[0]):
-        if cell.cell_type != "code" or {"exercise", "solution", "wrong"} & set(build.tags(cell)):
-            continue
-        for node in ast.parse(cell.source).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                if isinstance(node, ast.FunctionDef):  # a default that the chapter computes is not there
-                    node.args.defaults = [d for d in node.args.defaults if not isinstance(d, ast.Name)]
-                exec(compile(ast.Module([node], []), "<chapter 13>", "exec"), space)
-    chapter = SimpleNamespace(**space)
+    modules = (asyncio, collections, itertools, heapq, time, contextlib, json)
+    chapter = taught("13", **{m.__name__: m for m in modules})
     for name in ("ask", "_collect", "_answer"):
         setattr(chapter.Batcher, name, vars(chapter)[name])
     return chapter
