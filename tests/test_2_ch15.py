@@ -164,3 +164,15 @@ def test_nan_does_not_look_like_a_changed_input():
 
     assert exercises.same([("a", math.nan)], [("a", math.nan)])
     assert not exercises.same([("a", math.nan)], [("a", 1.0)])
+
+
+def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkeypatch):
+    own = machine.card().as_dict()
+    rows = [row("06.quarter_size", claims.HOLDS) | {"machine": own}, row("05.six_db_a_bit", claims.HOLDS),
+            row("15.techniques_multiply", claims.FAILS) | {"machine": own}]  # fmt: skip
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    assert build._earlier("15_capstone") == ""
+    (tmp_path / "build" / "run").mkdir(parents=True)
+    (tmp_path / "build" / "run" / "ledger.json").write_text(json.dumps(rows))
+    given = [json.loads(line)["claim"] for line in build._earlier("15_capstone").splitlines()]
+    assert given == ["06.quarter_size"]

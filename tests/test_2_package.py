@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -241,3 +244,13 @@ def test_figures_carry_png_text_and_alt(draw, monkeypatch):
     assert b"Software" not in bundle["image/png"]
     assert bundle["text/plain"] == "Figure: an alt"
     assert metadata["image/png"]["alt"] == "an alt"
+
+
+def test_the_memory_a_process_holds_grows_with_what_it_fills():
+    before = machine.held_bytes(os.getpid())
+    filled = np.ones(50 * 2**20 // 8)
+    assert 45 * 2**20 < machine.held_bytes(os.getpid()) - before < 70 * 2**20
+    assert filled.nbytes == 50 * 2**20
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert machine.held_bytes(ended.pid) == 0

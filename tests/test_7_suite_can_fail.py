@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import run_suite
 import test_3_exercises as exercise_tests
 
 from course_utils import ROOT, exercises
@@ -170,3 +171,13 @@ def test_a_check_that_accepts_everything(run_cell, monkeypatch):
     exercise = next(e for i, e in exercise_tests.ALL if i == "01.A")
     with pytest.raises(AssertionError):
         exercise_tests.test_wrong_answer_is_rejected("", exercise, exercise.wrong[0], run_cell)
+
+
+def test_of_two_stages_side_by_side_each_can_fail(capfd):
+    def stage(name: str, status: int) -> tuple[str, list[str]]:
+        return name, [sys.executable, "-c", f"print('said by {name}'); raise SystemExit({status})"]
+
+    assert run_suite.together([stage("first", 0), stage("second", 0)]) == []
+    assert run_suite.together([stage("first", 3), stage("second", 0)]) == ["first"]
+    assert run_suite.together([stage("first", 0), stage("second", 3)]) == ["second"]
+    assert capfd.readouterr().out.count("said by second") == 3
