@@ -1,6 +1,6 @@
 """Figures in one style: labelled axes with units, a title that states the finding, an alternative text.
 
-Every function shows its figure and returns nothing; `show` displays one a chapter drew itself.
+A function shows its figure and returns nothing, but for `axes` and `verdicts`, whose figure is finished with `show`.
 """
 
 import io
@@ -171,7 +171,7 @@ def verdicts(rows: Sequence[Mapping]) -> Figure:
     letter = {claims.HOLDS: "✓", claims.FAILS: "✗", claims.OPEN: "?", claims.UNTESTED: "–"}
     for y, found in enumerate(by_chapter.values()):
         for x, verdict in enumerate(found):
-            ax.add_patch(Rectangle((x, y), 0.9, 0.85, color=claims.LOOK[verdict][0], label=claims.LOOK[verdict][1]))
+            ax.add_patch(Rectangle((x, y), 0.9, 0.85, color=claims.LOOK[verdict][0]))
             ax.text(x + 0.45, y + 0.45, letter[verdict], ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, max(14, *map(len, by_chapter.values()))), ylim=(len(by_chapter), 0))
     ax.set_yticks([y + 0.45 for y in range(len(by_chapter))], list(by_chapter), fontsize=8)
