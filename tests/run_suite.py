@@ -35,6 +35,7 @@ def stages() -> list[tuple[str, list[str]]]:
                 "--nbval-current-env",
                 "--nbval-sanitize-with",
                 "tests/nbval.cfg",
+                "--nbval-cell-timeout=300",
                 *notebooks,
                 *test_files("678"),
             ],

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from course_utils import ROOT
-from course_utils.course import badges, build, chapters, cli, report, setup
+from course_utils.course import badges, build, chapters, cli, report, run, setup
 
 MINI = '''\
 # %% [markdown]
@@ -374,3 +374,16 @@ def test_a_checkout_that_cannot_be_written_is_enough(tmp_path):
         pytest.skip("this needs root on Linux and the right to mount")
     ran = run_as_a_reader(ROOT / "notebooks" / "05_quantization_math.ipynb", tmp_path, *prefix)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_a_chapter_that_gives_no_answer_is_run_once_more_and_then_given_up(house, tmp_path, monkeypatch):
+    count = tmp_path / "count"
+    source = MINI.replace('print("checked")', f'import time\nopen({str(count)!r}, "a").write("x")\ntime.sleep(WAIT)')
+    monkeypatch.setitem(run.CELL_SECONDS, "smoke", 3)
+    chapter = house("97_mini", source.replace("WAIT", "60"))
+    outcome = run.run_one(chapter, "smoke", "learner", tmp_path)
+    assert outcome.error == "a cell took more than 3 s, in two attempts"
+    assert count.read_text() == "xx"
+    chapter = house("97_mini", source.replace("WAIT", f"60 if len(open({str(count)!r}).read()) % 2 else 0"))
+    assert run.run_one(chapter, "smoke", "learner", tmp_path).error == ""
+    assert count.read_text() == "xxxx", "lost once, answered the second time"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -15,6 +16,10 @@ from nbformat.notebooknode import NotebookNode
 from course_utils import machine
 from course_utils.course import build
 from course_utils.course.chapters import Chapter
+
+CELL_SECONDS = {"smoke": 300, "fast": 900, "full": None}
+"""Longer than any cell. Once in some fifty runs a message between papermill and a kernel with a slider gets lost: the kernel
+is idle, papermill waits for ever. So a chapter that gives no answer is run once more."""
 
 
 @dataclass
@@ -53,6 +58,7 @@ def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: 
     """Run a notebook that is not executed yet in an empty working folder; its copy with outputs goes to `folder`."""
     import nbformat
     import papermill
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
     outcome, start = Outcome(name), time.perf_counter()
@@ -64,21 +70,29 @@ def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: 
         before, after = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
         nbformat.write(book, before)
         events = Path(scratch) / "ledger.jsonl"
-        events.write_text("".join(json.dumps(e) + "\n" for e in earlier), encoding="utf-8")
-        try:
-            papermill.execute_notebook(
-                before,
-                after,
-                {"PROFILE": profile},
-                cwd=scratch,
-                kernel_name=build.KERNEL["name"],
-                progress_bar=False,
-                **build.QUIET,
-            )
-        except PapermillExecutionError as error:
-            outcome.error = f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}: {error.evalue}"
-        except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
-            outcome.error = f"{type(error).__name__}: {error}"
+        for attempt in (1, 2):
+            events.write_text("".join(json.dumps(e) + "\n" for e in earlier), encoding="utf-8")
+            outcome.error = ""
+            try:
+                papermill.execute_notebook(
+                    before,
+                    after,
+                    {"PROFILE": profile},
+                    cwd=scratch,
+                    kernel_name=build.KERNEL["name"],
+                    progress_bar=False,
+                    execution_timeout=CELL_SECONDS[profile],
+                    **build.QUIET,
+                )
+            except CellTimeoutError:
+                outcome.error = f"a cell took more than {CELL_SECONDS[profile]} s, in two attempts"
+                print(f"{name}: no answer for {CELL_SECONDS[profile]} s in attempt {attempt}", file=sys.stderr)
+                continue
+            except PapermillExecutionError as error:
+                outcome.error = f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}: {error.evalue}"
+            except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
+                outcome.error = f"{type(error).__name__}: {error}"
+            break
         if after.is_file():
             part = folder / f".{name}.part"
             part.write_bytes(after.read_bytes())
