@@ -416,7 +416,7 @@ groups = [light] + [
 turns, base = {}, {}  # for each way its own times, and eager's in the same rounds
 for group in groups:
     asked = {n: arms[n] | shared for n in ("eager", *group)}
-    answered = measure.turns(CHILD, asked, rounds=8 if SMOKE else 24, timeout=300)
+    answered = measure.turns(CHILD, asked, rounds=8 if SMOKE else 16, timeout=300)
     turns |= answered
     base |= dict.fromkeys(group, answered["eager"])
 
@@ -522,7 +522,7 @@ if "TVM" not in present:
 else:
     try:
         tuned = measure.child(
-            TUNE.replace("TRIALS", "256" if FULL else "16"), timeout=600 if FULL else 25
+            TUNE.replace("TRIALS", "256" if FULL else "16"), timeout=600 if FULL else 15
         ).result
         print(f"one layer, tuned: {tuned['untuned'] / tuned['tuned']:.2f}x")
     except (RuntimeError, TimeoutError) as error:
