@@ -1,10 +1,14 @@
 """Figures in one style: labelled axes with units, a title that states the finding, an alternative text.
 
-A function shows its figure and returns nothing, but for `axes` and `verdicts`, whose figure is finished with `show`.
+A function shows its figure and returns nothing, but for `axes` and `verdicts`, whose figure is finished with `show`, and
+`explore`, which returns a figure with sliders.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +19,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from course_utils.measure.stats import Interval
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette (2008), told apart with every common form of colour blindness."""
@@ -58,6 +65,37 @@ def show(figure: Figure, alt: str) -> None:
     figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
+    """Sliders over a figure: `picture` shows one by `show`, and is called again with a knob's new value.
+
+    A knob is a widget (`ipywidgets.IntSlider(...)`) or a list of choices. In place of `ipywidgets.interact`, whose Output
+    widget sometimes leaves papermill waiting for ever: to fill it, papermill sends on the socket on which it awaits the
+    cell's reply, and the reply is then not noticed (nbclient's issue 312).
+    """
+    import ipywidgets
+    from IPython.utils.capture import capture_output
+
+    knobs = {n: k if isinstance(k, ipywidgets.Widget) else ipywidgets.Dropdown(options=k) for n, k in knobs.items()}
+    frame = ipywidgets.HTML()
+
+    def draw() -> None:
+        with capture_output() as shown:
+            picture(**{name: knob.value for name, knob in knobs.items()})
+        frame.value = "".join(_as_html(output) for output in shown.outputs)
+
+    def redraw(_: object) -> None:
+        try:
+            draw()
+        except Exception as error:  # a slider's error is lost in the log of the kernel otherwise
+            frame.value = f"<pre>{escape(f'{type(error).__name__}: {error}')}</pre>"
+
+    for name, knob in knobs.items():
+        knob.description = knob.description or name
+        knob.observe(redraw, "value")
+    draw()
+    return ipywidgets.VBox([*knobs.values(), frame])
 
 
 def plain_log(axis: Axis) -> None:
@@ -187,3 +225,9 @@ def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray,
     triples = [(v.value, v.low, v.high) if isinstance(v, Interval) else (float(v),) * 3 for v in values]
     middle, low, high = np.array(triples, dtype=float).reshape(-1, 3).T
     return middle, low, high
+
+
+def _as_html(output: object) -> str:
+    """A captured figure as an image that a widget can hold, its alternative text with it."""
+    alt = output.metadata["image/png"]["alt"]
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{b64encode(output.data["image/png"]).decode()}">'

@@ -246,6 +246,36 @@ def test_figures_carry_png_text_and_alt(draw, monkeypatch):
     assert metadata["image/png"]["alt"] == "an alt"
 
 
+EXPLORE = """
+import ipywidgets
+from IPython.core.interactiveshell import InteractiveShell
+from course_utils import plots
+InteractiveShell.instance()
+def picture(n, word):
+    if n == 0:
+        raise ValueError("n must be positive, <not> 0")
+    figure, _ = plots.axes("x", "y", title=word)
+    plots.show(figure, f"{n} of <{word}>")
+*knobs, frame = plots.explore(picture, n=ipywidgets.IntSlider(value=2), word=["a", "b"]).children
+print([k.description for k in knobs], type(knobs[1]).__name__, frame.value[:60])
+knobs[0].value, knobs[1].value = 3, "b"
+print(frame.value[:60])
+knobs[0].value = 0
+print(frame.value)
+plots.explore(picture, n=[0], word=["a"])
+"""
+
+
+def test_a_knob_redraws_the_figure_and_an_error_is_read_where_the_figure_stood():
+    ran = subprocess.run([sys.executable, "-c", EXPLORE], capture_output=True, text=True)
+    first, second, third = ran.stdout.splitlines()
+    image = '<img alt="{} of &lt;{}&gt;" src="data:image/png;base64,iV'
+    assert first.startswith("['n', 'word'] Dropdown " + image.format(2, "a"))
+    assert second.startswith(image.format(3, "b"))
+    assert third == "<pre>ValueError: n must be positive, &lt;not&gt; 0</pre>"
+    assert "ValueError: n must be positive" in ran.stderr, "the first picture's error is not hidden"
+
+
 def test_the_memory_a_process_holds_grows_with_what_it_fills():
     before = machine.held_bytes(os.getpid())
     filled = np.ones(50 * 2**20 // 8)

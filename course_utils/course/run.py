@@ -18,8 +18,8 @@ from course_utils.course import build
 from course_utils.course.chapters import Chapter
 
 CELL_SECONDS = {"smoke": 300, "fast": 900, "full": None}
-"""Longer than any cell. Once in some fifty runs a message between papermill and a kernel with a slider gets lost: the kernel
-is idle, papermill waits for ever. So a chapter that gives no answer is run once more."""
+"""Longer than any cell. A message between papermill and a kernel can get lost (see plots.explore): the kernel is idle,
+papermill waits for ever. So a chapter that gives no answer is run once more."""
 
 
 @dataclass

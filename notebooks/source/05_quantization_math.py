@@ -571,7 +571,7 @@ def picture(bits=4, scheme="symmetric", granularity="tensor", clip=1.0):
 # %% tags=["nbval-ignore-output"]
 import ipywidgets
 
-explorer = ipywidgets.interact(
+plots.explore(
     picture,
     bits=ipywidgets.SelectionSlider(options=knobs["bits"], value=4),
     scheme=list(knobs["scheme"]),

@@ -210,7 +210,7 @@ def draw(value, rows):
 # %% tags=["nbval-ignore-output"]
 import ipywidgets
 
-explorer = ipywidgets.interact(
+plots.explore(
     lambda value, e, m: draw(value, {f"{1 + e + m} bits": (e, m)} | FORMATS),
     value=ipywidgets.FloatText(value=0.1),
     e=ipywidgets.IntSlider(value=6, min=2, max=8, description="exponent"),

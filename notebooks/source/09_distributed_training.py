@@ -1662,7 +1662,7 @@ def picture(gpus=1024, gbit=50, hidden=0.5):
 
 
 picture()
-explorer = ipywidgets.interact(
+plots.explore(
     picture,
     gpus=ipywidgets.SelectionSlider(options=[8 * 2**k for k in range(8)], value=256),
     gbit=ipywidgets.SelectionSlider(options=[1, 10, 25, 50, 100, 200, 400], value=25),
