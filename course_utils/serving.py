@@ -390,11 +390,12 @@ os._exit(child.wait() & 255)
 
 @contextlib.contextmanager
 def server(program: Path, *, args: Sequence[str] = (), port: int | None = None, token: str | None = None,
-           env: Mapping[str, str] | None = None, ready_s: float = 60.0, ready: str = "/") -> Iterator[Server]:  # fmt: skip
+           env: Mapping[str, str] | None = None, ready_s: float = 60.0, ready: str = "/",
+           patience_s: float = 5.0) -> Iterator[Server]:  # fmt: skip
     """`python program args…` in a process group of its own, with PORT and COURSE_TOKEN in its environment.
 
     Waits until GET `ready` is answered, with whatever status but 502 or 503. However the block is left, the group is
-    asked to end, is killed after five seconds if it did not, and is gone, its port free, when the block is over.
+    asked to end, is killed after `patience_s` seconds if it did not, and is gone, its port free, when the block is over.
     Without `port` a free one is taken, another one if somebody else took it meanwhile. Raises RuntimeError with the
     server's last lines if it ends while starting, TimeoutError if it does not answer within `ready_s` seconds.
     """
@@ -428,7 +429,7 @@ def server(program: Path, *, args: Sequence[str] = (), port: int | None = None, 
                     watcher.join()
                 return
             finally:
-                _end(process, seen)
+                _end(process, seen, patience_s)
 
 
 def _watch(running: Server, stop: threading.Event) -> None:
@@ -485,14 +486,14 @@ def _listens(port: int, pids: set[int]) -> bool:
     return False
 
 
-def _end(process: subprocess.Popen, seen: set) -> None:
+def _end(process: subprocess.Popen, seen: set, patience_s: float) -> None:
     """End the whole group: politely, then not; return when all of it is gone."""
     import psutil
 
     family = set(seen)
     with contextlib.suppress(psutil.Error):
         family.update(psutil.Process(process.pid).children(recursive=True))
-    for kind, patience in ((signal.SIGTERM, 5.0), (getattr(signal, "SIGKILL", signal.SIGTERM), 5.0)):
+    for kind, patience in ((signal.SIGTERM, patience_s), (getattr(signal, "SIGKILL", signal.SIGTERM), 5.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
                 os.killpg(process.pid, kind)

@@ -161,7 +161,8 @@ if ready:
 # ## A verdict
 # An article says what is quoted below. In this course a statement like that is a *claim*. It has a source, a condition, and a
 # band of values for which it holds. Your measurement decides, for your machine: *holds here*, *does not hold here*,
-# *inconclusive*, or *not testable here* with the reason.
+# *inconclusive*, or *not testable here* with the reason. *On a stand-in* is added where a smaller network takes the place of the
+# one that the claim speaks of.
 
 # %% tags=["nbval-ignore-output"]
 claims.verdict("00.int8_is_faster", precision if ready else machine.can("package:onnxruntime"))

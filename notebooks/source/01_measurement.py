@@ -76,9 +76,9 @@ plots.lines(
 )
 
 # %% [markdown]
-# The first call pays for what the others find ready: memory is asked for, and the library chooses and prepares a kernel
-# for these shapes. A user who starts your program meets that cost once. It says nothing about the calls after it, so a
-# comparison leaves it out, and a report on start-up time leaves it in.
+# The first call pays for what the others find ready: memory is asked for, and the library chooses and prepares a *kernel*, the
+# compiled routine that computes one operation, for these shapes. A user who starts your program meets that cost once. It says
+# nothing about the calls after it, so a comparison leaves it out, and a report on start-up time leaves it in.
 #
 # Now the warm calls.
 
@@ -157,8 +157,9 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # in twelve tosses, $(12 + 1) / 2^{12}$, is rare, and so is the other side. No bell curve was assumed.
 #
 # Why blocks, and not single rounds? Because neighbours are alike: a core that is busy now is busy a moment later. Ten
-# calls in the same bad moment are one piece of evidence, not ten. A bootstrap of single rounds takes them for ten, and
-# its intervals come out too narrow. You will catch it at that in exercise C.
+# calls in the same bad moment are one piece of evidence, not ten. A *bootstrap* draws the rounds again and again, with
+# replacement, and looks at how the median varies. It takes the ten for ten, and its intervals come out too narrow. You write
+# one in exercise B, and catch it at that in exercise C.
 
 # %% [markdown]
 # ## Measure: the course's instrument
@@ -168,8 +169,8 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 #
 # | answer | when |
 # |---|---|
-# | *faster*, *slower* | the whole interval lies on one side of 1 |
-# | *no difference* | the whole interval lies within `±3%` |
+# | *no difference* | the whole interval lies within `±3%` of 1 |
+# | *faster*, *slower* | it does not, and the whole interval lies on one side of 1 |
 # | *inconclusive* | none of these: it may be faster, it may not; measure longer or stop claiming |
 
 # %% tags=["nbval-ignore-output"]
@@ -183,8 +184,9 @@ plots.intervals(
 )
 
 # %% [markdown]
-# The upper interval should touch 1, and if it is narrow it lies inside the grey band. The lower one answers a question
-# that is worth asking: half of the images, but the time was not quite halved. Some of it does not depend on the batch.
+# The upper interval should contain 1, and if it is narrow it lies inside the grey band. The lower one answers a question
+# that is worth asking: does half of the images take half of the time? If it lies below 2, it does not. Some of the time does
+# not depend on the batch.
 #
 # ## Measure: four ways to time the wrong thing
 # **Threads.** `torch.utils.benchmark.Timer` uses *one* thread unless you say otherwise; your program uses all of them.
@@ -202,7 +204,8 @@ print("Timer without num_threads:", benchmark.Timer("0").timeit(1).num_threads, 
 
 # %% [markdown]
 # Two people who compare "my time" with "your time" without saying the threads compare their settings. A comparison in
-# this course states them, and refuses two arms that differ in them.
+# this course states them, and refuses two arms that differ in them. Where it knows them, it also states the batch, the type of
+# the numbers (*dtype*) and their order in memory (*memory format*, [chapter 2](02_training_recipe.ipynb)).
 #
 # **Dead code.** The work was done before the clock started.
 
@@ -293,14 +296,15 @@ plots.lines(
 
 # %% [markdown]
 # Along the steep stretch a larger batch is nearly free: the fixed cost of a call is shared by more images. Where the curve is
-# flat, more images only mean more waiting. A flat piece on the far left, if yours has one, is a library that changes its kernel
-# between one image and two. Chapter 13 builds a server that sits at the bend on purpose.
+# flat or falls, more images only mean more waiting. A flat piece on the far left, if yours has one, is a library that changes its
+# kernel between one image and two. Chapter 13 builds a server that sits at the bend on purpose.
 
 # %% [markdown]
 # ## Explain: what a network costs
 # Time is what you feel. Four other numbers explain it: the *multiply–accumulates* (MACs, one multiplication and one
 # addition each), the *parameters*, the *bytes* of the saved file, and the *peak memory* while it runs. One convolution
-# shows how MACs are counted: each of the $C_{out}·H·W$ outputs needs $C_{in}·k·k$ of them.
+# shows how MACs are counted. Its output has $C_{out}$ channels of $H$ by $W$ numbers. Each of these $C_{out}·H·W$ outputs needs
+# $C_{in}·k·k$ MACs: one for each of the $k$ by $k$ weights over each of the $C_{in}$ input channels.
 
 # %%
 conv = nn.Conv2d(32, 64, 3, padding=1, bias=False)
@@ -329,10 +333,11 @@ for name, (net, example) in networks.items():
     )
 
 # %% [markdown]
-# Compare the last two rows. MobileNetV3-small needs a small fraction of ResNet-18's MACs. Divide the MACs, then divide
-# the times: the second ratio is much smaller. The claim behind "fewer FLOPs, so it is faster" deserves a clean test: one
-# layer, replaced by the one MobileNets are made of. A 3×3 convolution is split into a *depthwise* one, which looks at
-# each channel alone, and a 1×1 *pointwise* one, which mixes channels.
+# Compare the last two rows. MobileNetV3-small needs a small fraction of ResNet-18's MACs. Divide the MACs, then divide the
+# times: the second ratio is much smaller. A floating-point operation (FLOP) is an addition or a multiplication, so a MAC is two.
+# The claim behind "fewer FLOPs, so it is faster" deserves a clean test: one layer, replaced by the one MobileNets are made of. A
+# 3×3 convolution is split into a *depthwise* one, which looks at each channel alone, and a 1×1 *pointwise* one, which mixes
+# channels.
 
 # %% tags=["nbval-ignore-output"]
 channels = 128
@@ -356,8 +361,9 @@ claims.verdict("01.fewer_macs_proportionally_faster", share_kept)
 
 # %% [markdown]
 # To see why, ask what a layer does for each byte it moves. Call the operations a byte its *arithmetic intensity*. A
-# machine can compute only so fast, and it can fetch bytes only so fast. At low intensity the arithmetic units wait for
-# memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman and Patterson 2009).
+# machine can compute only so fast (in GFLOP/s, billions of operations a second), and it can fetch bytes only so fast (in GB/s).
+# At low intensity the arithmetic units wait for memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman
+# and Patterson 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is. They meet at the *ridge*.
 
 # %% tags=["nbval-ignore-output"]
 roof = measure.roofline()
@@ -625,8 +631,8 @@ print(
 # clock of the calendar: it may be set back while you measure, and on some systems it ticks in steps of milliseconds.
 #
 # ## Myth: the counter says how many FLOPs there are
-# Counters count the operators they know. In inference, PyTorch's transformer layer takes a fast path, one fused operator
-# that the counter has never heard of:
+# Counters count the operators they know. In inference, PyTorch's transformer layer takes a fast path: one *fused* operator,
+# several in a single call, that the counter has never heard of.
 
 # %% tags=["nbval-ignore-output"]
 encoder = nn.TransformerEncoderLayer(
@@ -940,5 +946,5 @@ plots.intervals(
 # [torch.utils.benchmark](https://docs.pytorch.org/docs/stable/benchmark_utils.html) and
 # [torch.profiler](https://docs.pytorch.org/docs/stable/profiler.html).
 #
-# **For the capstone** your ledger now holds five claims, and you have the instrument for all others. Next: the training
-# recipe, where every change must pay for itself in seconds and in accuracy.
+# **For the capstone** your ledger now holds five claims, and you have the instrument for all others. Next:
+# [02 · Training recipe](02_training_recipe.ipynb), where every change must pay for itself in seconds or in accuracy.

@@ -7,7 +7,7 @@
 # one short run · *write* a one-cycle schedule · *tell* by five seeds whether a change helped · *train* to a stated accuracy in a
 # fraction of a tutorial's time.
 #
-# 80 minutes · before this: 1 Measurement · runs on any CPU
+# 80 minutes · before this: 01 Measurement · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -45,9 +45,10 @@ machine.card()
 #    is wider than that and contains it.</details>
 #
 # ## Predict
-# Below stands a training loop as many tutorials have it. At the end of the chapter the same accuracy is reached by another
-# one. How many times sooner? And a second number: replace each convolution by a *depthwise separable* one, which needs about
-# a sixth of the multiply–accumulates here. How many times faster is a training step?
+# Below stands a training loop as many tutorials have it. At the end of the chapter the same accuracy is reached by another one.
+# How many times sooner? And a second number: replace each convolution by a *depthwise separable* one, the kind that
+# [chapter 1](01_measurement.ipynb) timed. It needs about a sixth of the multiply–accumulates here. How many times faster is a
+# training step?
 
 # %%
 my_speedup = ...
@@ -234,7 +235,8 @@ claims.verdict("02.more_workers_are_faster", workers)
 # ## Measure: what normalising moves
 # *Standardising* subtracts the mean pixel and divides by the standard deviation, so that inputs have mean 0 and deviation 1. It
 # is said to speed up convergence. Look at a whole row of learning rates before you believe it, and at two networks: a plain
-# convolutional one, and the course's, which has a BatchNorm after its first convolution.
+# convolutional one, and the course's, which has a BatchNorm after each convolution. *BatchNorm* standardises each channel over
+# the batch, and then multiplies and shifts it by two learned numbers (Ioffe and Szegedy 2015).
 
 
 # %%
@@ -369,7 +371,8 @@ plots.lines(tried, {"one step's loss": losses, "mean of nine": smooth}, xlabel="
 #
 # ## Measure: schedules over five seeds
 # A schedule changes the rate during training. *Decay* lets it fall, here along half a cosine. A *warm-up* lets it rise first.
-# *One-cycle* does both: a warm-up for a quarter of the steps, then the cosine (Smith 2018). Every schedule gets the same five seeds: the same weights at the start, the same batches.
+# *One-cycle* does both: a warm-up for a quarter of the steps, then the cosine (Smith 2018). Every schedule gets the same five
+# seeds: the same weights at the start, the same batches.
 
 # %%
 STEPS = 16 if SMOKE else 120
@@ -487,12 +490,13 @@ smaller = measure.paired_t(np.subtract(by_width[16], by_width[32]), "points")
 claims.verdict("02.smaller_beats_bigger_per_second", smaller)
 
 # %% [markdown]
-# Too narrow, and the network can't use its many steps; too wide, and it gets too few. Give all of them ten times as long, and the
-# best width moves to the right: the right size belongs to a budget, not to a data set.
+# Too narrow, and the network can't use its many steps; too wide, and it gets too few. Give all of them ten times as long, as
+# `full` does, and a wider one can win: the right size belongs to a budget, not to a data set.
 #
 # ## Measure: fewer multiply–accumulates, and the step?
-# A *depthwise separable* convolution (Howard et al. 2017) filters each channel on its own, 3 by 3, and then mixes channels by a
-# 1 by 1 convolution. It needs a fraction of the arithmetic.
+# [Chapter 1](01_measurement.ipynb) timed one *depthwise separable* layer (Howard et al. 2017), forwards only: a 3 by 3
+# convolution of each channel on its own, then a 1 by 1 convolution that mixes channels. Now a network of them takes a whole
+# training step, forwards and backwards.
 
 
 # %%
@@ -538,14 +542,15 @@ share = measure.Interval(*(v / fewer for v in (depthwise.ratio, depthwise.low, d
 claims.verdict("02.depthwise_is_faster_by_its_macs", share)
 
 # %% [markdown]
-# A depthwise filter does nine multiplications for each number it reads. That is little work for the bytes it moves, and there are
-# now two layers in place of one, each of which writes its result to memory and keeps it for the backward pass. On many
-# processors the step comes out no faster, or *slower*. Count bytes before you count multiplications: that is the roofline of
-# [chapter 1](01_measurement.ipynb).
+# A depthwise filter does nine multiplications for each number it reads. That is little work for the bytes it moves, and there
+# are now two layers in place of one, each of which writes its result to memory and keeps it for the backward pass. On many
+# processors the step gains a small part of what the arithmetic promises, or comes out *slower*. Count bytes before you count
+# multiplications: that is the roofline of [chapter 1](01_measurement.ipynb).
 #
 # ## Measure: layout and precision
-# `channels_last` stores the channels of a pixel side by side, which is how the convolution kernels want them. bf16 halves the bytes of
-# a number, and is fast where the processor has an instruction for it ([chapter 7](07_mixed_precision.ipynb)).
+# `channels_last` stores the channels of a pixel side by side, which is how many convolution kernels want them; *contiguous*, the
+# usual format, stores one channel's pixels side by side. bf16 is a floating-point number of 16 bits. It halves the bytes of a
+# number, and is fast where the processor has an instruction for it ([chapter 7](07_mixed_precision.ipynb)).
 
 # %% tags=["nbval-ignore-output"]
 reference = measure.Arm(stepper(models.mini_resnet(16)), "contiguous, fp32")
@@ -567,7 +572,7 @@ claims.verdict("02.channels_last_is_faster", cheaper["channels_last"])
 # ## Measure: all changes, one at a time
 # Now the ladder. Each rung keeps what stood below it. The first two rungs take the same steps, because their batches are the same
 # bits; only the second is trained, and the price of preparing images one by one, measured above, is added for the first.
-# The first rung and the last are trained with three seeds (five in `full`), those between with one. All have width 8.
+# The second rung and the last are trained with three seeds (five in `full`), those between with one. All have width 8.
 
 # %%
 LAST = {"size": 128, "channels_last": True}  # what the last rung adds to the batches
@@ -643,8 +648,9 @@ plots.show(figure, "Rungs of the ladder in a plane of steps against milliseconds
 # %% [markdown]
 # Going *down* is engineering: the same learning, cheaper steps. Data in memory and the layout do that. Going *left* is the recipe: fewer
 # steps to the same place. The rate with momentum does most of it. A larger batch goes left and *up* at once, and gains only as
-# far as the kernels like it. On yours a rung may have gained nothing; then its two points lie on one dashed line, and you may
-# leave that change out.
+# far as the kernels like it. On yours a rung may have gained nothing, or lost; then its point lies on the same dashed line as the
+# one before, or on the dearer side of it, and you may leave that change out. The rungs between have one seed each: a small
+# difference between them is not told apart from luck.
 
 # %% tags=["nbval-ignore-output"]
 logs = [math.log(a / b) for (_, a), (_, b) in zip(first, ladder[list(RUNGS)[-1]], strict=True)]
@@ -688,8 +694,9 @@ for name, every in (("each batch", 1), ("each epoch", 25)):
     )
 
 # %% [markdown]
-# Stepped once an epoch, the rate never leaves the warm-up: the network trains at a twentieth of the rate you asked for, and the
-# accuracy looks merely a bit poor. Print the rates of a schedule before you use it. The opposite mistake at least says so:
+# Stepped once an epoch, the rate never leaves the warm-up: the network trains at less than a tenth of the rate you asked for,
+# and the accuracy looks merely a bit poor. Print the rates of a schedule before you use it. The opposite mistake at least says
+# so:
 
 # %%
 with exercises.fails(ValueError):
@@ -755,9 +762,10 @@ print(
 # report several seeds.
 #
 # ## Exercise A · standardise
-# Complete the line. `standardise(train, x)` maps uint8 images `x` so that the *training* images get mean 0 and standard deviation 1 over all
-# their pixels. `x` may be any images; the map comes from `train` alone. If all pixels of `train` are equal, nothing may become
-# infinite. For `train` with pixels `[0, 255]`, half of each, a right answer maps 0 to −1 and 255 to 1.
+# Complete the line. `standardise(train, x)` maps uint8 images `x` so that the *training* images get mean 0 and standard
+# deviation 1 over all their pixels. `x` may be any images; the map comes from `train` alone. If all pixels of `train` are equal,
+# nothing may become infinite or *not a number*. For `train` with pixels `[0, 255]`, half of each, a right answer maps 0 to −1
+# and 255 to 1.
 
 
 # %% tags=["exercise"]
@@ -896,9 +904,10 @@ def one_cycle(step, total, max_lr, warmup):
 
 # %% [markdown]
 # ## Exercise C · an accuracy within a budget of seconds
-# Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns a network in eval mode for normalised images
-# (`models.normalise`). It may take `seconds` and not more: on this machine about 150 steps of `models.mini_resnet(8)` with 64
-# images. A right answer gets 68 of 100 unseen images right, and is on time when `seconds` is one step long, too.
+# Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns a network in eval mode for
+# normalised images (`models.normalise`). It may take `seconds` and not more: about 150 steps of `models.mini_resnet(8)` with 64
+# images, as long as they take on this machine with one thread, which is what `check` sets. A right answer gets 68 of 100 unseen
+# images right, and is on time when `seconds` is one step long, too.
 
 
 # %% tags=["exercise"]
@@ -1009,8 +1018,8 @@ def train_within(images, labels, seconds):
 
 # %% [markdown]
 # ## The tool of the field
-# The recipe as a loop of twenty lines. `training.fit`, which all other chapters call, is the same with a progress bar and checks of its
-# input; torch brings the optimizer and the schedule. The two must agree bit for bit.
+# The recipe as a loop of twenty lines. `training.fit`, which other chapters call, is the same with a progress bar and checks of
+# its input; torch brings the optimizer and the schedule. The two must agree bit for bit.
 
 
 # %%
@@ -1048,9 +1057,11 @@ assert all(
 )
 
 # %% [markdown]
-# Two things were added: mirrored images, because a shirt seen in a mirror is a shirt, and label smoothing, which asks for 95% of the
-# probability and not for all of it (Szegedy et al. 2016). This loop made the *baseline* that other chapters load, with the 55,000 images of the full training
-# set and 8 epochs at width 32. In `full`, and with the whole data set there (`course data --full`), the next cell trains it again.
+# Three things were added: mirrored images, because a shirt seen in a mirror is a shirt; weight decay, which pulls every weight a
+# little towards zero in each step; and label smoothing, which asks for about 95% of the probability and not for all of it, and
+# spreads the rest over all classes (Szegedy et al. 2016). This loop made the *baseline* that other chapters load, with the 55,000
+# images of the full training set and 8 epochs at width 32. In `full`, and with the whole data set there (`course data --full`),
+# the next cell trains it again.
 
 # %% tags=["nbval-ignore-output"]
 from safetensors.torch import load_file, save_file

@@ -46,14 +46,14 @@ machine.card()
 # %% [markdown]
 # ## Recall
 # 1. Chapter 1: a network has half the multiply–accumulates (MACs) of another. What do you know about its time?
-#    <details><summary>Answer</summary>Nothing yet. MACs count arithmetic. Where bytes, memory access or kernel launches limit
-#    the layer (left of the roofline's ridge), time follows those. Depthwise convolutions were the example.</details>
+#    <details><summary>Answer</summary>Nothing yet. MACs count arithmetic. Where bytes limit a layer (left of the roofline's
+#    ridge) or the calls themselves do, time follows those. Depthwise convolutions were the example.</details>
 # 2. Chapter 1: a comparison gave the interval [0.98, 1.09]. What may you say?
 #    <details><summary>Answer</summary>Inconclusive. It is not inside ±3%, so "no difference" is not shown, and it includes 1, so
 #    "faster" is not shown either.</details>
-# 3. Chapter 2: what does OneCycle do with the learning rate, and why is the highest rate for fine-tuning lower than for training?
-#    <details><summary>Answer</summary>It rises, then falls to nearly zero. A trained network sits in a good place; a high rate
-#    would carry it out of there, and the few steps of a fine-tune are too few to come back.</details>
+# 3. Chapter 2: what does a one-cycle schedule do with the learning rate, and what is its small end good for?
+#    <details><summary>Answer</summary>The rate rises, then falls to nearly zero. Small rates let the weights settle where large
+#    ones shake them about. That is why a trained network is trained on (*fine-tuned*) with a lower highest rate.</details>
 
 # %% [markdown]
 # ## Predict
@@ -92,8 +92,9 @@ by_magnitude, by_taylor = w.detach().abs(), (w.detach() * w.grad).abs()
 sorted(by_magnitude.topk(4).indices.tolist()), sorted(by_taylor.topk(4).indices.tolist())
 
 # %% [markdown]
-# The second rule keeps the small weights with a loud input. Now the shipped network: one ranking over all its convolutions and
-# its linear layer, and exactly the asked-for share set to zero. `how` may be magnitude, Taylor or random.
+# Under the second rule a small weight with a loud input can stay, and a large one with a quiet input goes. Now the shipped
+# network: one ranking over all its convolutions and its linear layer, and exactly the asked-for share set to zero. `how` may be
+# magnitude, Taylor or random.
 
 
 # %%
@@ -235,7 +236,7 @@ claims.verdict(
 
 # %% [markdown]
 # ## Measure: at what sparsity does a sparse kernel win?
-# A kernel that stores only the non-zero numbers and where they are (CSR, compressed sparse rows) can skip the rest. It pays for
+# *Sparsity* is the share of zeros. A kernel that stores only the non-zero numbers and where they are (CSR, compressed sparse rows) can skip the rest. It pays for
 # that with an index for every number and with memory read out of order. So there is a sparsity at which it begins to win.
 # Where is it on your machine? One weight matrix, two batch sizes, the dense product against the sparse one.
 
@@ -286,13 +287,14 @@ plots.lines(
 )  # fmt: skip
 
 # %% [markdown]
-# Left of the crossover the index costs more than the skipped work. The two batch sizes differ because the dense product is
-# limited by memory at batch 1 and by arithmetic at batch 64 (chapter 1's roofline), while CSR has other limits. Compare the
-# crossover with the accuracy figure above: can your network afford that many zeros?
+# Left of the crossover the index costs more than the skipped work. Where the two batch sizes differ, one reason is that the dense
+# product is limited by memory at batch 1 and by arithmetic at batch 64 (chapter 1's roofline), while CSR has other limits.
+# Compare the crossover with the accuracy figure above: can your network afford that many zeros?
 
 # %% [markdown]
-# **N:M sparsity** asks for less freedom and gives the hardware an easier job: of every four weights in a row, exactly two are zero
-# (2:4). The index shrinks to two bits a weight, and Tensor Cores since NVIDIA's Ampere skip the zeros (Mishra et al. 2021).
+# **N:M sparsity** asks for less freedom and gives the hardware an easier job: of every four weights in a row, exactly two are
+# zero (2:4). The index shrinks to two bits for each weight that stays, and Tensor Cores since NVIDIA's Ampere skip the zeros
+# (Mishra et al. 2021).
 
 
 # %%
@@ -338,7 +340,7 @@ sorted(conv.state_dict()), round(measure.saved_bytes(conv) / before, 1)
 
 # %% [markdown]
 # Twice the bytes. The right way to end: `torch_prune.remove(conv, "weight")` makes the zeros permanent and drops the mask. Even
-# then you own a dense tensor with zeros in it. Before `remove`, copying the layer does not work either once it has run:
+# then you own a dense tensor with zeros in it. Before `remove`, not even copying the layer works:
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(RuntimeError):
@@ -363,8 +365,8 @@ above, exact
 # %% [markdown]
 # The threshold keeps no channel at all, and the next layer gets an empty input. `topk` keeps as many as asked for.
 #
-# Three more lines that circulate. Two of these names do not exist in PyTorch in that form, and a `state_dict` is a dictionary of
-# many things, not a tensor of weights.
+# Three more lines that circulate. The first passes an argument that the function does not have, the second names a class that
+# PyTorch does not have, and the third forgets that a `state_dict` is a dictionary of many things, not a tensor of weights.
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(TypeError):
@@ -473,8 +475,8 @@ def channel_importance(weight, grad):
 # ## Exercise B · cut a chain, change nothing
 # Between two convolutions usually stands a BatchNorm. Write `shrink(conv1, bn, conv2, keep)`: `keep` is a tensor of channel
 # numbers, sorted. Return three **new** layers `(conv1, bn, conv2)` in which only the channels `keep` of `conv1`'s output are left.
-# Give back the output of the old chain `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0 elsewhere, to within
-# `1e-10` in fp64. `conv1` may have a bias; strides, padding and `eps` stay; layers in eval mode stay in eval mode; the layers
+# The new chain must give what the old one gives under a mask, `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0
+# elsewhere, to within `1e-10` in fp64. `conv1` may have a bias; strides, padding and `eps` stay; layers in eval mode stay in eval mode; the layers
 # you are given must not change. For `conv1 = Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new
 # weights have shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
 
@@ -570,10 +572,11 @@ def shrink(conv1, bn, conv2, keep):
 
 # %% [markdown]
 # ## From scratch: which layers must be cut together?
-# A chain is the friendly case. In a residual block the output of `conv2` is *added* to the shortcut, so both must lose the
-# same channels, and so must every layer that reads the sum. The rule: layers that share one list of channels are cut together.
-# A traced graph tells who shares. A convolution or linear layer starts a new list; an addition makes two lists one; everything else
-# passes its list on. torch-pruning calls this a dependency graph (Fang et al. 2023).
+# A chain is the friendly case. In a residual block the output of `conv2` is *added* to the shortcut, so both must lose the same
+# channels, and so must every layer that reads the sum. The rule: layers that share one list of channels are cut together. A
+# traced graph tells who shares: `torch.fx` runs `forward` on stand-ins and records which operation reads which. A convolution or
+# linear layer starts a new list; an addition makes two lists one; everything else passes its list on. torch-pruning calls this a
+# dependency graph (Fang et al. 2023).
 
 
 # %%
@@ -611,8 +614,8 @@ for name, group in groups.items():
     print(f"{name}: made by {', '.join(group['out'])}; read by {', '.join(group['into'])}")
 
 # %% [markdown]
-# Three groups have one producer: the *inner* channels of each block. The other three are the residual streams, and each holds
-# several layers. Cutting only one of its producers breaks the addition:
+# Three groups have one producer: the *inner* channels of each block. The other three are the *residual streams*, the sums that
+# one block hands to the next, and each is made by several layers. Cutting only one of its producers breaks the addition:
 
 # %% tags=["nbval-ignore-output"]
 broken = copy.deepcopy(net)
@@ -660,7 +663,8 @@ def prune(net, widths, score=l1):
 
 # %% [markdown]
 # Is it the same function? A network with a mask after every BatchNorm of the group must give the same numbers as the smaller
-# network. In fp64, because fp32 sums in another order on another machine. All six groups at once, half of each.
+# network. They are compared in fp64, because in fp32 rounding depends on the order of a sum, and the smaller network sums in
+# another order. All six groups at once, half of each.
 
 
 # %%
@@ -720,7 +724,8 @@ print(
 
 # %% [markdown]
 # ## Measure: collapse and recovery
-# Of the `32`, `64` and `128` inner channels of the three blocks keep `18`, `36` and `72`, ranked by L1. Then repair in two steps.
+# Of the `32`, `64` and `128` inner channels of the three blocks keep `18`, `36` and `72`, ranked by *L1*, the mean magnitude of a
+# channel's weights. Then repair in two steps.
 # *BatchNorm recalibration*: the running mean and variance describe the old network, so forget them and average over some
 # training images anew; no weight changes. *Fine-tuning*: chapter 2's recipe for one epoch at a tenth of its learning rate.
 
@@ -796,7 +801,7 @@ exercises.reveal("03.collapse", steps[1], "%")
 # mean and variance now, and the stored ones no longer fit. A pass over some images without labels repairs much of that; the
 # fine-tune does the rest. Never judge a criterion by the second point of this figure.
 #
-# Validation chose nothing but the figure. The verdict comes from test images, the same ones for both networks.
+# The figure looked at validation images. The verdict comes from test images, the same ones for both networks.
 
 # %% tags=["nbval-ignore-output"]
 right_before, right_after = (
@@ -1011,11 +1016,12 @@ print(f"Taylor minus random: {difference['Taylor']}; iterative minus one-shot: {
 claims.verdict("03.compression_costs_accuracy", cost)
 
 # %% [markdown]
-# Look at the grey lines before the means: seeds differ from each other more than most rules do. That random channels come out so
-# close has been seen on VGG-16 and ResNet-50 too (Mittal et al. 2018): fine-tuning heals whichever were taken.
-# The control answers the other claim. Without it, the gain from the extra epoch would hide what the cut costs. The claim is
-# about this cut on this small network: on ResNet-56 and CIFAR-10, Torch-Pruning's table shows 93.53% before and 93.77% after, with
-# 2.13 times fewer MACs and much longer training ([reproduce table, 2023](https://github.com/VainF/Torch-Pruning/blob/master/reproduce/readme.md)).
+# Look at the grey lines before the means: do the rules differ by more than the seeds do? If random channels come out close on
+# yours, that has been seen on VGG-16 and ResNet-50 too (Mittal et al. 2018): fine-tuning heals whichever were taken. The control
+# answers the other claim. Without it, the gain from the extra epoch would hide what the cut costs. The claim is about this cut on
+# this small network: on ResNet-56 and CIFAR-10, Torch-Pruning's table shows 93.53% before and 93.77% after, with 2.13 times fewer
+# MACs, a training that prepares for the cut (next paragraph), and much longer fine-tuning
+# ([reproduce table, 2023](https://github.com/VainF/Torch-Pruning/blob/master/reproduce/readme.md)).
 
 # %% [markdown]
 # *Network slimming* (Liu et al. 2017) prepares for the cut: while training, a penalty on BatchNorm's scales $\gamma$ pushes whole
@@ -1195,11 +1201,11 @@ exercises.reveal("03.half", half_time[64].ratio, "x")
 claims.verdict("03.half_the_macs_is_half_the_time", half_time[64])
 
 # %% [markdown]
-# Three reasons, each from chapter 1.
+# Three reasons. You know the first two from [chapter 1](01_measurement.ipynb).
 #
 # *Amdahl.* The stem, the shortcuts, BatchNorm, ReLU on the streams, pooling and the calls themselves keep their time. If the
-# part that shrinks takes the share $p$ of the time and becomes $s$ times faster, the whole becomes $1/((1-p) + p/s)$ times faster.
-# At batch 1 the fixed part, a call's overhead, is the largest.
+# part that shrinks takes the share $p$ of the time and becomes $S$ times faster, the whole becomes $1/((1-p) + p/S)$ times faster.
+# At batch 1 the fixed part, the overhead of the calls, has its largest share.
 #
 # *Roofline.* A narrower layer does less arithmetic for every byte it moves. Count it for the inner convolution of the first block,
 # `3×3` on `14×14` pixels, 32 channels in, before and after:

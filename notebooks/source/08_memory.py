@@ -505,8 +505,8 @@ claims.verdict("08.a_third_more_time", longer["√n segments, ours"])
 
 # %% [markdown]
 # Down is less memory, right is more time. *One segment* lies as high as *plain*, but far to the right: it computes everything
-# twice and at one moment still holds everything. *Selective* lies between. And look at the two lowest: checkpointing every
-# block needs *less* than the celebrated $\sqrt n$. Two questions are open: why this time, and why this memory?
+# twice and at one moment still holds everything. *Selective* lies between in height; how far to the right depends on what your
+# machine finds dear. And look at the two lowest: checkpointing every block needs *less* than the celebrated $\sqrt n$. Two questions are open: why this time, and why this memory?
 #
 # ## Explain: where the third comes from, and where it goes
 # A backward pass has two matrix products for each one of the forward pass: one gives the gradient of the input, one that
@@ -636,8 +636,8 @@ claims.verdict("08.square_root_memory", slope["√n segments"])
 
 # %% [markdown]
 # Both axes are logarithmic, so a straight line is a power and its slope the exponent. The claim is about the *growth*. At
-# depths that you meet, *every block* lies below *√n segments*; its line bends upwards and crosses where $n$ is about
-# $14^2$ blocks and more.
+# depths that you meet, *every block* lies below *√n segments*; its line bends upwards, and the two cross only at about
+# $14^2$ blocks, where $n\,b + A$ has grown to $\sqrt n\,(b + A)$.
 #
 # ## From scratch: gradient accumulation
 # Another way to hold fewer activations: send the batch in pieces, let the gradients add up, and update once. The loss is a
@@ -709,7 +709,7 @@ small_ones = accumulated(with_bn, pictures, digits, 16)
 print("with BatchNorm, equal:", apart(big_batch, small_ones) < 1e-6)
 
 # %% [markdown]
-# The last piece of 100 has 4 rows, and the recipe gives it the weight of 32. With BatchNorm no weighting helps: a piece
+# The last piece of 100 has 4 rows, and the recipe gives it the weight of a piece of 32. With BatchNorm no weighting helps: a piece
 # is normalised by its own mean. "Equal to the big batch" holds for layers that treat each row alone.
 #
 # ## Myth: the reentrant version and an input that needs no gradient
@@ -923,7 +923,8 @@ draw(
 # %% [markdown]
 # Blue is in use, grey is free, a black line ends a segment. In the first map half of the memory is free and no request for
 # `10 MiB` can be served: this is *fragmentation*. `empty_cache` finds no segment without a tenant. In the second map the same tensors were made in another order, and half of the segments went back
-# to the device. `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` attacks the same problem with segments that can grow.
+# to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True` (before torch 2.9 `PYTORCH_CUDA_ALLOC_CONF`)
+# attacks the same problem with segments that can grow.
 #
 # ## Myth: empty_cache frees memory for your model
 # Three questions about one training step: how large a tensor can *you* still get, what can *another process* get, and how
@@ -1288,9 +1289,10 @@ raw[0], locked[0]
 
 # %% [markdown]
 # ## Measure: attention, naive and fused
-# Attention compares each of $T$ positions with each: a table of $T \times T$ scores a head. The naive way stores it. The
-# *fused* operator of PyTorch works through it in blocks and never holds it (Dao et al. 2022). On the way to it stands what
-# you can build now: take a block of queries at a time and checkpoint it.
+# In *attention* each of $T$ positions sends a *query*, which is compared with the *key* of every position; the scores then weigh
+# the positions' *values*. That is a table of $T \times T$ scores, and one for each *head*: several such comparisons run side by side.
+# The naive way stores the tables. The *fused* operator of PyTorch works through them in blocks and never holds one whole
+# (Dao et al. 2022). On the way to it stands what you can build now: take a block of queries at a time and checkpoint it.
 
 
 # %%
@@ -1351,7 +1353,7 @@ claims.verdict("08.fused_attention_is_linear", powers["fused"])
 # | it saves nothing at all | one segment holds everything at the end | shorter segments |
 # | it costs far more than a third | the forward pass is a large share: random numbers, normalisation, many small operations | the bars under *Explain* |
 # | it costs almost nothing | the machine was waiting for data or for memory anyway | chapter 1, the roofline |
-# | selective costs as much as full | the cheap operations are the dear ones on this CPU, and the hooks run in Python | without dropout; larger matrices |
+# | selective costs as much as full, or more | the cheap operations are the dear ones on this CPU, and the hooks run in Python | without dropout; larger matrices |
 # | the prediction is off for a tiny batch of images | the convolution library rearranges weights in scratch memory | a larger batch |
 # | accumulation is slower | small products use the processor badly | the largest piece that fits |
 # | shared memory gains little | the array is small: a round trip costs what the pipe costs | arrays from `1 MiB` on |

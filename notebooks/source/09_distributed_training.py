@@ -50,7 +50,8 @@ machine.card()
 # 2. (Chapter 8) A model has a million parameters, trained with Adam in fp32. How many bytes stay between two steps?
 #    <details><summary>Answer</summary>Sixteen million: four for the weight, four for its gradient, eight for Adam's two numbers.</details>
 # 3. (Chapter 8) What must be restored so that a repeated computation gives the same bits?
-#    <details><summary>Answer</summary>Everything it reads: weights, the optimizer's state, and the state of the random generator.</details>
+#    <details><summary>Answer</summary>Everything it reads: its input, the weights, and the state of the random generator. A whole
+#    training run also reads the optimizer's state: you need that below.</details>
 #
 # ## Predict
 # You have two cores. Arm one: one process that uses both as two threads. Arm two: two processes, one thread each, half of the rows
@@ -107,8 +108,9 @@ plots.show(
 # each number is *stored* by one worker only, and sent to the other when a layer needs it. Under each stands what travels.
 #
 # ## From scratch: all-reduce
-# Data parallel needs one thing: the sum of all workers' gradients, on all workers. That is an *all-reduce*. The plain way sends
-# everything to one worker and back: with $p$ workers it carries $2(p-1)$ times the vector. A *ring* does better. Cut the vector into
+# Data parallel needs one thing: the sum of all workers' gradients, on all workers. That is an *all-reduce*, one of the
+# *collectives*: operations in which every worker takes part. The plain way sends everything to one worker and back: with $p$
+# workers, $2(p-1)$ whole vectors pass through that one. A *ring* does better. Cut the vector into
 # $p$ pieces; each worker talks only to its right neighbour. Here are four workers in one process, one row each.
 
 
@@ -140,7 +142,7 @@ assert (table == 1111).all()
 #
 # $$t = 2(p-1)\left(\alpha + \frac{n}{p\,\beta}\right)$$
 #
-# This is the $\alpha$–$\beta$ model. For many workers the bytes approach $2n$, no matter how many there are. That is why rings won.
+# This is the $\alpha$–$\beta$ model. For many workers the bytes that each one sends approach $2n$ and stay there. That is why rings won.
 #
 # Now on real processes. A process can't see a cell of your notebook, so its code must be a file. `%%writefile` writes the cell
 # to one. `dist.isend` starts a send and goes on, `dist.recv` waits for a message.
@@ -246,7 +248,8 @@ def run(settings):
 
 
 # %% [markdown]
-# *Which habits go wrong?* Weights that each worker draws for itself; a sampler whose epoch nobody sets.
+# *Which habits go wrong?* Weights that each worker draws for itself; a sampler whose epoch nobody sets. (A `DistributedSampler`
+# shuffles the numbers of the rows and deals them out, to each worker its own.)
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/habits.py
@@ -438,7 +441,7 @@ for rank, told in enumerate(first["ring"]):
 # Two workers, so $2(p-1) = 2$ messages of half the vector each, as the formula says.
 #
 # ## Measure: what a message costs
-# Both ways were timed on vectors of several sizes. The line is the $\alpha$–$\beta$ model, fitted to every second of torch's points.
+# Both ways were timed on vectors of several sizes. The line is the $\alpha$–$\beta$ model, fitted to every other one of torch's points.
 
 # %% tags=["nbval-ignore-output"]
 assert all(told["equal"] and len(told["messages"]) == 2 for told in first["ring"])
@@ -546,8 +549,8 @@ print("launched inside no_sync:", told["in no_sync"])
 
 # %% [markdown]
 # A bar begins when its bucket is full and ends when the sum is back. The last layers come first, because backward starts there. On a GPU
-# a separate engine carries the bytes, so all but the last bar cost nothing. On a CPU, the carrying is done by the cores that should
-# compute. Watch what that means for the next figure.
+# the transfer runs beside the computation and takes little from it, so all but the last bar cost almost nothing. On a CPU, the
+# carrying is done by the cores that should compute. Watch what that means for the next figure.
 #
 # ## Measure: honest scaling
 
@@ -570,7 +573,8 @@ claims.verdict("09.two_workers_against_one_thread", gain["two processes against 
 
 # %% [markdown]
 # The last row is the honest one: both arms have the same two cores. The first row is what most tutorials print; its baseline left one core
-# idle. On *one* machine a second process competes with a second thread, and pays for messages too. Processes win where threads can't
+# idle. On *one* machine a second process competes with a second thread, and pays for messages too. Is your last row above 1? Then
+# look at the middle one: two threads shared these small products badly. Elsewhere, processes win where threads can't
 # go: to a second machine, a second GPU, or a program that Python's lock holds back.
 
 # %% [markdown]
@@ -597,9 +601,10 @@ print(
 )
 
 # %% [markdown]
-# The order matters: columns first, then rows. PyTorch calls them `ColwiseParallel` and `RowwiseParallel`.
+# The order matters: columns first, then rows. PyTorch calls them `ColwiseParallel` and `RowwiseParallel`. The names are about the
+# $W$ of $xW$; a `Linear` stores it transposed, so `up`'s columns are *rows* of `up.weight`, as in the cell above.
 #
-# For the second start: who *stores* what. `ZeroRedundancyOptimizer` shards Adam's numbers (ZeRO's first stage), `fully_shard`
+# For the second start: who *stores* what. A *mesh* names the workers among which something is cut. `ZeroRedundancyOptimizer` shards Adam's numbers (ZeRO's first stage), `fully_shard`
 # (FSDP2) shards everything (its third).
 
 # %% tags=["nbval-ignore-output"]
@@ -831,7 +836,8 @@ assert forward == backward == SETTINGS["depth"]
 assert max(max(told["apart"].values()) for told in second["pipes"]) < 1e-6
 
 # %% [markdown]
-# One all-reduce a block in each direction, as on paper. A pipeline computes the same gradients in whatever order.
+# One all-reduce a block forwards, as on paper, and one backwards, where the two parts of the gradient of the block's input are
+# added. A pipeline computes the same gradients in whatever order.
 #
 # ## Measure: bytes on each worker
 # ZeRO's formula (Rajbhandari et al. 2020), for fp32 and Adam, in bytes a parameter on each of $N$ workers. Plain data parallel:
@@ -877,13 +883,15 @@ print(
 claims.verdict("09.zero_divides_memory", factor)
 
 # %% [markdown]
-# The bars end at the formula. The diamonds don't follow them: at the peak there are also activations (divided by the rows, not by ZeRO),
-# the block whose weights have just been collected, and buffers for the messages. "Divides by $N$" is true for what *stays*, not for
-# what a step needs.
+# The bars end at the formula. The diamonds lie farther right: at the peak there are also activations (divided by the rows, not by
+# ZeRO), the block whose weights have just been collected, and buffers for the messages. "Divides by $N$" is exact for what *stays*.
+# For what a step needs it holds only as far as weights, gradients and Adam's numbers outweigh the rest: if your factor lies near the
+# edge of the band, they nearly do, and more rows move it down.
 #
 # ## Explain: the bubble
 # A pipeline of $p$ stages with $m$ micro-batches needs $m + p - 1$ time slots, and each worker works in $m$ of them. So a share of
-# $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: one less the time of the work alone, divided by the time of the step.
+# $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: the share of
+# the step's time that is left when the time of the work alone is taken away.
 
 # %% tags=["nbval-ignore-output"]
 pipe = {}
@@ -908,7 +916,9 @@ claims.verdict("09.bubble_formula", pipe["GPipe", 4])
 
 # %% [markdown]
 # The formula counts slots of equal length and messages that cost nothing. What lies above it is sending, waiting for the slower stage
-# (the first one computes no gradient of its input), and Python between the calls. GPipe and 1F1B have the same bubble; 1F1B's gain is memory.
+# (the first one computes no gradient of its input), and Python between the calls. A point below
+# it is possible too: the work alone was timed with both cores busy, and in the pipeline a core sometimes has the memory to itself.
+# GPipe and 1F1B have the same bubble; 1F1B's gain is memory.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1136,7 +1146,7 @@ print(
 # and torchrun.
 #
 # ## Myth: init_process_group finds the others by itself
-# And two more that meet everybody once: a tensor left behind on the CPU, and `DataParallel` on many machines.
+# And two more mistakes that everybody meets once: a tensor left behind on the CPU, and `DataParallel` on many machines.
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(ValueError):
@@ -1253,8 +1263,8 @@ else:
 outcome
 
 # %% [markdown]
-# The assertion: after eight steps each weight is within `1e-4` of plain training; a step moves a weight by up to `1e-3`. The last column
-# answers a frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in full, for its own rows. It is data
+# Where DeepSpeed is installed, the assertion says: after eight steps each weight is within `1e-4` of plain training, and a single step
+# moves a weight by up to `1e-3`. The last column answers a frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in full, for its own rows. It is data
 # parallelism with shared storage. Who wants a layer computed in parts must cut the model (tensor, pipeline).
 #
 # ## Measure: a worker is killed
@@ -1455,8 +1465,8 @@ def step_time(cluster, job, plan):
 # %% [markdown]
 # Fit it on some of your measurements, and let it predict others: a model that is fitted to everything predicts nothing. The first three cases
 # of `timing.py`, GPipe with four micro-batches, and one batch of tensor parallel are for fitting. Computing takes seconds for each operation and seconds for each block; as DDP,
-# also seconds for each byte of gradient. These three numbers are linear in the times, so least squares finds them; each equation is divided by its time, so that
-# relative errors count.
+# also seconds for each byte of gradient. The times are linear in these three unknowns, so least squares finds them; each equation is
+# divided by its time, so that relative errors count.
 
 # %% tags=["nbval-ignore-output"]
 WIDTH = SETTINGS["width"]
@@ -1828,7 +1838,7 @@ del first, second
 # <details><summary>which backend it used</summary>That matters later; a wrong baseline matters more.</details>
 # <details><summary>how many epochs</summary>Both arms should do the same work a step; epochs don't enter.</details>
 #
-# **Key points** · an all-reduce in a ring sends $2(p-1)/p$ of the vector, however many workers · DDP equals the large batch for layers that treat rows
+# **Key points** · in a ring all-reduce each worker sends $2(p-1)/p$ of the vector, never more than twice its bytes · DDP equals the large batch for layers that treat rows
 # alone · the baseline gets the same cores · ZeRO divides what stays, not what a step needs · a pipeline idles $(p-1)/(m+p-1)$ and then some · state,
 # rows and files that depend on the step alone survive a kill · fit a model on some points, judge it on others.
 #
