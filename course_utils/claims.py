@@ -61,9 +61,12 @@ class Verdict:
         if self.value is None:
             return self.reason
         unit = f" {self.claim.unit}" if self.claim.unit else ""
-        if self.low == self.high:
-            return f"{self.value:.3g}{unit}"
-        return f"{self.value:.3g}{unit} [{self.low:.3g}, {self.high:.3g}]"
+        # a number just beyond an edge of the band must not be rounded onto it
+        edges = {f"{edge:.3g}" for edge in self.claim.band}
+        value, low, high = (
+            f"{x:.5g}" if f"{x:.3g}" in edges else f"{x:.3g}" for x in (self.value, self.low, self.high)
+        )
+        return f"{value}{unit}" if self.low == self.high else f"{value}{unit} [{low}, {high}]"
 
     def band(self) -> str:
         low, high = self.claim.band

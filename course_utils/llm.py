@@ -72,7 +72,8 @@ class Model:
 
 
 def load(*, tiny: bool = False) -> Model:
-    """SmolLM2-135M-Instruct (Apache-2.0), or the tiny random model where its package is missing or `tiny` is asked for.
+    """SmolLM2-135M-Instruct (Apache-2.0), or the tiny random model where its package or 3 GB of memory are missing, or
+    where `tiny` is asked for.
 
     The package's file holds 4-bit weights (Q4_1: groups of 32 with a scale and a minimum) and an 8-bit embedding. They
     are dequantised here, tensor by tensor: what you get is the 4-bit model written in fp32, not the original one.
@@ -83,6 +84,8 @@ def load(*, tiny: bool = False) -> Model:
         if not machine.can(f"package:{name}"):
             why = f"{name} is not installed: a tiny random model stands in."
             return random_model(machine.Skip("package", why, _REMEDY))
+    if not (room := machine.can("3 GB")):
+        return random_model(machine.Skip("memory", f"{room.reason} A tiny random model stands in."))
     return _smollm2()
 
 

@@ -1,5 +1,6 @@
 """What this machine is and what it can do: the card every chapter opens with, and typed skips for what it lacks."""
 
+import contextlib
 import functools
 import html
 import importlib.metadata
@@ -11,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
 PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino")
 _X86_FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _ARM_FLAGS = {"asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
@@ -80,7 +82,6 @@ class Card:
 
 def card() -> Card:
     """The machine card, read from the machine now."""
-    import psutil
     import torch
 
     return Card(
@@ -89,7 +90,7 @@ def card() -> Card:
         isa=isa(),
         cores=usable_cores(),
         threads=torch.get_num_threads(),
-        memory_gb=round(min(psutil.virtual_memory().total, _cgroup_limit()) / 2**30, 1),
+        memory_gb=round(memory_gb(), 1),
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         system=f"{platform.system()} {platform.release().split('-')[0]}",
         python=platform.python_version(),
@@ -114,12 +115,23 @@ def usable_cores() -> int:
     """Cores this process may use: affinity and, on Linux, the control group's quota (a container's limit)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
         pass
     return cores
+
+
+def memory_gb() -> float:
+    """Memory this process may use, in units of 2^30 bytes: the machine's, or less in a control group (a container)."""
+    import psutil
+
+    limits = [float(psutil.virtual_memory().total)]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of control groups; "max" is no limit
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(float((CGROUP / name).read_text()))
+    return min(limits) / 2**30
 
 
 def held_bytes(pid: int) -> int:
@@ -150,12 +162,14 @@ def version(package: str) -> str | None:
 
 def can(what: str) -> "Skip | bool":
     """True, or the Skip that says why not. `what`: "gpu", "vnni", "bf16", "compiler", "energy", "root", "full",
-    "two cores", or "package:NAME". A Skip is false, so that `if machine.can("gpu"):` guards a part.
+    "two cores", "package:NAME", or "N GB" of memory. A Skip is false, so that `if machine.can("gpu"):` guards a part.
     """
     if what.startswith("package:"):
         return _package(what.removeprefix("package:"))
+    if what.endswith(" GB"):
+        return _memory(what)
     if what not in _CHECKS:
-        raise ValueError(f"can() knows {', '.join(_CHECKS)} and package:NAME, not {what!r}.")
+        raise ValueError(f"can() knows {', '.join(_CHECKS)}, package:NAME and N GB, not {what!r}.")
     return _CHECKS[what]()
 
 
@@ -233,6 +247,13 @@ def _package(name: str) -> "Skip | bool":
     )
 
 
+def _memory(what: str) -> "Skip | bool":
+    have = memory_gb()
+    return have >= float(what.removesuffix(" GB")) or Skip(
+        "memory", f"{what} of memory are needed; this machine lets the course use {have:.1f}."
+    )
+
+
 _CHECKS = {
     "gpu": _gpu,
     "vnni": _vnni,
@@ -243,13 +264,6 @@ _CHECKS = {
     "two cores": _two_cores,
     "full": _full,
 }
-
-
-def _cgroup_limit() -> float:
-    try:
-        return float(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):
-        return float("inf")
 
 
 def _proc_cpuinfo(key: str) -> str:

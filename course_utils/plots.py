@@ -172,7 +172,7 @@ def intervals(
     ax.set_ylim(len(values) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     if same:
-        ax.legend(loc="best")
+        figure.legend(loc="outside lower center", fontsize=8)
     show(figure, alt)
 
 
@@ -198,7 +198,12 @@ def verdicts(rows: Sequence[Mapping]) -> Figure:
     for row in sorted(rows, key=lambda row: row["claim"]):
         by_chapter.setdefault(row["claim"].split(".")[0], []).append(row["verdict"])
     total = [v for found in by_chapter.values() for v in found]
-    words = {claims.HOLDS: "hold", claims.FAILS: "do not", claims.OPEN: "inconclusive", claims.UNTESTED: "not testable"}
+    words = {
+        claims.HOLDS: "hold",
+        claims.FAILS: "do not hold",
+        claims.OPEN: "inconclusive",
+        claims.UNTESTED: "not testable",
+    }
     said = ", ".join(f"{total.count(v)} {word}" for v, word in words.items() if v in total)
     figure, ax = axes(
         "",

@@ -64,6 +64,13 @@ def test_a_band_is_closed_on_both_sides_and_symmetric_under_negation():
     assert claims.status((0.9, 1.1), 1.1001, 2) == claims.FAILS == claims.status((-1.1, -0.9), -2, -1.1001)
 
 
+def test_a_number_beyond_an_edge_is_not_rounded_onto_it(toml, ledger):
+    toml("[twice]\n" + GOOD)
+    assert claims.verdict("99.twice", 1.79731).measured() == "1.7973 x"
+    assert claims.verdict("99.twice", 1.23456).measured() == "1.23 x"
+    assert claims.verdict("99.twice", measure.Interval(1.7, 1.65432, 1.80041)).measured() == "1.7 x [1.65, 1.8004]"
+
+
 def test_a_skip_is_not_testable_and_keeps_its_reason(toml, ledger):
     toml("[twice]\nstand_in = 'a toy'\n" + GOOD)
     result = claims.verdict("99.twice", machine.Skip("gpu", "there is none."))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import data, machine, measure, models, plots, training
+from course_utils import data, llm, machine, measure, models, plots, training
 
 
 def test_splits_are_balanced_and_share_no_image():
@@ -274,6 +274,26 @@ def test_a_knob_redraws_the_figure_and_an_error_is_read_where_the_figure_stood()
     assert second.startswith(image.format(3, "b"))
     assert third == "<pre>ValueError: n must be positive, &lt;not&gt; 0</pre>"
     assert "ValueError: n must be positive" in ran.stderr, "the first picture's error is not hidden"
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_container_with_little_memory_gets_the_tiny_language_model(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    whole = machine.memory_gb()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / name).write_text("max\n")
+    assert machine.memory_gb() == whole
+    (tmp_path / name).write_text(str(2 * 2**30))
+    assert machine.memory_gb() == 2
+    assert machine.can("2 GB") is True
+    answer = machine.can("3 GB")
+    assert (answer.kind, answer.reason) == (
+        "memory",
+        "3 GB of memory are needed; this machine lets the course use 2.0.",
+    )
+    model = llm.load()
+    assert not model.real
+    assert model.why.kind == "memory"
 
 
 def test_the_memory_a_process_holds_grows_with_what_it_fills():

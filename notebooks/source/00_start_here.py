@@ -171,8 +171,9 @@ claims.verdict("00.int8_is_faster", precision if ready else machine.can("package
 # Every verdict goes to your *ledger*. At the end of the course it shows all claims on your machine in one picture, and
 # tells you which technique pays off there.
 #
-# **If yours shows no gain**, that is a result too. Most often the processor has no instruction for 8-bit dot products: look
-# for `avx512_vnni`, `avx_vnni`, `amx_int8` or, on Arm, `dotprod` in the card above. Chapter 6 shows both worlds on one machine.
+# **If yours shows no gain**, that is a result too. Most often the processor has no instruction for 8-bit dot products: look for
+# `avx512_vnni`, `avx_vnni`, `amx_int8` or, on Arm, `dotprod` in the card above. Chapter 6 shows both worlds on one machine, where
+# it has the instruction and can be told to leave it unused.
 
 # %% [markdown]
 # ## A check

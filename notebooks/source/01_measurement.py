@@ -163,9 +163,9 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 
 # %% [markdown]
 # ## Measure: the course's instrument
-# `measure.compare` does these three things, takes the two arms in random order, stops when the interval is narrow, and
-# widens the interval by what two *equal* arms differ on this machine: the A/A spread. Its four answers are the
-# vocabulary of this course:
+# `measure.compare` does these three things, takes the two *arms*, the things that it compares, in random order, stops when the
+# interval is narrow, and widens the interval by what two *equal* arms differ on this machine: the A/A spread. Its four answers
+# are the vocabulary of this course:
 #
 # | answer | when |
 # |---|---|
@@ -902,7 +902,7 @@ plots.intervals(
     },
     xlabel="speed-up of a network over itself (x)",
     title=f"One after the other: {sequential:.2f}x. Interleaved: {interleaved.verdict}",
-    alt="The sequential measurement lies far to the left of 1, the interleaved interval includes 1.",
+    alt="The sequential measurement lies beside 1 or further off, the interleaved interval includes 1.",
 )
 
 # %% [markdown]

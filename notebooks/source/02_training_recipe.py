@@ -59,7 +59,9 @@ exercises.predict("02.depthwise", my_depthwise)
 # %% [markdown]
 # ## From scratch: the loop that circulates
 # Fashion-MNIST, 12,000 training images. Each image is turned into a picture object, then into a tensor, one by one; 64 of them
-# make a batch; plain SGD at a rate of 0.01 does the rest. Nothing here is wrong.
+# make a batch; plain SGD at a rate of 0.01 does the rest. Nothing here is wrong. The images are in three parts, and no image is
+# in two of them: the network learns from *training* images, every choice is made on *validation* images, and *test* images give
+# the verdicts.
 
 # %%
 from PIL import Image
@@ -218,7 +220,8 @@ def an_epoch(workers):
 
 small_part = OneByOne(images[: 128 if SMOKE else 384], labels)
 if sys.platform == "linux" and machine.can("two cores"):
-    workers = measure.compare(an_epoch(0), an_epoch(2), seconds=SECONDS, precision=0.03)
+    arms = measure.Arm(an_epoch(0), "no workers"), measure.Arm(an_epoch(2), "two workers")
+    workers = measure.compare(*arms, seconds=SECONDS, precision=0.03)
     print(workers)
 elif sys.platform == "linux":
     workers = machine.skip("two cores", "DataLoader workers")
@@ -332,6 +335,9 @@ claims.verdict("02.normalising_helps_with_batchnorm", gain(with_batchnorm))
 
 # %% [markdown]
 # One sentence, two verdicts. The sentence leaves out the network.
+#
+# Each verdict stands on five *paired* seeds: in a pair, both arms start from the same weights and see the same batches, and only
+# their difference counts, in percentage points. The interval is Student's t for the mean of these differences.
 #
 # ## Measure: a learning-rate range test
 # Nobody has to guess the rate. Let it grow by a constant factor from step to step, from far too small to far too large, in one
@@ -1146,5 +1152,5 @@ plots.lines(high, broken, xlabel="highest learning rate", ylabel="validation acc
 # Architecture*, 2016 (label smoothing) · A. Howard et al., *MobileNets*, 2017 · C. Coleman et al., *DAWNBench*, 2017 · PyTorch's
 # [performance tuning guide](https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html).
 #
-# **For the capstone** the row *recipe* of your ledger now says how many times sooner a stated accuracy is reached, and by which of the two
+# **For the capstone** row 02 of your ledger, *recipe*, now says whether a stated accuracy is reached sooner, and by which of the two
 # factors. Next: [03 · Pruning](03_pruning.ipynb), where the trained network loses channels.

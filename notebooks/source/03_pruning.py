@@ -1020,7 +1020,7 @@ claims.verdict("03.compression_costs_accuracy", cost)
 # yours, that has been seen on VGG-16 and ResNet-50 too (Mittal et al. 2018): fine-tuning heals whichever were taken. The control
 # answers the other claim. Without it, the gain from the extra epoch would hide what the cut costs. The claim is about this cut on
 # this small network: on ResNet-56 and CIFAR-10, Torch-Pruning's table shows 93.53% before and 93.77% after, with 2.13 times fewer
-# MACs, a training that prepares for the cut (next paragraph), and much longer fine-tuning
+# MACs, a training that prepares for the cut (as the next paragraph's does), and much longer fine-tuning
 # ([reproduce table, 2023](https://github.com/VainF/Torch-Pruning/blob/master/reproduce/readme.md)).
 
 # %% [markdown]

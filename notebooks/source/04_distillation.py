@@ -7,7 +7,7 @@
 # *measure* it · *tell* by five seeds and three controls where a gain comes from · *cache* a teacher and pay for it once · *judge*
 # features against logits fairly · *say* when a teacher does harm.
 #
-# 80 minutes · before this: 1 Measurement, 2 Training recipe · runs on any CPU
+# 80 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -45,8 +45,9 @@ machine.card()
 # 2. (Chapter 2) What does label smoothing ask the network for?
 #    <details><summary>Answer</summary>For a little less than all of the probability on the label, and the same small share on every
 #    other class.</details>
-# 3. (Chapter 3) A pruned network is trained on. Why must a network of the same small size, trained from scratch, stand beside it?
-#    <details><summary>Answer</summary>Else you do not know whether the large one gave it anything.</details>
+# 3. (Chapter 3, if you took it) Beside the pruned networks stood a *control*: the same network, not cut, with the same
+#    fine-tuning. What for?
+#    <details><summary>Answer</summary>Without it, the gain from the extra training hides what the cut costs.</details>
 #
 # ## Predict
 # A student of 20 thousand parameters gets `1000` images. It learns once from their labels, and once from what a trained network says
@@ -86,8 +87,8 @@ for T in (1, 4, 16, 1000):
     show(F.softmax(logits / T, 0))
 
 # %% [markdown]
-# At `T = 4` the order of the wrong classes shows. At `T = 1000` everything is equal, and it looks as if nothing were left. Keep that
-# in mind: it will turn out wrong.
+# At `T = 4` the order of the wrong classes shows. At `T = 1000` everything is nearly equal, and it looks as if nothing were left.
+# Keep that in mind: it will turn out wrong.
 #
 # The student gets the same temperature, and is asked to match. How far two lists of probabilities are apart is measured by the
 # *Kullback–Leibler divergence*, $\mathrm{KL}(p \| q) = \sum_k p_k \log (p_k / q_k)$: zero if they are equal, positive otherwise. With
@@ -362,7 +363,8 @@ schooled = side_by_side(
 same_data = dict(zip(told, schooled, strict=True))
 print(
     "teachers:",
-    {"informed": score(baseline)} | {f"same data, {n}": score(t) for n, t in same_data.items()},
+    {"informed": round(score(baseline), 1)}
+    | {f"same data, {n}": round(score(t), 1) for n, t in same_data.items()},
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -414,10 +416,11 @@ for kind in results:
 # does a teacher help? *Same data* against *hard*: does it still help when it knows nothing that the labels do not say? *Same data*
 # against *smoothing*: does it do more than soften?
 #
-# Whatever rises from *same data* to *informed* is *information*: the teacher saw more images, and clean labels. On noisy labels that
-# column shows how much of a wrong label a knowing teacher can undo. Where *same data* lies above *hard* on clean labels, a larger network that
-# trained twice as long made more of the same images, and can say so. Where it lies at or below, as a teacher that learned redrawn labels by heart is bound to, it passes on its
-# mistakes at nine tenths of the weight.
+# Whatever rises from *same data* to *informed* is mostly *information*: the teacher saw more images, and clean labels (and it is
+# twice as wide). On noisy labels that column shows how much of a wrong label a knowing teacher can undo. Where *same data* lies
+# above *hard* on clean labels, a larger network that trained twice as long made more of the same images, and can say so. Where it
+# lies at or below, it passes on its mistakes at nine tenths of the weight; a teacher that learned redrawn labels by heart has
+# many of them.
 
 # %% tags=["nbval-ignore-output"]
 exercises.reveal("04.gain", gain("informed").value, "points")
@@ -478,7 +481,7 @@ ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
 ax.legend(loc="lower center")
 plots.show(
     figure,
-    "Gain over hard labels against the teacher's accuracy, four teachers with intervals: far below zero at the left.",
+    "Gain over hard labels against the teacher's accuracy, five teachers with intervals: far below zero at the left.",
 )
 claims.verdict("04.self_distillation_helps", gain("equal, gentle"))
 
@@ -486,12 +489,11 @@ claims.verdict("04.self_distillation_helps", gain("equal, gentle"))
 # The dashed line is *no teacher at all*. An untrained teacher costs most, and no error tells you: the loss falls, because the
 # student learns to imitate noise. So print a teacher's accuracy before the first step, always.
 #
-# Compare the two *equal* ones: one teacher, two weights. If the first lies far below the line on yours, that is its mistakes at nine tenths of the
-# weight, with nothing to make up for them; asked gently, the same teacher does little harm and little good. Born-again networks were
-# trained for many epochs on 50,000 images in 2018; a hundred steps are another experiment. The gain follows what a teacher knows *beyond the
-# student's labels*, not its size.
+# Compare the two *equal* ones: one teacher, two weights. If the first lies far below the line on yours, that is its mistakes at
+# nine tenths of the weight, with nothing to make up for them. Asked gently, the same teacher can do less harm, and at best a
+# little good. Born-again networks were trained for many epochs on 50,000 images in 2018; a hundred steps are another experiment.
+# The gain follows what a teacher knows *beyond the student's labels*, not its size.
 #
-
 # ## Explain: why T²
 # Differentiate. With $z_k$ the student's logit of class $k$, and $q^T$, $p^T$ as above,
 # $\partial\, \mathrm{KL} / \partial z_k = (q^T_k - p^T_k)/T$. For high $T$, $e^{z/T} \approx 1 + z/T$, so with $K$ classes and the logits' means
@@ -499,9 +501,10 @@ claims.verdict("04.self_distillation_helps", gain("equal, gentle"))
 #
 # $$\frac{\partial\, \mathrm{KL}}{\partial z_k} \approx \frac{1}{K\,T^2} (\tilde z_k - \tilde v_k)$$
 #
-# One $T$ comes from the chain rule, the other because the probabilities themselves move together. Without a factor $T^2$ the teacher
-# fades as $T$ grows, and the label takes over. And what is left for high $T$, $\tilde z - \tilde v$, is the gradient of the *mean squared error of
-# the centred logits*: $T^2\,\mathrm{KL} \to \frac{1}{2K}\sum_k (\tilde z_k - \tilde v_k)^2$. So the list of equal probabilities at `T = 1000` had lost nothing.
+# One $T$ comes from the chain rule, the other because the probabilities themselves move together. Without a factor $T^2$ the
+# teacher fades as $T$ grows, and the label takes over. And what is left for high $T$, $\tilde z - \tilde v$, is the gradient of
+# *half the mean squared error of the centred logits*: $T^2\,\mathrm{KL} \to \frac{1}{2K}\sum_k (\tilde z_k - \tilde v_k)^2$. So
+# the list of equal probabilities at `T = 1000` had lost nothing.
 
 
 # %%
@@ -621,8 +624,8 @@ def kd_loss(student, teacher, labels, T, alpha):
 
 # %% [markdown]
 # ## Measure: temperature and alpha
-# Six settings, two seeds each, judged on validation. A heat map invites you to see hills; so the noise is measured, too: how far two
-# seeds of one cell lie apart.
+# Six settings, two seeds each (more of both in `full`), judged on validation. A heat map invites you to see hills; so the noise
+# is measured, too: how far two seeds of one cell lie apart.
 
 # %% tags=["nbval-ignore-output"]
 Ts = [1, 16] if SMOKE else [1, 2, 4, 8, 16, 32] if FULL else [1, 4, 16]
@@ -802,11 +805,11 @@ for name in finals:
 display(claims.verdict("04.features_beat_logits", gain(feature, "logits")))
 
 # %% [markdown]
-# All columns had the same information, that of the informed teacher. *Logits, squared* was not tuned at all: it is the
+# All columns but *hard* had the same information, that of the informed teacher. *Logits, squared* was not tuned at all: it is the
 # limit of large T. If the feature columns lie lower, that is no verdict on features as such: a student with a quarter of the
 # channels can't hold the teacher's features, and in `fast` it has a hundred steps. In RepDistiller's
-# [benchmark](https://github.com/HobbitLong/RepDistiller), too, FitNets hurt MobileNetV2 and plain logits were hard to beat. Features
-# have one advantage that no accuracy shows: they work where teacher and student have different classes, or none.
+# [benchmark](https://github.com/HobbitLong/RepDistiller), too, FitNets hurt MobileNetV2 and plain logits were hard to beat.
+# Features have one advantage that no accuracy shows: they work where teacher and student have different classes, or none.
 
 # %% tags=["nbval-ignore-output"]
 close = measure.paired_t(np.array(results["clean"]["logits"]) - score(baseline), "points")
@@ -855,10 +858,10 @@ exercises.reveal("04.speedup", apart.ratio, "times")
 claims.verdict("04.three_times_faster", apart)
 
 # %% [markdown]
-# If your bar lies far beyond 3, the claim fails *upwards*: the pair is better than its advertisement, at least on a processor with batch 1. It can
-# fail and still sell a good idea. A figure like that belongs to one machine, one batch size and one library; the article names
-# none of the three. And your speed-up is still far below the ratio of the arithmetic. Depthwise convolutions move many bytes for each
-# multiplication, as in chapter 2.
+# If your bar lies far beyond 3, the claim fails *upwards*: the pair is better than its advertisement, at least on a processor
+# with batch 1. It can fail and still sell a good idea. A figure like that belongs to one machine, one batch size and one library;
+# the article names none of the three. And your speed-up is still far below the ratio of the arithmetic. Depthwise convolutions
+# move many bytes for each multiplication: [chapter 1](01_measurement.ipynb) placed one on the roofline.
 #
 # ## The real pair, and a training run that survives
 # For the accuracy of the real two there is no short cut: both must be trained. That takes hours, and in hours something happens: the lid is closed,
@@ -1049,7 +1052,7 @@ claims.verdict("04.the_real_pair_is_close", real_pair)
 
 # %% [markdown]
 # If you interrupt it, run the cells again: each network goes on from its last checkpoint. One seed of each can't separate
-# the training's luck from the method; the interval is about the test images alone, and says so little about another run.
+# the training's luck from the method; the interval is about the test images alone, and says little about another run.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1064,7 +1067,7 @@ claims.verdict("04.the_real_pair_is_close", real_pair)
 
 # %% [markdown]
 # ## Myth: the loss that runs
-# Four ways to call `kl_div` that circulate. None raises an error.
+# Ways to call `kl_div` that circulate: two are right, three are not. None raises an error.
 
 # %%
 p, q = torch.tensor([[0.7, 0.3]]), torch.tensor([[0.6, 0.4]])
@@ -1161,11 +1164,12 @@ print(
 # squared error.
 #
 # ## Exercise C · a student under a budget, with wrong labels
-# Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28, 28)`, of whose labels 40% were redrawn (this exercise's own
-# rule, 2026), and the logits of a teacher. It returns a network in eval mode with **at most** `budget` parameters that gets three quarters of unseen images
-# right. The budget is not always the same; it allows a `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a
-# fault in its kernels for four channels.) You have 20 seconds of an idle machine for two networks, of which 100 to 150 steps with 64
-# images each need a part.
+# Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28, 28)`, of whose labels 40% were
+# redrawn (this exercise's own rule, 2026), and the logits of a teacher, `(N, 10)`. It returns a network in eval mode with **at
+# most** `budget` parameters that gets three quarters of unseen images right. The budget is not always the same; it allows a
+# `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a fault in its kernels for four channels.)
+# `check` calls you twice, with two budgets and one torch thread. You have 20 seconds of an idle machine for the two networks, of
+# which 100 to 150 steps with 64 images each need a part.
 
 
 # %% tags=["exercise"]
@@ -1312,8 +1316,9 @@ else:
     print(machine.skip("package:modelopt", "Model Optimizer's distillation loss"))
 
 # %% [markdown]
-# They agree when it is told `batchmean`. Its default is `mean`, which divides by the number of classes, too: the third myth, in a library of the field.
-# That is a choice of scale and no error, as long as you know that the same $\alpha$ then means another weight.
+# They agree when it is told `batchmean`. Its default is `mean`, which divides by the number of classes, too: the trap of
+# `kl_div`'s default again, in a library of the field. That is a choice of scale and no error, as long as you know that the same
+# $\alpha$ then means another weight.
 #
 # ## Break it
 # *A student too small.* A linear model of the pixels, one convolution, and width 8, all taught by the same informed teacher.
@@ -1350,7 +1355,7 @@ for name, make, rates in (
     small_gain[name] = measure.paired_t(np.subtract(*reversed(reached)), "points")
 least = min(small_gain, key=lambda n: small_gain[n].value)
 plots.intervals(small_gain, xlabel="distilled minus hard labels (points)", same=None,
-                title=f"Least gain: {least}, {small_gain[least].value:+.1f} points",
+                title=f"Least gain: {least}, {round(small_gain[least].value, 1) + 0.0:+.1f} points",
                 alt="Gain by distillation for three students, each with its interval.")  # fmt: skip
 claims.verdict("04.transfer_suits_every_model", small_gain[least])
 
@@ -1412,5 +1417,5 @@ plots.seeds(upside, ylabel="accuracy upside down (%)",
 # via Label Smoothing Regularization*, 2020, [arXiv 1909.11723](https://arxiv.org/abs/1909.11723) · Y. Tian et al., *Contrastive Representation Distillation*, 2020, with
 # [RepDistiller](https://github.com/HobbitLong/RepDistiller) · the claims: 〈如何提升模型推理速度?深度学习优化全攻略〉 2025; 〈8.1 模型压缩与加速〉; 〈大模型的优化与加速技术〉.
 #
-# **For the capstone** the row *distillation* of your ledger now has a student's gain, its interval, and the teacher that it depends on.
+# **For the capstone** row 04 of your ledger, *distillation*, now says what a student gains, and on which teacher that depends.
 # Next: [05 · Quantization math](05_quantization_math.ipynb), where the network keeps its shape and its numbers lose bits.

@@ -42,7 +42,7 @@ machine.card()
 # 2. Chapter 2 split the data three ways. On which part do you choose a clipping range, and on which do you report?
 #    <details><summary>Answer</summary>You choose on validation images (or on training images, where only ranges are read off).
 #    The test images are for the verdict alone: a choice made on them would flatter itself.</details>
-# 3. In chapter 3 nine weights of ten were set to zero. How much smaller did the saved file become?
+# 3. In chapter 3 (if you took it) nine weights of ten were set to zero. How much smaller did the saved file become?
 #    <details><summary>Answer</summary>Not at all: a zero in fp32 takes four bytes like any other number. Today you meet the two
 #    things that make a file smaller: fewer bits for each number, and a code that spends few bits on frequent ones.</details>
 
@@ -536,7 +536,7 @@ plots.bars(
 # %% [markdown]
 # ## From scratch: an explorer
 # Four knobs are on the table: bits, scheme, granularity, clip. Move them and watch the codes (ticks below the histogram)
-# spread over the weights of one layer. Without a running kernel you see no sliders; the figure after them says the same.
+# spread over the weights of one layer. Without a running Jupyter kernel you see no sliders; the figure after them says the same.
 
 # %%
 knobs = {
@@ -815,8 +815,9 @@ plots.bars(
 )  # fmt: skip
 
 # %% [markdown]
-# A codebook can only be as good as even steps or better on this measure, because even steps are one of the codebooks it could choose.
-# It has its price: the codes are no longer numbers one can multiply, so every weight must be looked up before it is used.
+# On this measure the best codebook can't be worse than even steps, because even steps are one of the codebooks it could choose;
+# k-means starts from even steps and never makes the error larger. It has its price: the codes are no longer numbers one can
+# multiply, so every weight must be looked up before it is used.
 
 # %% [markdown]
 # ## From scratch: Further · a code for frequent numbers
@@ -1082,7 +1083,7 @@ claims.verdict("05.stochastic_rounding_trains", gain)
 # | the file shrank by less than the bits promise | scales, BatchNorm and the header stay as they were; small groups have many scales | how many bytes each part takes |
 # | the slope is far below six decibels a bit | an outlier, or too few bits for the assumption of an even error | the histogram, then finer granularity |
 # | one scale a channel gains nothing | at eight bits both are far from the cliff | the same at four bits |
-# | ONNX Runtime's sums differ from yours on an old x86 processor | without VNNI its uint8 × int8 kernel adds pairs in 16 bits, which can saturate ([ONNX Runtime, *Quantize ONNX Models*](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html)) | weights in 7 bits, or `uint8` weights |
+# | ONNX Runtime's sums differ from yours on an old x86 processor | without VNNI (x86's instruction for 8-bit dot products) its uint8 × int8 kernel adds pairs in 16 bits, which can saturate ([ONNX Runtime, *Quantize ONNX Models*](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html)) | weights in 7 bits, or `uint8` weights |
 # | it is not faster | nothing here was about speed: kernels decide that | chapter 06 |
 
 # %% [markdown]

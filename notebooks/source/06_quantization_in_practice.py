@@ -6,7 +6,7 @@
 # After this chapter you can: *quantize* a trained network with and without training · *find* the layer that breaks ·
 # *measure* INT8 against the right baseline · *explain* a case in which INT8 is slower · *choose* bits layer by layer.
 #
-# 90 minutes · before this: 1 Measurement, 5 Quantization math · runs on any CPU
+# 90 minutes · before this: 01 Measurement, 05 Quantization math · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -17,6 +17,8 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 import copy
 import logging
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,17 +88,18 @@ layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d 
 list(layers)
 
 # %% [markdown]
-# Nine convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$ bits and back: *fake
-# quantization*. The numbers stay fp32, but only $2^b$ different ones are left in each tensor or channel.
+# Nine convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$ bits and back, the *fake
+# quantization* of [chapter 5](05_quantization_math.ipynb). The numbers stay fp32, but at most $2^b - 1$ different ones are left in
+# each tensor or channel: a symmetric grid leaves one code unused.
 
 
 # %%
 def round_to_bits(w, bits, per_channel):
-    """Symmetric: integers −2^(b−1) … 2^(b−1)−1, one scale for the tensor or one for each output channel."""
+    """Symmetric: integers −(2^(b−1)−1) … 2^(b−1)−1, one scale for the tensor or one for each output channel."""
     axes = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
     top = 2 ** (bits - 1) - 1
     scale = w.abs().amax(axes, keepdim=True).clamp_min(1e-12) / top
-    return torch.clamp(torch.round(w / scale), -top - 1, top) * scale
+    return torch.clamp(torch.round(w / scale), -top, top) * scale
 
 
 def with_rounded_weights(model, bits, per_channel, only=None):
@@ -134,7 +137,7 @@ plots.lines(
 
 # %% [markdown]
 # At 8 bits nothing is lost, with either scheme. Folding has made the channels unequal, so one scale for the whole tensor
-# serves the largest channel and starves the rest; that shows at 4 and 3 bits. At 2 bits a weight is one of four numbers,
+# serves the largest channel and starves the rest; that shows at 4 and 3 bits. At 2 bits a weight is one of three numbers,
 # and both fall towards chance, one in ten.
 #
 # ## From scratch: an observer for the activations
@@ -192,10 +195,10 @@ print(
 # that in mind; it will decide about speed, too.
 #
 # ## From scratch: train with the rounding in the loop
-# At 2 bits the network is ruined, yet its weights could be others: weights for which four levels suffice. *Quantization-aware
-# training* (QAT) looks for them. It rounds in the forward pass and keeps the unrounded weights for the update. One thing
-# is in the way: rounding is a staircase, and a staircase has slope zero. The *straight-through estimator* (Bengio et al. 2013)
-# pretends that the slope is one.
+# Until here a trained network was quantized and left alone: *post-training quantization* (PTQ). At 2 bits it is ruined, yet its
+# weights could be others: weights for which three levels suffice. *Quantization-aware training* (QAT) looks for them. It rounds
+# in the forward pass and keeps the unrounded weights for the update. One thing is in the way: rounding is a staircase, and a
+# staircase has slope zero. The *straight-through estimator* (Bengio et al. 2013) pretends that the slope is one.
 
 
 # %%
@@ -304,8 +307,9 @@ plots.bars(
 )
 
 # %% [markdown]
-# So bits can be spent where they are needed. A greedy choice: start with 8 bits everywhere; again and again take the step that
-# saves most bytes for each point it costs, as long as validation accuracy stays above a floor, here one point below fp32.
+# So bits can be spent where they are needed. Start with 8 bits everywhere. Go through the layers, first those that lose least for
+# each weight, and give each one 4 bits if validation accuracy stays above a floor, here one point below fp32. Then the same with 3
+# bits, and with 2. Exercise C asks you for a more careful choice.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -436,9 +440,10 @@ file_sizes = [(folder / n).stat().st_size for n in ("big.onnx", "big8.onnx")] if
 claims.verdict("06.quarter_size", file_sizes[0] / file_sizes[1] if have_onnx else no_onnx)
 
 # %% [markdown]
-# Whoever prints the first row as "INT8 makes it faster" has sold you the runtime. The second row is what 8 bits do. The
-# published figures are in between, and each names its baseline: OpenVINO's table of 2020 has ResNet-50 at `3.5–3.9x` with
-# VNNI and `1.8x` without (OpenVINO 2020.4 benchmarks); PyTorch's x86 back end reported `2.97x` as a geometric mean over 69 models (PyTorch blog, 2023).
+# Whoever prints the first row as "INT8 makes it faster" has sold you the runtime, too. The second row is what 8 bits do.
+# Published figures differ as much as yours may, and each has its own baseline: OpenVINO's table of 2020 has ResNet-50 at
+# `3.5–3.9x` with VNNI and `1.8x` without (OpenVINO 2020.4 benchmarks); PyTorch's x86 back end reported `2.97x` as a geometric
+# mean over 69 models (PyTorch blog, 2023).
 #
 # ## Measure: when INT8 is slower
 # The same network of this course, the same 8 bits, three ways. Signed instead of unsigned activations; and *dynamic*
@@ -478,7 +483,7 @@ claims.verdict("06.dynamic_always_faster", slow["dynamic"] if have_onnx else no_
 # %% [markdown]
 # On x86 the fast instruction multiplies an *unsigned* by a *signed* byte. A runtime without a kernel for the other pairing
 # works round it, number by number, and may lose all that 8 bits had gained. And a convolution that must first look for the
-# range of its input passes over it twice. Both files are "INT8", and have the same size.
+# range of its input passes over it twice. All three files are "INT8", and of about the same size.
 #
 # Dynamic quantization is made for another case: large matrix products with few rows, in which most bytes are weights. MiniLM, a
 # small relative of BERT, embeds sentences of *Persuasion*.
@@ -616,8 +621,8 @@ else:
 # ## Explain: one instruction
 # What makes INT8 fast on a CPU is one instruction. To multiply four pairs of bytes and add the products to a 32-bit sum, AVX-512
 # took three: multiply and add pairs, widen, add. VNNI (`vpdpbusd`) does all of it in one (Intel 2018). You can see it on one
-# machine. oneDNN, the library under PyTorch, can be told to ignore instructions it has. One child process for each cap; all
-# are alive at once and take their turns in random order, so that whatever slows the machine slows them all (chapter 1).
+# machine that has it. oneDNN, the library under PyTorch, can be told to ignore instructions it has. One child process for each
+# cap; all are alive at once and take their turns in random order, so that whatever slows the machine slows them all (chapter 1).
 
 # %%
 CONVOLUTION = """
@@ -681,9 +686,10 @@ else:
 claims.verdict("06.vnni_like_a_gpu", against_gpu)
 
 # %% [markdown]
-# A bar for each instruction set that your processor has: if there is only one, yours is the world without VNNI. There, 8 bits
-# save bytes but hardly any arithmetic, and fp32 on the same core is nearly as fast. This is the most frequent reason why
-# somebody's INT8 shows no gain.
+# A bar for each instruction set that your processor has: if none of them names VNNI, yours is the world without it. There, INT8
+# still multiplies more numbers in one instruction than fp32 does, but spends further instructions on the sums, so it gains less.
+# In a whole network, where rounding between the layers costs time as well, little or nothing of that gain may be left. This is a
+# frequent reason why somebody's INT8 shows no gain.
 #
 # ## Measure: a network that is hard to quantize
 # EfficientNet-Lite0 comes with weights trained on ImageNet (Tan and Le 2019; Google 2020). Its depthwise layers have channels
@@ -769,13 +775,15 @@ if have_lite:
     measure.release()
 
 # %% [markdown]
-# One scale for the whole tensor keeps the largest channel and rounds the small ones to a handful of levels. Eight bits are
-# not the trouble here; what they are shared among is.
+# One scale for the whole tensor keeps the largest channel and rounds the small ones to a handful of levels. That part of the
+# trouble is not the eight bits, but what they are shared among. What still disagrees with a scale for each channel has other
+# causes: the activations of a layer share one scale all the same, their ranges were seen on few images, and many squares cut from
+# a photograph have no clear class, so that a small error puts another one first.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
 # |---|---|---|
-# | INT8 as fast as fp32 | no VNNI, AMX or Arm `dotprod` | the machine card, the figure under *Explain* |
+# | INT8 hardly faster than fp32 | no VNNI, AMX (Intel's matrix unit) or Arm `dotprod` | the machine card, the figure under *Explain* |
 # | INT8 slower than fp32 | signed activations on x86, or a layer without an INT8 kernel that converts there and back | the node counts, `activation_type` |
 # | a gain at a large batch, none at batch 1 | the fixed cost of each call weighs more than the arithmetic | ResNet-50 above at both batches |
 # | dynamic quantization is slower | it looks for ranges at run time; convolutions suffer most | static quantization |
@@ -784,8 +792,9 @@ if have_lite:
 # | accuracy drops at 8 bits | per tensor on a depthwise network, or an outlier in calibration | per channel; *Break it* |
 #
 # ## The tool of the field: PyTorch's own path
-# Today PyTorch quantizes a graph: `torch.export` writes it, torchao inserts the observers and converts, and the inductor
-# compiler lowers Q/DQ to oneDNN's INT8 kernels. From end to end, on the course's network:
+# Today PyTorch quantizes a graph (*PT2E*, PyTorch 2 export): `torch.export` writes it, torchao inserts the observers and
+# converts, and inductor, the compiler behind `torch.compile`, turns Q/DQ into oneDNN's INT8 kernels. From end to end, on the
+# course's network:
 
 # %% tags=["nbval-ignore-output"]
 have_ao = machine.can("package:torchao")
@@ -839,17 +848,16 @@ if have_ao and machine.can("compiler") and not SMOKE:
         compiled8, compiled32 = torch.compile(converted), torch.compile(baseline)
         compiled8(example), compiled32(example)
         seconds = time.perf_counter() - start
-        arms = {
-            "eager fp32": measure.arm(baseline, example, "eager fp32"),
-            "compiled fp32": measure.Arm(
-                torch.no_grad()(lambda: compiled32(example)), "compiled fp32"
-            ),
-            "compiled INT8": measure.Arm(
-                torch.no_grad()(lambda: compiled8(example)), "compiled INT8"
-            ),
-        }
-        print(measure.compare(arms["eager fp32"], arms["compiled INT8"], seconds=SECONDS))
-        print(measure.compare(arms["compiled fp32"], arms["compiled INT8"], seconds=SECONDS))
+        eager = measure.arm(baseline, example, "eager fp32")
+        fast32, fast8 = (
+            replace(eager, call=torch.no_grad()(partial(net, example)), label=label, dtype=dtype)
+            for net, label, dtype in (
+                (compiled32, "compiled fp32", "float32"),
+                (compiled8, "compiled INT8", "int8"),
+            )
+        )
+        print(measure.compare(eager, fast8, seconds=SECONDS))
+        print(measure.compare(fast32, fast8, seconds=SECONDS))
     print(f"compiling both took {seconds:.0f} s")
 elif not machine.can("compiler"):
     print(machine.skip("compiler", "PT2E compiled by inductor"))
@@ -938,7 +946,7 @@ else:
 # %% [markdown]
 # ## Myth: `quantize_dynamic` on a convolutional network
 # A recipe in circulation calls it with `{nn.Conv2d, nn.Linear}` on a model that is on the GPU. The old function is deprecated;
-# its warning is silenced in the next cell to show what it does, not because it should be used.
+# the next cell catches its warning and prints it, to show what the function does, not because it should be used.
 
 # %% tags=["nbval-ignore-output"]
 toy = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 26 * 26, 10))
@@ -999,9 +1007,10 @@ print("an image's answer is the same in another batch:", torch.allclose(eight[:4
 
 # %% [markdown]
 # ## Exercise A · find the layer that breaks
-# Complete the line. `evaluate(layers)` quantizes exactly the layers in the set `layers` and returns the network's accuracy;
-# `evaluate(set())` quantizes none. `worst_layer` returns the name of the layer whose quantization *alone* loses most accuracy. A layer
-# whose quantization happens to help is not a bad one. If `a` alone loses 0.02 and `b` alone loses 0.10, a right answer is `"b"`.
+# Complete the line. `names` lists the layers' names. `evaluate(layers)` quantizes exactly the layers in the set `layers` and
+# returns the network's accuracy; `evaluate(set())` quantizes none. `worst_layer` returns the name of the layer whose quantization
+# *alone* loses most accuracy. A layer whose quantization happens to help is not a bad one. If `a` alone loses 0.02 and `b` alone
+# loses 0.10, a right answer is `"b"`.
 
 
 # %% tags=["exercise"]
@@ -1144,8 +1153,8 @@ class StraightThroughB(torch.autograd.Function):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. The chapter's own `StraightThrough` has no mask because its range is that of the tensor itself: nothing is ever clamped
-# except the largest weight. Let the room find out why.
+# 15 minutes. The chapter's own `StraightThrough` has no mask because its range is that of the tensor itself: nothing is ever clamped.
+# Let the room find out why.
 
 # %% [markdown]
 # ## Exercise C · the smallest network above a floor
@@ -1298,8 +1307,8 @@ plots.lines(
 # <details><summary>whether the seed was lucky</summary>For that you would need more seeds.</details>
 #
 # **Key points** · fold, observe, round · per channel for weights, and unsigned activations on x86 · rescue with QAT what rounding
-# broke, nothing else · compare within one runtime · without a dot-product instruction INT8 saves bytes, not time · spend bits
-# where the accuracy needs them.
+# broke, nothing else · compare within one runtime · without a dot-product instruction INT8 saves bytes, and less time or none ·
+# spend bits where the accuracy needs them.
 #
 # **Sources** · B. Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, 2018 ·
 # Y. Bengio et al., *Estimating or Propagating Gradients Through Stochastic Neurons*, 2013 · S. Esser et al., *Learned Step Size
@@ -1307,5 +1316,5 @@ plots.lines(
 # [ONNX Runtime's quantization](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html) and of
 # [torchao's PT2E](https://docs.pytorch.org/ao/stable/).
 #
-# **For the capstone** the row *INT8* of your ledger now has a size, a speed-up within one runtime, and the bits at which accuracy
-# breaks. Next: [07 · Mixed precision](07_mixed_precision.ipynb), where 16 bits serve training.
+# **For the capstone** row 06 of your ledger, *INT8*, now says what eight bits gain within one runtime on this machine, and at how many
+# bits accuracy breaks. Next: [07 · Mixed precision](07_mixed_precision.ipynb), where 16 bits serve training.

@@ -7,7 +7,7 @@
 # *write* autocast and a dynamic loss scaler that agree with PyTorch's bit for bit · *explain* why 16 bits are faster on one
 # processor and slower on another · *keep* an fp16 training run alive.
 #
-# 80 minutes · before this: 1 Measurement; 2 and 5 help · runs on any CPU
+# 80 minutes · before this: 01 Measurement; 02, 05 and 06 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -38,9 +38,9 @@ machine.card()
 # 2. (Chapter 5) What is the largest error when you store a number on a grid of step $s$?
 #    <details><summary>Answer</summary>Half a step, $s/2$, inside the range. The formats below have a grid too, but its step grows
 #    with the number.</details>
-# 3. (Chapter 6) INT8 gave a large gain on one CPU and none on another. What was the difference?
-#    <details><summary>Answer</summary>One instruction. Fewer bits save bytes everywhere; they save arithmetic only where the
-#    processor has an instruction for them.</details>
+# 3. (Chapter 6, if you took it) INT8 gains much on one CPU and little or nothing on another. What is most often the difference?
+#    <details><summary>Answer</summary>One instruction. Fewer bits save bytes everywhere; how much arithmetic they save depends on
+#    the instructions that the processor has for them.</details>
 #
 # ## Predict
 # You train a small residual network, once in fp32 and once with *autocast*, which lets PyTorch use the 16-bit format bf16 where
@@ -87,7 +87,7 @@ for name, dtype in TORCH.items():
 
 # %% [markdown]
 # Not one of them holds 0.1 exactly. bf16 is fp32 with the last 16 bits cut off (and rounded): the exponent is the same. fp16
-# spends three bits less on the exponent and three more on the mantissa. Those three bits are what this chapter is about.
+# spends three bits less than bf16 on the exponent and three more on the mantissa. Those three bits are what this chapter is about.
 #
 # Write $E$ for the exponent's integer, $M$ for the mantissa's, $e$ and $m$ for their numbers of bits, and $b = 2^{e-1} - 1$ for
 # the *bias*. A *normal* number is $(1 + M/2^m)\cdot 2^{E-b}$. When $E$ is zero the leading 1 is dropped and the exponent stays at
@@ -170,7 +170,7 @@ for name, dtype in TORCH.items():
 # Two columns to remember. **fp16 ends at 65,504 and at $2^{-24}$; bf16 reaches as far as fp32 but has only a gap of $2^{-7}$
 # above 1**: it knows about two to three decimal digits. fp16's trouble will be range, bf16's precision.
 #
-# The slider lets you build a format. Without a running kernel you see no slider; the figure after it says the same.
+# The slider lets you build a format. Without a running Jupyter kernel you see no slider; the figure after it says the same.
 
 
 # %%
@@ -280,7 +280,7 @@ plots.show(figure, "Histograms of sizes on a scale of powers of two, with fp16's
 # bf16 has the range of fp32; for it the whole figure is shaded.
 #
 # ## From scratch: sums stop growing
-# Add 1, again and again, in each format. Then a thousand times a small number.
+# Add 1, again and again, in each format. Then add up thousands of random numbers between 0 and 1.
 
 # %%
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -325,7 +325,7 @@ plots.lines(
 # this, and so are PyTorch's kernels: that is why the product of ones, in the cell before, was counted right.
 #
 # ## From scratch: master weights
-# An update is a sum as well. Take a weight of 1 and 200 updates of −0.001.
+# An update is a sum as well. Take a weight of 1 and 200 updates of −0.001, as [chapter 5](05_quantization_math.ipynb) did.
 
 # %%
 for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.items():
@@ -588,14 +588,16 @@ measure.release()
 claims.verdict("07.fp16_is_fast_on_a_cpu", products[torch.float16])
 
 # %% [markdown]
-# The two upper bars are about bytes: they should lie on the right of the line, near 2, on any machine. The two lower ones
-# are about instructions, and the axis is logarithmic. One CPU, one format, and the answer to "are 16 bits faster?" is yes and no.
-# For fp16 products you need AVX512_FP16 or AMX with fp16; nearly all desktops have neither.
+# The two upper bars are about bytes: they should lie on the right of the line, near 2, on any machine. The two lower ones are
+# about instructions, and the axis is logarithmic. One CPU, one format, and the answer to "are 16 bits faster?" is yes and no. For
+# fast fp16 products an x86 processor needs AVX512_FP16 or AMX with fp16; nearly all desktops have neither. Many Arm processors do
+# have fp16 arithmetic.
 #
 # ## Measure: both worlds on one machine
-# oneDNN, the library behind PyTorch's convolutions on a CPU, can be told to ignore instructions it has. Below, a child process
-# a *world* waits for its turn. In each round every world times fp32 and bf16, a training step and an inference, in a random order
-# of worlds, so that whatever slows this computer for a while slows all of them. What is compared is the ratio within a round.
+# oneDNN, the library behind PyTorch's convolutions on a CPU, can be told to ignore instructions that the processor has;
+# [chapter 6](06_quantization_in_practice.ipynb) did it for INT8. Below, a child process a *world* waits for its turn. In each
+# round every world times fp32 and bf16, a training step and an inference, in a random order of worlds, so that whatever slows
+# this computer for a while slows all of them. What is compared is the ratio within a round.
 
 # %%
 import contextlib
@@ -721,7 +723,8 @@ machine.can("bf16") or machine.skip("bf16", "the world in which bf16 has its own
 #
 # ## Measure: does bf16 learn as well?
 # Speed aside, is anything lost? Three arms, five seeds each, the same batches: fp32, bf16 without a scaler, and real fp16 without
-# a scaler. The network is a small MLP, so that 16-bit products without an instruction end in seconds.
+# a scaler. The network is a small MLP (*multilayer perceptron*: linear layers with a ReLU between them), so that 16-bit products
+# without an instruction end in seconds.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1042,8 +1045,9 @@ print("weights equal bit for bit, with skipped steps among them:", skipped > 0)
 # another project, a web toolkit.
 #
 # ## Measure: Tensor Cores, TF32, cuDNN
-# NVIDIA's matrix units, the *Tensor Cores*, multiply small matrices of 16-bit numbers and add in fp32. They came with Volta (2017,
-# compute capability 7.0); TF32, bf16 and fp32 inputs rounded to 10 mantissa bits came with Ampere (2020). The settings that matter:
+# NVIDIA's matrix units, the *Tensor Cores*, multiply small matrices of 16-bit numbers and add in fp32. They came with Volta
+# (2017, compute capability 7.0); bf16 and TF32, which rounds fp32 inputs to 10 mantissa bits, came with Ampere (2020). The
+# settings that matter:
 
 # %% tags=["nbval-ignore-output"]
 if machine.can("gpu"):
@@ -1500,7 +1504,8 @@ class MyScaler:
 # An fp16 run has died: some of its batches hold broken rows whose numbers are beyond fp16, so their *loss* is infinite or NaN
 # whatever the scale. They come alone and in long bursts. A stock scaler halves its scale at each of them, until all gradients
 # of the good batches underflow. Write `keep_alive(model, batches, optimizer, loss_of)` that trains `model` (fp32 weights) once over
-# the list `batches` of `(x, y)`; `loss_of(model, x, y)` computes the loss, which is small. The demands:
+# the list `batches` of `(x, y)`; `loss_of(model, x, y)` computes the loss, which is small. It returns nothing: `model` is changed
+# in place. The demands:
 # 1. The model runs in fp16 autocast, and its weights are finite at the end.
 # 2. A broken batch changes nothing: no update.
 # 3. The budget: at most a tenth of the *good* batches may go without an update.
@@ -1662,7 +1667,7 @@ plots.lines(
 
 # %% [markdown]
 # From 256 on, bf16 knows every second integer, from 512 on every fourth. So position indices, running means, losses summed over an epoch
-# and learning-rate counters never belong into 16 bits, however well the network itself does there. fp32 draws the diagonal.
+# and learning-rate counters never belong in 16 bits, however well the network itself does there. fp32 draws the diagonal.
 #
 # ## Exit quiz
 # **1. A gradient of $2^{-30}$ appears in training. It becomes zero in**
@@ -1701,6 +1706,6 @@ plots.lines(
 # [CPU dispatcher's caps](https://oneapi-src.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html) · NVIDIA's
 # [Apex](https://github.com/NVIDIA/apex).
 #
-# **For the capstone** the row *precision* of your ledger now says whether 16 bits pay on this machine, in time and in bytes, and
+# **For the capstone** row 07 of your ledger, *precision*, now says whether 16 bits pay on this machine, in time and in bytes, and
 # what they cost in accuracy. You have seen that autocast saves what the forward pass keeps. What exactly does it keep, and what if you
 # keep nothing at all? Next: [08 · Memory](08_memory.ipynb).

@@ -792,7 +792,8 @@ if not machine.can("gpu"):
 # ## From scratch: an allocator with a cache
 # Asking a GPU for memory is slow, and giving it back waits for the device. So PyTorch keeps what you free. Here is its
 # allocator on paper, with PyTorch's own sizes: memory comes from the device in *segments*; *blocks* are cut from segments;
-# a freed block merges with its free neighbours and waits.
+# a freed block merges with its free neighbours and waits. (PyTorch's words again: these are pieces of memory, and have nothing
+# to do with the blocks of the network and the segments of checkpointing. The code says `Piece`.)
 
 # %%
 from dataclasses import dataclass
@@ -923,7 +924,7 @@ draw(
 # %% [markdown]
 # Blue is in use, grey is free, a black line ends a segment. In the first map half of the memory is free and no request for
 # `10 MiB` can be served: this is *fragmentation*. `empty_cache` finds no segment without a tenant. In the second map the same tensors were made in another order, and half of the segments went back
-# to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True` (before torch 2.9 `PYTORCH_CUDA_ALLOC_CONF`)
+# to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True` (in older versions `PYTORCH_CUDA_ALLOC_CONF`)
 # attacks the same problem with segments that can grow.
 #
 # ## Myth: empty_cache frees memory for your model
@@ -1048,7 +1049,7 @@ outcome
 # ## From scratch: one memory, two processes
 # A data loader, a server and its workers: processes that must hand over tensors. Between processes there are two ways.
 # *Pickle* turns the array into bytes, a pipe carries them, and the other side builds a new array. *Shared memory* is a piece
-# of memory that both processes see; only its name travels.
+# of memory that both processes see; only its name travels. (The system calls it a *segment*, too: the word's third meaning.)
 #
 # The worker is a file, because a new process can't import a cell.
 
@@ -1790,5 +1791,5 @@ print("batches seen:", 1, "- batches counted by BatchNorm:", int(counting[1].num
 # [shared_memory](https://docs.python.org/3/library/multiprocessing.shared_memory.html), and
 # [CPython's issue 82300](https://github.com/python/cpython/issues/82300) on who removes a segment.
 #
-# **For the capstone** the row *memory* of your ledger now has a predicted peak, a measured one, and the price of lowering it.
+# **For the capstone** row 08 of your ledger, *memory*, now says whether a peak can be predicted on your machine, and what lowering it costs.
 # Next: [09 · Distributed training](09_distributed_training.ipynb), where one machine's memory is not enough.

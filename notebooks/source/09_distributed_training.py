@@ -604,8 +604,9 @@ print(
 # The order matters: columns first, then rows. PyTorch calls them `ColwiseParallel` and `RowwiseParallel`. The names are about the
 # $W$ of $xW$; a `Linear` stores it transposed, so `up`'s columns are *rows* of `up.weight`, as in the cell above.
 #
-# For the second start: who *stores* what. A *mesh* names the workers among which something is cut. `ZeroRedundancyOptimizer` shards Adam's numbers (ZeRO's first stage), `fully_shard`
-# (FSDP2) shards everything (its third).
+# For the second start: who *stores* what. To *shard* is to store each number on one worker only; a *mesh* names the workers among
+# which something is cut. `ZeroRedundancyOptimizer` shards Adam's numbers (ZeRO's first stage), `fully_shard` (FSDP2) shards
+# everything (its third).
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/zero.py
@@ -890,8 +891,8 @@ claims.verdict("09.zero_divides_memory", factor)
 #
 # ## Explain: the bubble
 # A pipeline of $p$ stages with $m$ micro-batches needs $m + p - 1$ time slots, and each worker works in $m$ of them. So a share of
-# $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: the share of
-# the step's time that is left when the time of the work alone is taken away.
+# $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: the share of the step's
+# time that is left when the time of the work alone is taken away.
 
 # %% tags=["nbval-ignore-output"]
 pipe = {}
@@ -1849,5 +1850,5 @@ del first, second
 # Workstations*, 2009 · PyTorch's documentation of [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html),
 # [DDP](https://docs.pytorch.org/docs/stable/notes/ddp.html) and [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
 #
-# **For the capstone** the row *distributed* of your ledger says what a second worker buys on your machine and what it would buy on another.
+# **For the capstone** row 09 of your ledger, *distributed*, says what a second worker buys on your machine, and how far the simulator may be trusted on another.
 # Next: [10 · Operator fusion](10_operator_fusion.ipynb), back to one processor, and to the bytes it carries about.

@@ -137,8 +137,9 @@ plots.lines([4 * b / 1024 for b in blocks], {"by blocks": [c.interval for c in b
             alt="Speed-up against block size: low for tiny blocks, highest where a block fits the cache, falling towards one.")  # fmt: skip
 
 # %% [markdown]
-# Left, the machine is busy with calls, not with numbers. Right, a block is as good as the whole tensor. The hill between them is
-# your cache: a block has three arrays alive, so its top usually lies at a quarter or less of the cache of one core.
+# Left, the machine is busy with calls, not with numbers. Right, a block no longer fits; what is still gained there comes from working
+# in place, one array used again where eager asks for a fresh one each time. The hill between them is your cache: a block has four
+# arrays alive (two inputs, what is in between, the output), so its top usually lies at a quarter or less of the cache of one core.
 #
 # ## Measure: from which size on?
 # A compiler does better than blocks: it keeps the numbers in registers and calls one kernel. `torch.compile` writes C++ for the
@@ -179,9 +180,9 @@ claims.verdict(
 )
 
 # %% [markdown]
-# At the left a call's fixed cost is all there is: a compiled function checks its inputs before each call, and that costs more than
+# At the left a call's fixed cost is all there is: a compiled function checks its inputs before each call, and that can cost more than
 # five small operations. In the middle everything fits the cache, and trips are cheap. At the right the tensors come from memory and the
-# gain nears the dashed line. It may even pass it: a fresh tensor's pages must be handed out by the system when they are first touched, and
+# gain nears the dashed line. It stays below where a large cache still carried some of eager's trips. It may even pass it: a fresh tensor's pages must be handed out by the system when they are first touched, and
 # the fused version asks for one tensor, not for five.
 #
 # Now see what was generated. These are the lines of the loop.
@@ -208,7 +209,7 @@ else:
 # ## From scratch: fold a BatchNorm
 # Some fusions need no new kernel at all. In inference BatchNorm is a multiplication and an addition for each channel, with
 # constants. A convolution multiplies and adds as well. Write $W$ and $b$ for the convolution's weight and bias, $\mu, \sigma^2, \gamma, \beta$ for
-# BatchNorm's running mean and variance, scale and shift:
+# BatchNorm's running mean and variance, scale and shift, and $\varepsilon$ for the small number (`bn.eps`) that keeps the root above zero:
 #
 # $$\gamma\,\frac{(W x + b) - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta \;=\; \underbrace{\tfrac{\gamma}{\sqrt{\sigma^2 + \varepsilon}} W}_{W'}\; x \;+\; b'$$
 #
@@ -355,7 +356,7 @@ print(f"BatchNorms: {batchnorms(resnet)} → {batchnorms(folded)}, refused: {ref
 print(f"equal within 1e-5: {apart < 1e-5}; in 64 bits within 1e-11: {exactly < 1e-11}")
 
 # %% [markdown]
-# The whole network, and the answers agree. And where it is illegal, the pass must say no. Three small networks, one for each reason.
+# The whole network, and the answers agree. And where it is illegal, the pass must say no. Three networks, one for each reason.
 
 
 # %%
@@ -401,7 +402,7 @@ exercises.reveal("10.folding", shown.ratio, "times")
 claims.verdict("10.folding_gives_10_to_30_percent", shown)
 
 # %% [markdown]
-# The same work was taken away in all four rows, and what it is worth depends on what is left: the faster the convolutions of your machine and
+# The same BatchNorms were taken away in all four rows (two of them also save the ReLUs' trips), and what that is worth depends on what is left: the faster the convolutions of your machine and
 # layout, the larger the share of everything else. Compare channels_last with contiguous.
 #
 # ## Explain: bytes, again
@@ -433,11 +434,12 @@ claims.verdict("10.folding_saves_arithmetic", per_operation)
 
 # %% [markdown]
 # BatchNorm's arithmetic is next to nothing beside that of the convolutions. What folding saves is trips: a BatchNorm reads and writes a whole
-# activation to do two operations a number. The time saved lies between the two, because the convolutions are limited by arithmetic and do not
+# activation to do two operations a number. The time saved should lie between the two, because the convolutions are limited by arithmetic and do not
 # care about bytes. If your bar of time is near zero, your caches carried the activations anyway.
 #
 # ## From scratch: attention in tiles
-# Attention is three operations, $S = QK^\top$, $P = \mathrm{softmax}(S)$, $O = PV$, and the two in the middle write a table of $T \times T$ numbers. To
+# Attention is three operations, $S = QK^\top / \sqrt D$ (each row of $Q$, $K$ and $V$ has $D$ numbers), $P = \mathrm{softmax}(S)$ and
+# $O = PV$. The first two each write a table of $T \times T$ numbers. To
 # fuse them, a piece of $P$ must be used before all of a row of $S$ is known. But softmax divides by a sum over the *whole* row. The way out: keep
 # a running maximum $m$ and a running sum $\ell$, and when a new maximum appears, scale what you have by $e^{m_\text{old} - m_\text{new}}$ (Milakov
 # and Gimelshein 2018; Dao et al. 2022). [Chapter 8](08_memory.ipynb) cut attention by rows only; this cuts the columns as well.
@@ -511,7 +513,8 @@ timed = None
 measure.release()
 
 # %% [markdown]
-# Both lines of tiles run parallel and nearly flat beside the steep one: linear against quadratic. Read the times with care. Our tiles are driven
+# Both tiled ways rise far less than the steep line: about linear against quadratic. The library's line may have a step, because it takes
+# larger tiles for longer sequences. Read the times with care. Our tiles are driven
 # from Python, many small calls; the library's run inside one kernel. Memory is saved by the algorithm, time by the fusion.
 #
 # ## The tool of the field: torch.compile
@@ -704,7 +707,7 @@ print("BatchNorms left:", batchnorms(done), "of", batchnorms(resnet))
 # and the test above is never true. A pass needs a check of its own: count what you meant to remove.
 #
 # ## Exercise A · the folded bias
-# Complete the line. `folded_bias(conv, bn)` returns $b'$, the bias of the convolution that computes `bn(conv(x))`; the weight is scaled as in `fold`. The
+# Complete the line. `folded_bias(conv, bn)` returns $b'$, a tensor with one number a channel: the bias of the convolution that computes `bn(conv(x))`; the weight is scaled as in `fold`. The
 # convolution may have no bias, the BatchNorm no weight and shift (`affine=False`: both are None). For one channel with $b = 1$, $\mu = 3$, $\sigma^2 + \varepsilon = 4$,
 # $\gamma = 2$, $\beta = 5$ a right answer is 3.
 
@@ -1030,8 +1033,8 @@ plots.intervals(kept, xlabel="speed-up of six operations by blocks (x)",
     alt="Speed-ups of blocked over whole-tensor execution for operations of rising cost: falling towards one.")  # fmt: skip
 
 # %% [markdown]
-# The bytes saved are the same in every row. What differs is how long the arithmetic takes beside them. Fusion helps what waits for memory, and nothing else: put
-# an operation on the roofline before you fuse it.
+# The bytes saved are the same in every row. What differs is how long the arithmetic takes beside them. On a CPU and with large tensors, fusion helps what waits for memory and nothing else
+# (a GPU also saves launches): put an operation on the roofline before you fuse it.
 #
 # ## Exit quiz
 # **1. `torch.relu(a + b)` on tensors far beyond the caches: fused, it moves**
@@ -1067,5 +1070,5 @@ plots.intervals(kept, xlabel="speed-up of six operations by blocks (x)",
 # [tutorial on fusing convolution and batch norm](https://docs.pytorch.org/tutorials/intermediate/fx_conv_bn_fuser.html) and
 # [torch.compile](https://docs.pytorch.org/docs/stable/torch.compiler.html).
 #
-# **For the capstone** the row *fusion* of your ledger says what folding and compiling gain on this machine, and from which size on. Next:
+# **For the capstone** row 10 of your ledger, *fusion*, says what folding and compiling gain on this machine. Next:
 # [11 · Runtimes](11_runtimes.ipynb), programs that do all of this when they load a graph.

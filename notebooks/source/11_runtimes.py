@@ -84,7 +84,9 @@ print("BatchNorms in the file:", sum(n.op_type == "BatchNormalization" for n in 
 
 # %% tags=["nbval-ignore-output"]
 inferred = onnx.shape_inference.infer_shapes(onnx.load(FOLDER / "net.onnx")).graph
-for value in [*inferred.input, *list(inferred.value_info)[:4], *inferred.output]:
+stored = {tensor.name for tensor in inferred.initializer}  # the weights
+between = [value for value in inferred.value_info if value.name not in stored]
+for value in [*inferred.input, *between[:4], *inferred.output]:
     sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
     print(f"{value.name[:24]:24} {sizes}")
 
@@ -200,8 +202,9 @@ by_nodes = measure.Interval(
 claims.verdict("11.graph_optimisation_halves_the_time", by_nodes)
 
 # %% [markdown]
-# Read the kinds. *Extended* writes `FusedConv`: a convolution with its ReLU. *All* has `ReorderInput` and `ReorderOutput` at the ends and, between them, convolutions on data in blocks of
-# channels, with the Add and the ReLU inside. If a diamond lies right of its point, nodes vanished that had cost little; if it lies left, the nodes that stayed became faster. Counting
+# Read the kinds. *Extended* writes `FusedConv`: a convolution with its ReLU. *All* runs convolutions on data in blocks of channels, with the Add and
+# the ReLU inside, and writes `ReorderOutput` where the usual order must come back (and `ReorderInput` where data in the usual order come in).
+# A processor without such kernels shows the kinds of *extended* again. If a diamond lies right of its point, nodes vanished that had cost little; if it lies left, the nodes that stayed became faster. Counting
 # nodes tells you *what* was fused. It does not tell you the time.
 #
 # The optimised graph can be kept, so that the work is not repeated at every start. It then fits this kind of machine alone.
@@ -275,8 +278,9 @@ plots.bars(slower, ylabel="time of an eager call, alone = 1", reference=(1.0, "a
 claims.verdict("11.runtimes_do_not_disturb_each_other", slower[last])
 
 # %% [markdown]
-# The effect depends on how many cores are free: with more cores than threads, the spinners sit elsewhere. Either way there are two remedies: switch spinning off, as `measure.onnx_session` does, or
-# give each runtime a process of its own. The comparison below does the second. The processes of a comparison are alive at once, asleep, and are asked in turn; eager is in every one, so that all are compared with it in the same rounds.
+# The middle bar is what any neighbour costs: it filled the caches with its own data. Only what the last bar has beyond it is the spinning.
+# That depends on how many cores are free: with more cores than threads, the spinners sit elsewhere. Either way there are two remedies: switch spinning off, as `measure.onnx_session` does, or
+# give each runtime a process of its own. The comparison below does the second. The processes of a comparison are alive at once, asleep, and are asked in turn; eager is in every comparison, so that all are compared with it in the same rounds.
 #
 # ## Measure: five ways to run one model
 # A file for each way, with the same three names: `name`, `precision`, and `run(images)`. A child process imports its file and answers when it is asked.
@@ -442,7 +446,7 @@ exercises.reveal("11.runtime", speed["1"]["ONNX Runtime"].value, "times")
 claims.verdict("11.onnx_runtime_is_faster_than_eager", speed["1"]["ONNX Runtime"])
 
 # %% [markdown]
-# First look at *eager again*: its interval must contain 1. Then read the rows, and the two panels against each other. At batch 1 on a network this small, what counts is the cost of calling operators; at batch 32
+# First look at *eager again*: its interval should contain 1 (by chance 5 in 100 don't; one far from 1 means a disturbed run). Then read the rows, and the two panels against each other. At batch 1 on a network this small, what counts is the cost of calling operators; at batch 32
 # the kernels. A runtime may lead in one panel and not in the other, so "the fastest runtime" is a sentence without an end.
 #
 # Speed is one column of several. Size, start, disk and fidelity:
@@ -550,7 +554,8 @@ claims.verdict("11.tvm_beats_all", against_best)
 
 # %% [markdown]
 # ## Measure: the errors of a broken file
-# Files get lost halves, and versions drift. Better to meet the errors here than at night. With `external_data=True` the weights lie in a second file beside the graph, which is how models larger than 2 GB (a limit of the format, Google's Protocol
+# Files lose their other half, and versions drift. (An *opset* is a version of ONNX's list of operations; each file names the one it was written for.)
+# Better to meet the errors here than at night. With `external_data=True` the weights lie in a second file beside the graph, which is how models larger than 2 GB (a limit of the format, Google's Protocol
 # Buffers, 2008) have to be stored.
 
 
@@ -605,7 +610,7 @@ for name, message in broken.items():
     print(f"{name:20} {message}")
 
 # %% [markdown]
-# All seven are refused before or at the first call, with a reason. Two mistakes are *not* in this list, because no runtime can see them; they come under *Myth*.
+# All seven are refused before or at the first call, with a reason. Two mistakes are *not* in this list, because no runtime complains about them; they come under *Myth*.
 #
 # ## Measure: without copies
 # `session.run` takes NumPy arrays and makes new ones for the answer. *IO binding* lets you say where input and output lie, once. On a CPU that saves an allocation, on a GPU a trip through the computer's memory.
@@ -706,10 +711,11 @@ else:
     print(machine.skip("package:openvino", "OpenVINO's default precision"))
 
 # %% [markdown]
-# If both lines say `f32`, your processor gives it no choice. If the first says `bf16`, its last column should be a hundred times the second's, and its speed is the speed of bf16 ([chapter 7](07_mixed_precision.ipynb)).
+# If both lines say `f32`, your processor gives it no choice. If the first says `bf16`, its farthest logit should be off thousands of times as far as the second's, and its speed is the speed of bf16 ([chapter 7](07_mixed_precision.ipynb)).
 #
 # ## Explain: which hardware when
-# A runtime can't beat its hardware. Put machines on one roofline (chapter 1): the slope is memory bandwidth, the flat part arithmetic. The points come from public data sheets; yours is measured.
+# A runtime can't beat its hardware. Put machines on one roofline (chapter 1): the slanted part is memory bandwidth, the flat part arithmetic. The other machines come from public data sheets; yours is measured.
+# A *TPU* is Google's chip for matrix products; an *NPU* is a small one of that kind in a phone or laptop.
 
 # %% tags=["nbval-ignore-output"]
 SHEETS = {  # name: (10¹² operations a second in the format given, 10⁹ bytes a second), dense, as published
@@ -741,7 +747,7 @@ plots.show(
 
 # %% [markdown]
 # Sources: NVIDIA's A100 white paper (2020) and H100 data sheet (2022); Jouppi et al., *TPU v4* (2023); Google Cloud's page on [TPU v5e](https://cloud.google.com/tpu/docs/v5e); Qualcomm's product brief of the
-# Snapdragon X Elite (2023). The formats differ, so compare slopes first. At the left all machines are ranked by memory bandwidth, and there a GPU leads a CPU by less than its peak suggests. At the right only arithmetic counts. An NPU has much
+# Snapdragon X Elite (2023). The formats differ, so compare the slanted parts first. At the left all machines are ranked by memory bandwidth, and there a GPU leads a CPU by less than its peak suggests. At the right only arithmetic counts. An NPU has much
 # arithmetic for its watts and little bandwidth: good for convolutions in INT8. A TPU wants large matrix products in large batches. A CPU is the one that is there already, and it answers a single small request without a trip to another device.
 #
 # ## The tool of the field: a table of your own
@@ -930,7 +936,7 @@ def first_bad_batch(model, run, shape, batches, tolerance):
 # %% [markdown]
 # ## Exercise C · the fastest that keeps its promises
 # Write `choose(configs, slo, floor)`. Each config is a dict with `name`, `batch`, `milliseconds` (a list: the measured time of each call) and `accuracy`. Return the name of the one that serves most images a second, `batch` divided by the mean time of a
-# call, among those whose p99 (`np.percentile(…, 99)`) is at most `slo` and whose accuracy is at least `floor`. Return `None` if no config keeps both.
+# call, among those whose p99 (`np.percentile(…, 99)`) is at most `slo`, the latency that was promised (*service-level objective*), and whose accuracy is at least `floor`. Return `None` if no config keeps both.
 
 
 # %% tags=["exercise"]
@@ -1051,4 +1057,4 @@ plots.lines(counts, {"batch 32": list(took.values())}, xlabel=f"threads ({machin
 # **Sources** · T. Chen et al., *TVM*, 2018 · N. Jouppi et al., *TPU v4*, 2023 · the documentation of [ONNX Runtime's graph optimizations](https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html),
 # [OpenVINO](https://docs.openvino.ai/) and [torch.onnx](https://docs.pytorch.org/docs/stable/onnx.html).
 #
-# **For the capstone** the row *runtime* of your ledger says which program to take at which batch size. Next: [12 · TensorRT](12_tensorrt.ipynb), the builder for NVIDIA's GPUs.
+# **For the capstone** row 11 of your ledger, *runtimes*, says what a runtime gains here; your table above says which to take at which batch size. Next: [12 · TensorRT](12_tensorrt.ipynb), the builder for NVIDIA's GPUs.

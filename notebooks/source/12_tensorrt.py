@@ -42,7 +42,7 @@ machine.card()
 # 1. (Chapter 5) A tensor holds values from −3 to 2. What are scale and zero-point of symmetric signed 8-bit quantization?
 #    <details><summary>Answer</summary>Scale $3/127$, zero-point 0: the larger of the two sides decides, and real zero is integer
 #    zero.</details>
-# 2. (Chapter 6) What does a pair QuantizeLinear, DequantizeLinear compute, if nobody optimizes it?
+# 2. (Chapter 6) What does a pair QuantizeLinear, DequantizeLinear (Q/DQ for short) compute, if nobody optimizes it?
 #    <details><summary>Answer</summary>Floating-point numbers that were rounded to a grid on the way. It costs time and saves none:
 #    a runtime must first find the pairs and put an integer kernel in their place.</details>
 # 3. (Chapter 11) Two runtimes are compared, one with two threads, one with its default. What do you know?
@@ -50,7 +50,7 @@ machine.card()
 #
 # ## Predict
 # You take the trained network and put Q/DQ pairs where NVIDIA's guide wants them. This one file goes to two CPU runtimes, each
-# compared with its own fp32. How many times faster is the *slower* of the two? And: a builder times kernels and
+# compared with its own fp32. How many times faster is it in the one that gains *less*? And: a builder times kernels and
 # keeps the fastest. You build five times. For how many of the nine convolutions, in percent, does it choose the same kernel all five times?
 
 # %%
@@ -207,7 +207,8 @@ figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols
 plots.show(figure, "For each convolution and batch size, a mark says which of three tactics won.")
 
 # %% [markdown]
-# Read along a row: where the mark changes, no single kernel is best for all batches. Now the price. An engine tuned for batch 1
+# Read along a row: where the mark changes, no single kernel is best for all batches, or two are nearly equal and noise chose (more on that
+# below). Now the price. An engine tuned for batch 1
 # must serve the largest batch, and the other way round.
 
 # %% tags=["nbval-ignore-output"]
@@ -235,8 +236,8 @@ claims.verdict("12.one_profile", shown)
 
 # %% [markdown]
 # Left of 1 the other engine is slower than the one tuned for the batch it serves. A GPU has many more tactics and larger gaps
-# between them: that is why TensorRT lets one engine hold several *profiles*, each with its own `min`, `opt` and `max` shape, and
-# tunes each for its `opt`.
+# between them: that is why TensorRT lets one engine hold several *optimization profiles*, each with its own `min`, `opt` and `max`
+# shape, and tunes each for its `opt`. From here on *profile* means one of these, not the course's `PROFILE`.
 #
 # Now look for a point *right* of 1: an engine that nobody tuned for this batch beats the one that was. Our race is greedy. It
 # times each layer alone, and what it costs to change the order of the data *between* two layers is on nobody's bill. TensorRT
@@ -493,7 +494,8 @@ fewest = min(counts["NVIDIA's guide"] for counts in integers.values())
 claims.verdict("12.qdq_is_int8", fewest / len(heavy))
 
 # %% [markdown]
-# ONNX Runtime makes an integer convolution only where the *output* has a pair too. OpenVINO, like TensorRT, needs the two inputs
+# ONNX Runtime makes an integer convolution only where the *output* has a pair too. A ReLU in between is in the way, except before an unsigned
+# pair: rounding to 0 … 255 cuts off what is negative, so the ReLU is dropped. OpenVINO, like TensorRT, needs the two inputs
 # and lets the output be a float. So a file made for one may be no INT8 at all in the other. And the time?
 
 # %% tags=["nbval-ignore-output"]
@@ -920,9 +922,9 @@ else:
 # | `max_workspace_size` | no attribute | `set_memory_pool_limit(MemoryPoolType.WORKSPACE, …)` |
 # | `BuilderFlag.FP16`, `INT8`, calibrators | no attribute | types and Q/DQ pairs in the ONNX file |
 # | `get_binding_*`, `execute_async_v2` | no attribute | tensors by name, `set_tensor_address`, `execute_async_v3` |
-# | `import trt_torch; trt_torch.load_model(…)` | no module: it never existed | `torch_tensorrt.load`, or `course_utils.trt.Engine` |
+# | `import trt_torch; trt_torch.load_model(…)` | no such module | `torch_tensorrt.load`, or `course_utils.trt.Engine` |
 #
-# The last one is worth a run. It stands in articles with many readers, and no package of that name was ever behind it.
+# The last one is worth a run. It stands in articles with many readers, and following them leads to this:
 
 # %%
 with exercises.fails(ModuleNotFoundError):
@@ -1143,8 +1145,8 @@ else:
 # %% [markdown]
 # ## Exercise A · place the pairs
 # A graph is a list of nodes `(op, inputs, output)` in order of execution, for example
-# `("Conv", ["x", "w1", "b1"], "a")`: data, weight, bias. Complete `pairs(nodes)`. It returns the list of tensors that get a
-# Q/DQ pair, by the rules of NVIDIA's guide:
+# `("Conv", ["x", "w1", "b1"], "a")`: data, weight, bias. Complete `pairs(nodes)`; you may change its loop. It returns the list
+# of tensors that get a Q/DQ pair, by the rules of NVIDIA's guide:
 #
 # - data and weight of each Conv and Gemm, never the bias;
 # - each Add needs *one* input with a pair. If an input has one anyway, because a Conv or Gemm reads it, add none; else take one of
@@ -1519,5 +1521,5 @@ def faults(text):
 # against the real bindings, and not run without a GPU: `course_utils.trt`'s build, run, inspect and refit. Torch-TensorRT and ONNX Runtime's provider
 # were written from their documentation.
 #
-# **For the capstone** the row *engine* of your ledger: the file, its pairs, how many kernels are integers, the profile.
+# **For the capstone** row 12 of your ledger, *engines*: whether one profile is enough, whether pairs became integer kernels and paid, whether FP16 kept the answers.
 # Next: [13 · Dynamic batching](13_dynamic_batching.ipynb), where the batch sizes of your trace come from.

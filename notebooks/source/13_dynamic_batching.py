@@ -87,7 +87,8 @@ print(f"counted {np.mean(inside):.2f} inside, rate × latency = {rate * latency:
 # however fast the model is.
 #
 # ## From scratch: sentences of different lengths
-# The model is MiniLM, a transformer that turns a sentence into 384 numbers. A sentence is a list of token numbers, and no two lists need to be equally long.
+# The model is MiniLM, a transformer that turns a sentence into 384 numbers. A *token* is a word or a piece of one, and has a number. A sentence is a list of token numbers, and no two
+# lists need to be equally long.
 
 # %%
 MAKE = """
@@ -145,7 +146,7 @@ if not real:
     )
 
 # %% [markdown]
-# Three functions and a class that any server can use: words to numbers, lists of numbers to a rectangle, and the rectangle to vectors. They are written into a file later, because another process must import them.
+# Two functions and a class that any server can use: words to numbers, lists of numbers to a rectangle, and the rectangle to vectors. They are written into a file later, because another process must import them.
 
 
 # %%
@@ -818,7 +819,7 @@ claims.verdict("13.batching_raises_throughput", gained)
 # The quoted factor comes from a GPU (NVIDIA's Triton guide, 2023). If yours is smaller, look at the first figure: a server can't gain more than its model does, plus what it saves on its own work for each call.
 #
 # ## Measure: latency under load
-# In a closed loop a slow server is asked less often. Real users don't do that. They come independently of each other and of the server: a *Poisson process*, whose gaps are exponential. The client draws all arrival times first, sends
+# In a closed loop a slow server is asked less often. Real users don't do that; their load is an *open loop*. They come independently of each other and of the server: a *Poisson process*, whose gaps are exponential. The client draws all arrival times first, sends
 # each request at its time, and **counts latency from the intended arrival**, also when all its connections are busy.
 #
 # Loads are given as fractions of the capacity you have just measured, because "200 a second" is light for one machine and too much for another. Each setting is asked in short pieces, in random order.
@@ -896,8 +897,8 @@ claims.verdict("13.a_wait_of_100_ms_is_harmless", slower)
 # If yours says that it does not hold: the wait is harmless only when batches fill before it ends, which needs 32 requests within `100 ms`. That is a property of your traffic, not of the batcher.
 #
 # ## Explain: where the curve comes from
-# A batch of $b$ requests takes about $s(b) = \alpha + \beta b$: $\alpha$ for the call, $\beta$ for each request. So at most $b/s(b)$ answers come a second, which tends to $1/\beta$. Near that rate, the
-# queue is long, batches are full, and the latency is the time of a full batch twice over: one that runs, one that you are in. Fit both numbers to what the server noted, and look.
+# A batch of $b$ requests takes about $s(b) = \alpha + \beta b$: $\alpha$ for the call, $\beta$ for each request. So at most $b/s(b)$ answers come a second, which tends to $1/\beta$. Near that rate,
+# batches are full, and the latency is the time of a full batch twice over: the one that runs, and the one that you are in (and more, if others wait before you). Fit both numbers to what the server noted, and look.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -924,7 +925,7 @@ plots.lines(counts, {"median of the server's notes": 1e3 * medians, "α + β b":
             alt="Milliseconds of a batch against its size, and the fitted line.")  # fmt: skip
 
 # %% [markdown]
-# Where $\alpha$ is small against $\beta$, batching has little to share, and the gain $(\alpha + \beta)/\beta$ is near 1. On a GPU $\alpha$ is large against $\beta$. That one number decides the chapter's question for your model.
+# Where $\alpha$ is small against $\beta$, batching has little to share, and the largest possible gain, $(\alpha + \beta)/\beta$, is near 1. On a GPU $\alpha$ is large against $\beta$. That one number decides the chapter's question for your model.
 #
 # **If yours shows no gain**
 #
@@ -937,7 +938,7 @@ plots.lines(counts, {"median of the server's notes": 1e3 * medians, "α + β b":
 # | p99 jumps from run to run | too few requests: a p99 of 500 is five requests | `PROFILE=full` |
 #
 # ## Myth: the latency from when the client got round to it
-# Many load tools measure from *sending*. Let the server stand still for half a second, once, and ask in both ways at the same rate of arrivals. A client with a few connections sends nothing while it waits; the requests that were due meanwhile are not sent late in its books. They do not exist.
+# Many load tools measure from *sending*. Let the server stand still for half a second, once, and count the same requests in both ways. A client with a few connections sends nothing while it waits. The requests that were due meanwhile are sent afterwards, answered at once, and in its books none of them was late.
 
 # %% tags=["nbval-ignore-output"]
 import signal
@@ -1141,7 +1142,7 @@ plots.bars({**{f"{n}, all its processes": c / 1e3 for n, c in costs.items()}, "t
            alt="CPU milliseconds an answer for each server, and for the model alone at batch 32.")  # fmt: skip
 
 # %% [markdown]
-# What lies above the model's bar is HTTP, JSON, queues and copies. The smaller the model, the larger that share. If mosec is ahead on yours, part of its HTTP work is done in Rust and beside Python, on another core. If ours is level with it, the model or the client fills the cores. LitServe sends each request through queues between processes and pays for it here; it gives
+# What lies above the model's bar is HTTP, JSON, queues and copies. The smaller the model, the larger that share. If mosec is ahead on yours, part of its HTTP work is done in Rust and beside Python, on another core. If ours is level with it, the model or the client fills the cores. LitServe sends each request through queues between processes, which takes CPU time; it gives
 # several devices and streaming for that. Close the servers: the two cells below need none.
 
 # %%
@@ -1617,4 +1618,4 @@ def choose(simulate, promise):
 # **Sources** · J. Little, *A Proof for the Queuing Formula L = λW*, Operations Research, 1961 · G. Tene, *How NOT to Measure Latency*, 2013 · NVIDIA, *Triton Inference Server: Optimization*, [user guide](https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/optimization.html), 2023 ·
 # [mosec](https://github.com/mosecorg/mosec) · [LitServe](https://github.com/Lightning-AI/LitServe).
 #
-# **For the capstone** the row *serving* of your ledger says what batching gives your model, and at which wait. Next: [14 · LLM inference](14_llm_inference.ipynb), where one answer takes many steps.
+# **For the capstone** row 13 of your ledger, *serving*, says what batching gives your model, and what a long wait costs. Next: [14 · LLM inference](14_llm_inference.ipynb), where one answer takes many steps.

@@ -537,8 +537,9 @@ claims.verdict("14.three_bits_cost_nothing", three if lm.real else lm.why)
 # The grey band is a rise of one percent either way; outside it the axis is logarithmic. An interval that touches zero
 # means: not told apart from the model as it came. Smaller groups help most where bits are fewest.
 #
-# Now the warning from the beginning. These weights *already lie on a 4-bit grid*: Q4_1, groups of 32, a scale and a
-# smallest value each. Round them on that very grid, and nothing happens; on a shifted grid they pay a second time.
+# Now the warning from the beginning. These weights *already lie on a 4-bit grid*: Q4_1, a format of the program llama.cpp
+# (you meet it below), in groups of 32 with a scale and a smallest value each. Round them on that very grid, and nothing
+# happens; on a shifted grid they pay a second time.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -577,8 +578,8 @@ print(f"all windows: e^mean {math.exp(base.mean()):.2f}, mean of e^ {averaged:.2
 
 # %% [markdown]
 # Shifted twice, the model is asked for a token that it was never meant to name, and looks far worse. The second line is
-# a quieter mistake: averaging perplexities of windows in place of losses is always too high (Jensen's inequality). A
-# second silent one follows. The cache is there, but the position starts at zero for every new token:
+# a quieter mistake: averaging perplexities of windows in place of losses is always too high (Jensen's inequality). One
+# more silent mistake follows. The cache is there, but the position starts at zero for every new token:
 
 
 # %%
@@ -632,9 +633,12 @@ W8 = None  # give the memory back
 claims.verdict("14.int8_weights_are_faster_anyhow", no_kernel if lm.real else lm.why)
 
 # %% [markdown]
-# The int8 numbers are read, written as fp32, and read again: more traffic than fp32 alone. If yours is a draw all the
-# same, the fp32 step was not limited by memory in the first place (see the roofline), and nothing was there to be won.
-# Smaller weights are faster only if a *kernel* reads them and widens them in registers, on the way to the multiplier.
+# The int8 numbers are read, written as fp32, and read again. Where the widened copy goes through main memory, that is more
+# traffic than fp32 alone, and the step is slower. If yours is a draw, the fp32 step was not limited by memory in the first
+# place (see the roofline). If yours is even *faster*, look at the machine's cache: this model's matrices are small, a widened
+# copy can stay there until the product has read it, and then only a quarter of the bytes came from memory. A larger model
+# loses that luck. Smaller weights are faster for sure only if a *kernel* reads them and widens them in registers, on the way
+# to the multiplier.
 #
 # ## The tool of the field: llama.cpp
 # llama.cpp has hand-written kernels for its formats. `xllamacpp` is a prebuilt wheel of it. To separate runtime from
@@ -886,7 +890,7 @@ claims.verdict("14.gptq_halves_the_error", less if lm.real else lm.why)
 
 # %% [markdown]
 # All three store the same number of bits. GPTQ and AWQ only choose them knowing the inputs. The comparison is on text
-# that neither has seen. This is one layer of one kind; *Break it* finds another where the order turns round.
+# that neither has seen. This is one layer of one kind; *Break it* takes another, in which the order can turn round.
 #
 # ## From scratch: speculative decoding
 # Several tokens in one pass cost little more than one: you saw it on the roofline. So let something cheap *guess* the
@@ -966,7 +970,7 @@ claims.verdict("14.speculative_when_repeating", for_copies if lm.real else lm.wh
 # see a small number there.) The speed depends on the *text*: where the answer repeats the prompt, as in editing,
 # summaries or code, guesses are right; in free prose the table of two-token memories seldom helps, and wrong guesses
 # cost. With a share $a$ of right guesses and $g$ guesses a pass, a pass yields $\frac{1 - a^{g+1}}{1 - a}$ tokens on
-# average (Leviathan et al. 2023). What would a draft made of the model's own first layers give?
+# average (Leviathan et al. 2023). What would a draft made of the model's own first layers give, with four guesses a pass?
 
 # %% tags=["nbval-ignore-output"]
 some = tokens[None, 30000 : 30000 + (64 if SMOKE else 128)]
@@ -1033,8 +1037,8 @@ plots.lines(
 )
 
 # %% [markdown]
-# The 7B model keeps 32 key heads a layer, the 70B only 8: grouped-query attention. Its cache is *smaller* than that of
-# the tenfold smaller model. The bound divides your measured bandwidth by the bytes of one step, as for decode above; no
+# The 7B model keeps 32 key heads a layer, the 70B only 8: grouped-query attention. So the 70B's cache is *smaller* than
+# that of a model a tenth of its size. The bound divides your measured bandwidth by the bytes of one step, as for decode above; no
 # software passes it with one text.
 #
 # ## If yours shows no gain
@@ -1382,12 +1386,12 @@ big = None
 # <details><summary>the vocabulary</summary>No.</details>
 #
 # **Key points** · decode reads all weights for one token, so bytes are its price · a cache turns quadratic into nearly
-# linear · batches and speculation share a reading · fewer bits are faster only with a kernel that reads them ·
+# linear · batches and speculation share a reading · fewer bits are faster for sure only with a kernel that reads them ·
 # perplexity is compared paired, on enough tokens · a calibrated method can learn its calibration by heart · separate
 # the runtime's gain from the bits' gain.
 #
-# **For the capstone's ledger** · the cached step's gain, tokens a second by batch, the rise of the perplexity by bits,
-# the gain of 4 bits within one runtime.
+# **For the capstone** row 14 of your ledger, *language models*, says whether the cache makes writing linear, what fewer bits
+# cost in perplexity, and what 4 bits gain within one runtime.
 #
 # **Sources** · Touvron et al. 2023, Llama 2 · Allal et al. 2025, SmolLM2 · Yu et al. 2022, Orca · Anyscale 2023, How
 # continuous batching enables 23x throughput · Frantar et al. 2023, GPTQ · Lin et al. 2024, AWQ · Xiao et al. 2023,

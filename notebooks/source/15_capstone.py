@@ -106,14 +106,15 @@ def cost(path, seconds=SECONDS):
 
 shipped_model = models.baseline()
 shipped = export(shipped_model, "shipped")
-ORDER = 24.5  # images: the mean of 1 to 48
+sizes = np.random.default_rng(0).integers(1, 49, 200)  # images in each of 200 orders
+ORDER = float(sizes.mean())  # images
 a, c = cost(shipped, 2 * SECONDS)  # everything below is in units of this: measure it well
 unit = a + c * ORDER
 print(f"one order: {measure.pretty(unit)}, of which {a / unit:.0%} are the same for every order")
 
 
 # %% [markdown]
-# And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
+# A share of 0% means that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -157,7 +158,7 @@ brief = Brief(
 brief
 
 # %% [markdown]
-# Read the first two lines together. The load is one and a half times what the shipped network can do, so its queue grows for as long as the load lasts. The limit of twenty orders' time
+# Read the first two lines together. The load is one and a half times what the shipped network can do by itself, and a service around it can do less. So its queue grows for as long as the load lasts. The limit of twenty orders' time
 # is generous for a service that keeps up and hopeless for one that does not. That is how real limits are: not a matter of degree.
 #
 # ## Predict
@@ -230,19 +231,20 @@ class Deployment:
     name: str
     model: Path | None  # None: no network at all, to see what the rest costs
     max_batch: int = 16  # orders
-    max_wait_ms: int = 0  # how long an order may wait for company; 0: take what is there
+    max_wait_ms: int = (
+        1  # how long an order may wait for company (mosec takes 0 for "not set", and waits 10)
+    )
 
 
 def start(d):
     """The running service of a deployment, a context manager: it ends with the block, however the block ends."""
-    settings = {"MODEL": str(d.model or ""), "MAX_BATCH": str(d.max_batch), "MAX_WAIT_MS": str(max(d.max_wait_ms, 0))}  # fmt: skip
+    settings = {"MODEL": str(d.model or ""), "MAX_BATCH": str(d.max_batch), "MAX_WAIT_MS": str(max(d.max_wait_ms, 1))}  # fmt: skip
     # mosec waits three seconds for open requests when it is asked to end; here nobody is waiting any more
     return serving.server(folder / "service.py", token=KEY, env=settings, patience_s=0.3)
 
 
 KEY = os.urandom(8).hex()
 test_images, test_labels = data.fashion_mnist("test")
-sizes = np.random.default_rng(0).integers(1, 49, 200)
 ends = np.cumsum(sizes)
 orders = [
     KEY.encode() + test_images[e - n : e].numpy().tobytes()
@@ -396,7 +398,7 @@ enter("INT8", quantized(shipped, "int8"))
 pareto()
 
 # %% [markdown]
-# Good is at the lower left. The point moved left and became smaller. By how much depends on your processor (chapter 06: look for VNNI in the card above). If it did not move left at all, the 8-bit kernels of your machine are no faster than those for 32 bits.
+# Good is at the lower left. The point became smaller. Whether it moved left, and how far, depends on your processor (chapter 06: look for VNNI in the card above). If it did not, the 8-bit kernels of your machine are no faster than those for 32 bits.
 #
 # **Cut.** Half of the channels of each layer, by the sum of their weights' magnitudes (chapter 03). About a quarter of the multiplications remains. Then look at the accuracy before anything heals.
 
@@ -580,7 +582,7 @@ def accept(d):
         tested[d.model] = answers_of(d.model, test_images) == test_labels
     is_right = tested[d.model]
     gained = measure.paired_share(was_right.numpy(), is_right.numpy())
-    lost = measure.Interval(-gained.value, -gained.high, -gained.low)
+    lost = measure.Interval(*(0.0 - v for v in (gained.value, gained.high, gained.low)))
     exactly = [measure.Interval(v, v, v) for v in (d.model.stat().st_size / 1e3, peak_mb(d.model))]
     return Acceptance(d, (
         Requirement("latency (p99)", 1e3 * float(np.percentile(waited, 99)), brief.latency_ms, decided, "ms"),
@@ -591,7 +593,7 @@ def accept(d):
 
 
 # %% [markdown]
-# Three services stand trial: the network of today, INT8 and nothing else, and the reference solution of this chapter, the candidate *cut, healed, INT8* with a batch of up to sixteen orders that takes what is there.
+# Three services stand trial: the network of today, INT8 and nothing else, and the reference solution of this chapter, the candidate *cut, healed, INT8* with a batch of up to sixteen orders that waits for company no longer than `max_wait_ms=1`.
 
 # %% tags=["nbval-ignore-output"]
 trials = {}
@@ -705,7 +707,7 @@ claims.verdict("15.memory_shrinks_with_the_file", memory[0] / memory[1] / files)
 # rounding error of it. For a language model it is the other way round (chapter 14), and the sentence is nearly true.
 #
 # ## Exercise A · what it hangs on
-# Requirements may also be *at least*. Complete the share of the budget that is used, so that 1 is the limit in both directions and more is worse, and return the requirement with the largest, and its share.
+# Requirements may also be *at least*. Complete the share of the budget that is used, so that 1 is the limit in both directions and more is worse, and return a tuple: the name of the requirement with the largest share, and that share.
 # Where nothing was measured (`nan`), or where *at least* something is asked and nothing is there, the share is infinite.
 
 
@@ -946,7 +948,7 @@ def choose(candidates, brief):
 # - `max_batch` and `max_wait_ms`: can you make it worse? Better?
 
 # %% tags=["nbval-ignore-output"]
-mine = ...  # Deployment("mine", folder / "my_model.onnx", max_batch=16, max_wait_ms=0)
+mine = ...  # Deployment("mine", folder / "my_model.onnx", max_batch=16, max_wait_ms=1)
 if mine is ...:
     print("No deployment of your own yet.")
 elif serves:
