@@ -9,10 +9,12 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Variables that hide instruction sets from oneDNN and from torch's own kernels, to see what a lesser machine would say."""
 PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino")
 _X86_FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _ARM_FLAGS = {"asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
@@ -54,6 +56,7 @@ class Card:
     python: str
     versions: dict[str, str]
     profile: str
+    caps: dict[str, str] = field(default_factory=dict)  # e.g. {"ONEDNN_MAX_CPU_ISA": "SSE41"}
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -62,6 +65,7 @@ class Card:
         return [
             ("CPU", f"{self.cpu} ({self.architecture}), cores: {self.cores}, torch's threads: {self.threads}"),
             ("Instruction sets", ", ".join(self.isa) or "none of those that the course looks for"),
+            *([("Capped", ", ".join(f"{name}={cap}" for name, cap in self.caps.items()))] if self.caps else []),
             ("Memory", f"{self.memory_gb:.1f} GB"),
             ("GPU", self.gpu),
             ("System", f"{self.system}, Python {self.python}"),
@@ -96,6 +100,7 @@ def card() -> Card:
         python=platform.python_version(),
         versions={name: v for name in PACKAGES if (v := version(name))},
         profile=os.environ.get("COURSE_PROFILE", "fast"),
+        caps={name: os.environ[name] for name in CAPS if os.environ.get(name)},
     )
 
 

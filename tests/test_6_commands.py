@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import torch
 
-from course_utils import ROOT
+from course_utils import ROOT, machine
 from course_utils.course import badges, build, chapters, cli, report, run, setup
 
 MINI = '''\
@@ -149,6 +149,18 @@ def test_report_over_two_machines(tmp_path):
     assert "<b>s</b>" not in text  # a statement is text, not markup
     assert "http" not in text.split("</style>")[1].split("base64")[0]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_capped_run_is_a_machine_of_its_own_in_the_report(tmp_path, monkeypatch):
+    free, capped = row("01.p", "holds here"), row("01.p", "inconclusive")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    capped["machine"] |= {"caps": machine.card().as_dict()["caps"]}
+    for name, claim in (("a.json", free), ("b.json", capped)):
+        (tmp_path / name).write_text(json.dumps([claim]))
+    text = report.report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)[0].read_text()
+    heads = [h.split("</th>")[0] for h in text.split("<th>")[3:]]
+    assert [h.endswith("ONEDNN_MAX_CPU_ISA=SSE41") for h in heads] == [False, True]
+    assert "ONEDNN_MAX_CPU_ISA=SSE41" in repr(machine.card())
 
 
 def test_run_goes_on_after_a_failing_chapter_and_names_the_cell(house, tmp_path, capsys):

@@ -66,7 +66,8 @@ def overview(rows: list[dict]) -> bytes:
 
 def machine_name(card: dict) -> str:
     best = card["isa"][-1] if card.get("isa") else card.get("architecture", "?")
-    return f"{card.get('cpu', '?')}, {card.get('cores', '?')} cores, {best}"
+    caps = "".join(f", {name}={cap}" for name, cap in card.get("caps", {}).items())
+    return f"{card.get('cpu', '?')}, {card.get('cores', '?')} cores, {best}{caps}"
 
 
 def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
