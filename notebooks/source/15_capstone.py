@@ -114,7 +114,7 @@ print(f"one order: {measure.pretty(unit)}, of which {a / unit:.0%} are the same 
 
 
 # %% [markdown]
-# A share of 0% means that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
+# A share of zero means that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
 
 
 # %% tags=["nbval-ignore-output"]
