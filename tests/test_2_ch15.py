@@ -129,7 +129,7 @@ def test_the_picture_of_verdicts_counts_them():
         row("15.techniques_multiply", claims.OPEN),
     ]
     title = plots.verdicts(rows).axes[0].get_title("left")
-    assert title == "3 claims on this machine: 1 hold, 1 do not, 1 inconclusive"
+    assert title == "3 claims on this machine: 1 hold, 1 do not hold, 1 inconclusive"
     assert plots.verdicts([]).axes[0].get_title("left").endswith("none yet")
 
 
