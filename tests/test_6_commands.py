@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -203,6 +204,22 @@ def test_ctrl_c_stops_every_process_and_leaves_finished_outputs_whole(tmp_path):
     assert not alive
     nbformat.validate(nbformat.read(tmp_path / "out" / "97_mini.ipynb", 4))
     assert not (tmp_path / "out" / "98_slow.ipynb").exists()
+
+
+def test_a_ctrl_c_that_was_swallowed_ends_the_chapter_all_the_same(house, tmp_path, monkeypatch):
+    """As if it had arrived in a callback that prints exceptions and drops them."""
+    swallowed = []
+    monkeypatch.setattr(signal, "default_int_handler", lambda *_: swallowed.append(1))
+    chapter = house("97_slow", MINI.replace('print("checked")', "import time\ntime.sleep(500)"))
+    timer = threading.Timer(8, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    start, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_one(chapter, "smoke", "learner", tmp_path)
+    assert swallowed
+    assert time.monotonic() - start < 60
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(tmp_path.glob("97_slow.ipynb"))
 
 
 def _sleeping(process) -> bool:

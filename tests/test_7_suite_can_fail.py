@@ -19,9 +19,12 @@ from course_utils.course.chapters import Chapter
 @pytest.fixture
 def chapter(tmp_path) -> Chapter:
     """A copy of chapter 01, source, claims and notebook, to damage."""
+    (tmp_path / "notebooks").mkdir()
+    for other in (ROOT / "notebooks").glob("*.ipynb"):
+        (tmp_path / "notebooks" / other.name).touch()  # what its links lead to
     for name in ("source/01_measurement.py", "claims/01.toml", "01_measurement.ipynb"):
         target = tmp_path / "notebooks" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "notebooks" / name, target)
     copied = Chapter(tmp_path / "notebooks" / "source" / "01_measurement.py")
     assert shape.source_complaints(copied) == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from nbformat.notebooknode import NotebookNode
 
@@ -93,6 +95,8 @@ def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: 
             except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
                 outcome.error = f"{type(error).__name__}: {error}"
             break
+        if watch.interrupted:
+            raise KeyboardInterrupt
         if after.is_file():
             part = folder / f".{name}.part"
             part.write_bytes(after.read_bytes())
@@ -128,10 +132,13 @@ class Watch:
     """Peak memory of the processes this one starts, and their end.
 
     Memory is the proportional set size (shared pages divided among those who share them) where the system tells it.
+    Ctrl-C is an exception that can arrive in a callback of zmq or of the garbage collector, where it is printed and
+    dropped. So it is noted as well, and two seconds later what was started is killed: nothing is left to wait for.
     """
 
     def __init__(self, every: float = 0.2) -> None:
-        self.every, self.peak = every, 0
+        self.every, self.peak, self.interrupted = every, 0, 0.0
+        self._is_main = threading.current_thread() is threading.main_thread()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -139,15 +146,26 @@ class Watch:
         import psutil
 
         self._before = {p.pid for p in psutil.Process().children(recursive=True)}
+        if self._is_main:
+            self._handler = signal.signal(signal.SIGINT, self._note)
         self._thread.start()
         return self
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = time.monotonic()
+        signal.default_int_handler(number, frame)
+
     def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._handler)
         self._stop.set()
         self._thread.join()
-        for process in self._started():
-            import psutil
+        self._kill()
 
+    def _kill(self) -> None:
+        import psutil
+
+        for process in self._started():
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
@@ -158,6 +176,8 @@ class Watch:
 
     def _sample(self) -> None:
         while not self._stop.wait(self.every):
+            if self.interrupted and time.monotonic() > self.interrupted + 2:
+                self._kill()
             total = 0
             for process in self._started():
                 total += machine.held_bytes(process.pid)
