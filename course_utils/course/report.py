@@ -67,7 +67,8 @@ def overview(rows: list[dict]) -> bytes:
 def machine_name(card: dict) -> str:
     best = card["isa"][-1] if card.get("isa") else card.get("architecture", "?")
     caps = "".join(f", {name}={cap}" for name, cap in card.get("caps", {}).items())
-    return f"{card.get('cpu', '?')}, {card.get('cores', '?')} cores, {best}{caps}"
+    cores = card.get("cores", "?")
+    return f"{card.get('cpu', '?')}, {cores} core{'' if cores == 1 else 's'}, {best}{caps}"
 
 
 def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
@@ -89,7 +90,9 @@ def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
         [f"{c['claim']}  {shorten(c['statement'], 62)}" for c in claims],
         fontsize=8,
     )
-    ax.set_xticks([i + 0.47 for i in range(len(names))], [n.replace(", ", "\n") for n in names], fontsize=7)
+    ax.set_xticks(
+        [i + 0.47 for i in range(len(names))], [n.replace(", ", "\n").replace("=", "\n= ") for n in names], fontsize=7
+    )
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
