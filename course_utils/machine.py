@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -171,8 +172,8 @@ def can(what: str) -> "Skip | bool":
     """
     if what.startswith("package:"):
         return _package(what.removeprefix("package:"))
-    if what.endswith(" GB"):
-        return _memory(what)
+    if gigabytes := re.fullmatch(r"(\d+(?:\.\d+)?) GB", what):
+        return _memory(float(gigabytes[1]))
     if what not in _CHECKS:
         raise ValueError(f"can() knows {', '.join(_CHECKS)}, package:NAME and N GB, not {what!r}.")
     return _CHECKS[what]()
@@ -252,10 +253,10 @@ def _package(name: str) -> "Skip | bool":
     )
 
 
-def _memory(what: str) -> "Skip | bool":
+def _memory(gigabytes: float) -> "Skip | bool":
     have = memory_gb()
-    return have >= float(what.removesuffix(" GB")) or Skip(
-        "memory", f"{what} of memory are needed; this machine lets the course use {have:.1f}."
+    return have >= gigabytes or Skip(
+        "memory", f"{gigabytes:g} GB of memory are needed; this machine lets the course use {have:.1f}."
     )
 
 

@@ -204,8 +204,9 @@ def test_skips_are_typed_and_false():
         assert answer is True or (isinstance(answer, machine.Skip) and not answer and answer.reason)
     assert machine.can("package:torch") is True
     assert machine.can("package:nowhere").kind == "package"
-    with pytest.raises(ValueError, match="'tpu'"):
-        machine.can("tpu")
+    for unknown in ("tpu", "many GB", "-3 GB"):
+        with pytest.raises(ValueError, match=f"not '{unknown}'"):
+            machine.can(unknown)
     with pytest.raises(ValueError, match="'boredom'"):
         machine.Skip("boredom", "no reason")
     with pytest.raises(ValueError, match="must run"):
