@@ -114,7 +114,7 @@ print(f"one order: {measure.pretty(unit)}, of which {a / unit:.0%} are the same 
 
 
 # %% [markdown]
-# A share of zero means that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
+# A share of zero would mean that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -231,9 +231,7 @@ class Deployment:
     name: str
     model: Path | None  # None: no network at all, to see what the rest costs
     max_batch: int = 16  # orders
-    max_wait_ms: int = (
-        1  # how long an order may wait for company (mosec takes 0 for "not set", and waits 10)
-    )
+    max_wait_ms: int = 1  # how long an order may wait for company; mosec takes 0 for "not set"
 
 
 def start(d):
