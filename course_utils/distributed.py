@@ -280,18 +280,6 @@ def flat_gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def link_torch(folder: Path) -> None:
-    """Let C++ extensions be built where torch's path holds a space: its builder hands that path to the linker unquoted,
-    so it gets a link from `folder` in its place.
-    """
-    from torch.utils import cpp_extension
-
-    if " " in cpp_extension.TORCH_LIB_PATH:
-        link = folder / f"torch-lib-{os.getpid()}"
-        link.symlink_to(cpp_extension.TORCH_LIB_PATH)
-        cpp_extension.TORCH_LIB_PATH = str(link)
-
-
 # --- in a worker ---------------------------------------------------------------------------------------------------
 
 

@@ -136,13 +136,3 @@ def test_the_simulator_keeps_its_laws(taught):
     speeds = [taught.efficiency(n) for n in (8, 16, 64, 256, 1024)]
     assert speeds[0] == 1
     assert sorted(speeds, reverse=True) == speeds
-
-
-def test_the_linker_gets_a_path_of_torch_without_a_space(tmp_path, monkeypatch):
-    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
-    real = tmp_path / "my course" / "lib"
-    real.mkdir(parents=True)
-    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(real))
-    distributed.link_torch(tmp_path)
-    assert " " not in cpp_extension.TORCH_LIB_PATH.removeprefix(str(tmp_path))
-    assert Path(cpp_extension.TORCH_LIB_PATH).resolve() == real.resolve()

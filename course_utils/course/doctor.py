@@ -9,7 +9,7 @@ PARTS = {
     "gpu": "GPU cells of chapters 07, 08, 10 and 12",
     "vnni": "INT8 speed in chapter 06",
     "bf16": "bf16 speed in chapters 02 and 07",
-    "compiler": "torch.compile in chapters 06, 10 and 11; DeepSpeed in 09",
+    "compiler": "torch.compile in chapters 06, 10 and 11",
     "energy": "energy in chapter 01",
     "root": "two nodes in chapter 09",
     "two cores": "scaling in chapters 01 and 09",

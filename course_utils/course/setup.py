@@ -81,7 +81,7 @@ def install(extended: bool) -> None:
         pip("--no-deps", "--no-build-isolation", "-e", ".")
     if extended and have.get("extended") != wanted["extended"]:
         print("Installing TVM, DeepSpeed and Model Optimizer …", flush=True)
-        os.environ["DS_BUILD_OPS"] = "0"  # DeepSpeed compiles an operator when it is first used, not now
+        os.environ["DS_BUILD_OPS"] = "0"  # DeepSpeed's own operators stay uncompiled: none is used
         pip("--no-deps", "--no-build-isolation", "--require-hashes", "-r", "requirements-extended.lock")
     STAMP.write_text(json.dumps(have | wanted))
     print(f"Set up in {time.monotonic() - start:.0f} s.", flush=True)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from IPython.display import display
 from torch import nn
 
-from course_utils import ROOT, claims, distributed, exercises, machine, measure, plots, scratch
+from course_utils import claims, distributed, exercises, machine, measure, plots, scratch
 from course_utils.measure.stats import speedup
 
 SMOKE, FULL = PROFILE == "smoke", PROFILE == "full"
@@ -1114,6 +1114,92 @@ def ring(x, rank, p, send, receive):
 # somebody cause the deadlock on purpose.
 
 # %% [markdown]
+# ## The tool of the field
+# *DeepSpeed* brought ZeRO into the world. Same model, same rows, its three stages, against plain AdamW with all rows.
+
+# %% tags=["nbval-ignore-output"]
+# %%writefile $W/ds.py
+import deepspeed
+import torch
+import torch.nn.functional as F
+
+from course_utils.distributed import chain
+
+# Messages between CPU workers go by gloo, as in the rest of the chapter: no library of DeepSpeed's own is compiled.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+ADAMW = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01}
+
+
+def train(stage, settings, x, y):
+    """Eight steps of DeepSpeed's ZeRO at this stage: bytes held, weights, share of the work."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": len(x), "zero_optimization": zero}
+    config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True} | ADAMW}
+    engine, *_ = deepspeed.initialize(model=chain(settings["width"], 2), config=config)
+    seen, full = [], 4 * settings["width"]  # columns of each layer's result on this worker
+    for block in engine.module:
+        block.up.register_forward_hook(lambda layer, _, out: seen.append(out.shape[1] / full))
+    for _ in range(8):
+        engine.backward(F.mse_loss(engine(x), y))
+        engine.step()
+    parameters = list(engine.module.parameters())
+    held = sum(getattr(p, "ds_tensor", p).nbytes for p in parameters)
+    state = [v for s in engine.optimizer.optimizer.state.values() for v in s.values()]
+    adam = sum(t.nbytes for t in state if torch.is_tensor(t) and t.dim() > 0)
+    with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+        weights = torch.cat([p.detach().flatten() for p in parameters])
+    engine.destroy()
+    return {"weights": held, "Adam": adam, "share": sum(seen) / (8 * len(engine.module))}, weights
+
+
+# %% tags=["nbval-ignore-output"]
+# %%writefile $W/deep.py
+import torch
+import torch.distributed as dist
+from ds import ADAMW, train
+
+from course_utils.distributed import batch, chain, step
+
+
+def run(settings):
+    """ZeRO 1, 2 and 3 on this worker's rows, and plain training on all rows."""
+    x, y = batch(64, settings["width"])
+    plain = chain(settings["width"], 2)
+    optimizer = torch.optim.AdamW(plain.parameters(), **ADAMW)
+    for _ in range(8):
+        optimizer.zero_grad()
+        step(plain, x, y)
+        optimizer.step()
+    want = torch.cat([p.detach().flatten() for p in plain.parameters()])
+    mine, result = slice(dist.get_rank(), None, dist.get_world_size()), {}
+    for stage in (1, 2, 3):
+        result[str(stage)], weights = train(stage, settings, x[mine], y[mine])
+        result[str(stage)]["apart"] = float((weights - want).abs().max())
+    return result
+
+
+# %% tags=["nbval-ignore-output"]
+if not machine.can("package:deepspeed"):
+    outcome = claims.verdict(
+        "09.deepspeed_is_model_parallel", machine.skip("package:deepspeed", "DeepSpeed's ZeRO")
+    )
+else:
+    env = {"DS_ACCELERATOR": "cpu"}
+    third = distributed.launch(*files("deep"), settings=SETTINGS, env=env, timeout=180)
+    for stage, got in third["deep"][0].items():
+        print(
+            f"ZeRO-{stage}: weights {got['weights']:8} bytes, Adam {got['Adam']:8}, weights apart by {got['apart']:.0e}, computes {got['share']:.0%} of each layer"
+        )
+    assert max(got["apart"] for told in third["deep"] for got in told.values()) < 1e-4
+    outcome = claims.verdict("09.deepspeed_is_model_parallel", third["deep"][0]["3"]["share"])
+outcome
+
+# %% [markdown]
+# Where DeepSpeed is installed, the assertion says: after eight steps each weight is within `1e-4` of plain training, and a single step
+# moves a weight by up to `1e-3`. The last column answers a frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in full, for its own rows. It is data
+# parallelism with shared storage. Who wants a layer computed in parts must cut the model (tensor, pipeline).
+
+# %% [markdown]
 # ## Myth: run a cell's function in other processes
 
 # %% tags=["nbval-ignore-output"]
@@ -1169,104 +1255,6 @@ print(f"DataParallel: devices {parallel.device_ids}, the model ran {len(calls)} 
 # A stage gets its input on its own device: `x.to(device)`. `DataParallel` came first: *one* process, one Python thread for each GPU of
 # *one* machine; it copies the model in every step and collects all outputs on the first GPU. On a CPU it has no device and
 # passes the call through, silently. It never reaches a second machine. DDP replaced it.
-#
-# ## The tool of the field
-# *DeepSpeed* brought ZeRO into the world. Same model, same rows, its three stages, against plain AdamW with all rows.
-
-# %% tags=["nbval-ignore-output"]
-# %%writefile $W/ds.py
-import deepspeed
-import torch
-import torch.nn.functional as F
-
-from course_utils.distributed import chain
-
-ADAMW = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01}
-
-
-def train(stage, settings, x, y):
-    """Eight steps of DeepSpeed's ZeRO at this stage: bytes held, weights, share of the work."""
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    config = {"train_micro_batch_size_per_gpu": len(x), "zero_optimization": zero}
-    config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True} | ADAMW}
-    engine, *_ = deepspeed.initialize(model=chain(settings["width"], 2), config=config)
-    seen, full = [], 4 * settings["width"]  # columns of each layer's result on this worker
-    for block in engine.module:
-        block.up.register_forward_hook(lambda layer, _, out: seen.append(out.shape[1] / full))
-    for _ in range(8):
-        engine.backward(F.mse_loss(engine(x), y))
-        engine.step()
-    parameters = list(engine.module.parameters())
-    held = sum(getattr(p, "ds_tensor", p).nbytes for p in parameters)
-    state = [v for s in engine.optimizer.optimizer.state.values() for v in s.values()]
-    adam = sum(t.nbytes for t in state if torch.is_tensor(t) and t.dim() > 0)
-    with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
-        weights = torch.cat([p.detach().flatten() for p in parameters])
-    engine.destroy()
-    return {"weights": held, "Adam": adam, "share": sum(seen) / (8 * len(engine.module))}, weights
-
-
-# %% tags=["nbval-ignore-output"]
-# %%writefile $W/deep.py
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from ds import ADAMW, train
-
-from course_utils.distributed import batch, chain, link_torch, step
-
-
-def run(settings):
-    """ZeRO 1, 2 and 3 on this worker's rows, and plain training on all rows."""
-    link_torch(Path(settings["out"]))  # DeepSpeed builds a library when it starts
-    x, y = batch(64, settings["width"])
-    plain = chain(settings["width"], 2)
-    optimizer = torch.optim.AdamW(plain.parameters(), **ADAMW)
-    for _ in range(8):
-        optimizer.zero_grad()
-        step(plain, x, y)
-        optimizer.step()
-    want = torch.cat([p.detach().flatten() for p in plain.parameters()])
-    mine, result = slice(dist.get_rank(), None, dist.get_world_size()), {}
-    for stage in (1, 2, 3):
-        result[str(stage)], weights = train(stage, settings, x[mine], y[mine])
-        result[str(stage)]["apart"] = float((weights - want).abs().max())
-    return result
-
-
-# %% [markdown]
-# Its first start compiles a small library for messages within one machine, a minute or two on two cores; the course keeps
-# it in `build/cache`, and later starts find it there.
-
-# %% tags=["nbval-ignore-output"]
-lacking = next((need for need in ("package:deepspeed", "compiler") if not machine.can(need)), None)
-if lacking:
-    outcome = claims.verdict(
-        "09.deepspeed_is_model_parallel", machine.skip(lacking, "DeepSpeed's ZeRO")
-    )
-else:
-    cache = ROOT / "build" / "cache" / "torch_extensions"
-    cache = cache if os.access(ROOT, os.W_OK) else FOLDER / "torch_extensions"
-    fresh = not list(cache.glob("**/*.so"))
-    if fresh:
-        shutil.rmtree(cache, ignore_errors=True)  # a build that was killed leaves a lock
-    env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(cache)}
-    third = distributed.launch(
-        *files("deep"), settings=SETTINGS, env=env, timeout=600 if fresh else 180
-    )
-    for stage, got in third["deep"][0].items():
-        print(
-            f"ZeRO-{stage}: weights {got['weights']:8} bytes, Adam {got['Adam']:8}, weights apart by {got['apart']:.0e}, computes {got['share']:.0%} of each layer"
-        )
-    assert max(got["apart"] for told in third["deep"] for got in told.values()) < 1e-4
-    outcome = claims.verdict("09.deepspeed_is_model_parallel", third["deep"][0]["3"]["share"])
-outcome
-
-# %% [markdown]
-# Where DeepSpeed is installed, the assertion says: after eight steps each weight is within `1e-4` of plain training, and a single step
-# moves a weight by up to `1e-3`. The last column answers a frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in full, for its own rows. It is data
-# parallelism with shared storage. Who wants a layer computed in parts must cut the model (tensor, pipeline).
 #
 # ## Measure: a worker is killed
 # With a thousand machines, one fails every day. *Elastic* training saves after each step (or each hundred), and torchrun starts all
