@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_utils import ROOT
+from course_utils import ROOT, machine
 
 _BUSY = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
@@ -187,7 +187,7 @@ def end(pid: int) -> None:
             process.kill()
         except psutil.Error:
             continue
-    psutil.wait_procs(tree[:-1], timeout=5)
+    machine.wait_gone([process.pid for process in tree[:-1]], seconds=5)
 
 
 def results(folder: Path, stem: str, workers: int) -> list:

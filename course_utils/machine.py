@@ -10,6 +10,8 @@ import platform
 import re
 import shutil
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -156,6 +158,28 @@ def held_bytes(pid: int) -> int:
         return getattr(info, "pss", 0) or info.rss
     except psutil.Error:
         return 0
+
+
+def runs(pid: int) -> bool:
+    """Whether a process still runs. A zombie does not: it has ended, holds no memory and no port, and waits for its
+    parent to ask how; in a container whose first process never asks it waits for ever.
+    """
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(pids: Iterable[int], seconds: float) -> bool:
+    """Wait until none of the processes runs any more, `seconds` at most; whether that came true."""
+    end = time.monotonic() + seconds
+    while any(map(runs, pids)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def version(package: str) -> str | None:

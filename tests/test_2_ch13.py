@@ -13,11 +13,10 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 from conftest import taught
 
-from course_utils import serving
+from course_utils import machine, serving
 
 ECHO = """
 import asyncio, os, sys
@@ -191,10 +190,10 @@ def test_waiting_for_a_connection_counts_and_what_comes_too_late_is_given_up(ech
 def test_no_process_and_no_port_is_left_however_the_block_ends(echo, error):
     with contextlib.suppress(*([error] if error else [])), serving.server(echo, token="t") as server:
         pid, port = server.pid, server.port
-        assert psutil.pid_exists(pid)
+        assert machine.runs(pid)
         if error:
             raise error
-    assert not psutil.pid_exists(pid)
+    assert not machine.runs(pid)
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port)) != 0
 
@@ -209,10 +208,10 @@ def test_a_killed_notebook_takes_its_server_along(echo):
     pid = int(process.stdout.readline())
     process.kill(), process.wait(), process.stdout.close()
     for _ in range(100):
-        if not psutil.pid_exists(pid):
+        if not machine.runs(pid):
             break
         time.sleep(0.05)
-    assert not psutil.pid_exists(pid)
+    assert not machine.runs(pid)
 
 
 def test_a_server_that_dies_says_its_last_words_and_a_taken_port_is_not_mistaken_for_ours(tmp_path, echo):

@@ -305,3 +305,15 @@ def test_the_memory_a_process_holds_grows_with_what_it_fills():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert machine.held_bytes(ended.pid) == 0
+
+
+def test_a_zombie_does_not_run_and_what_runs_is_waited_for_no_longer_than_said():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    assert machine.wait_gone([ended.pid], seconds=20)
+    assert not machine.runs(ended.pid), "it ended; nobody has asked how"
+    ended.wait()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as asleep:
+        assert machine.runs(asleep.pid)
+        assert not machine.wait_gone([ended.pid, asleep.pid], seconds=0.1)
+        asleep.kill()
+        assert machine.wait_gone([asleep.pid], seconds=20)

@@ -185,8 +185,7 @@ def _end(process: subprocess.Popen, seen: set, patience_s: float) -> None:
         for member in family:  # those that left the group, and where there are no groups
             with contextlib.suppress(psutil.Error):
                 member.send_signal(kind)
-        _, alive = psutil.wait_procs(family, timeout=patience)
-        if not alive:
+        if machine.wait_gone([member.pid for member in family], patience):
             break
     if process.poll() is None:
         process.kill()

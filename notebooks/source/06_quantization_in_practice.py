@@ -236,7 +236,7 @@ def qat(model, bits):
 
 # %% tags=["nbval-ignore-output"]
 train_images, train_labels = data.fashion_mnist("train")
-count = {"smoke": 256, "fast": 6000, "full": 12000}[PROFILE]
+count = {"smoke": 256, "fast": 5000, "full": 12000}[PROFILE]
 recipe = training.Recipe(epochs=3 if FULL else 1, max_lr=0.02)
 BITS = (2, 3, 4, 8)
 trained = {b: qat(baseline, b) for b in BITS} | {"control": copy.deepcopy(baseline)}
@@ -288,7 +288,7 @@ claims.verdict("06.qat_beats_ptq", measure.paired_share(rounded[8], learned[8]))
 # Not all layers suffer alike. Round *one* layer to 2 bits, leave the others, and look at the accuracy on validation.
 
 # %% tags=["nbval-ignore-output"]
-part = slice(0, 200 if SMOKE else 1500)
+part = slice(0, 200 if SMOKE else 1000)
 reference = training.accuracy(net, images[part], labels[part])
 drop = {
     name: 100
@@ -772,6 +772,7 @@ if have_lite:
         alt="Two bars: agreement with fp32 for INT8 per tensor and per channel.",
     )
     print("per channel minus per tensor:", difference)
+    lite = photos = calibrate = compare_on = None
     measure.release()
 
 # %% [markdown]

@@ -1155,7 +1155,7 @@ free = []
 for port in ports:
     with socket.socket() as s:
         free.append(s.connect_ex(("127.0.0.1", port)) != 0)
-print("processes left:", sum(psutil.pid_exists(pid) for pid in pids))
+print("processes left:", sum(machine.runs(pid) for pid in pids))
 print("ports free:", all(free))
 
 # %% [markdown]
