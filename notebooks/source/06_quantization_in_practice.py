@@ -288,7 +288,7 @@ claims.verdict("06.qat_beats_ptq", measure.paired_share(rounded[8], learned[8]))
 # Not all layers suffer alike. Round *one* layer to 2 bits, leave the others, and look at the accuracy on validation.
 
 # %% tags=["nbval-ignore-output"]
-part = slice(0, 200 if SMOKE else 1000)
+part = slice(0, 200 if SMOKE else 1500)
 reference = training.accuracy(net, images[part], labels[part])
 drop = {
     name: 100
