@@ -3,6 +3,7 @@
 Import the module you need (`from course_utils import measure, plots`); nothing heavy is loaded before.
 """
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -18,8 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def scratch(name: str) -> Path:
     """A folder for what a chapter writes: build/scratch/NAME, or a temporary one where the course cannot be written."""
-    import tempfile
-
     folder = Path(os.environ.get("COURSE_SCRATCH", ROOT / "build" / "scratch")) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +26,13 @@ def scratch(name: str) -> Path:
             return folder
     except OSError:
         pass
+    return _temporary(name)
+
+
+@functools.cache  # what a chapter writes in one cell it finds in the next
+def _temporary(name: str) -> Path:
+    import tempfile
+
     return Path(tempfile.mkdtemp(prefix=f"course-{name}-"))
 
 

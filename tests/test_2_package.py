@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import data, llm, machine, measure, models, plots, training
+import course_utils
+from course_utils import data, llm, machine, measure, models, plots, scratch, training
 
 
 def test_splits_are_balanced_and_share_no_image():
@@ -317,3 +318,14 @@ def test_a_zombie_does_not_run_and_what_runs_is_waited_for_no_longer_than_said()
         assert not machine.wait_gone([ended.pid, asleep.pid], seconds=0.1)
         asleep.kill()
         assert machine.wait_gone([asleep.pid], seconds=20)
+
+
+def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COURSE_SCRATCH", str(tmp_path / "file"))  # no folder can be made in a file
+    (scratch("chapter") / "weights").write_text("w")
+    assert (scratch("chapter") / "weights").read_text() == "w"
+    assert scratch("another") != scratch("chapter")
+    for name in ("chapter", "another"):
+        shutil.rmtree(scratch(name))
+    course_utils._temporary.cache_clear()
