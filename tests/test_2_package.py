@@ -329,3 +329,8 @@ def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(t
     for name in ("chapter", "another"):
         shutil.rmtree(scratch(name))
     course_utils._temporary.cache_clear()
+
+
+def test_vector_code_is_not_compiled_where_vectors_are_capped(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert machine.can("compiler").kind == "isa"
