@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -172,7 +172,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def wait_gone(pids: Iterable[int], seconds: float) -> bool:
+def wait_gone(pids: Collection[int], seconds: float) -> bool:
     """Wait until none of the processes runs any more, `seconds` at most; whether that came true."""
     end = time.monotonic() + seconds
     while any(map(runs, pids)):

@@ -334,3 +334,9 @@ def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(t
 def test_vector_code_is_not_compiled_where_vectors_are_capped(monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     assert machine.can("compiler").kind == "isa"
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine, "isa", lambda: ())
+    assert machine.can("compiler").kind == "isa"
+    monkeypatch.setattr(machine, "isa", lambda: ("avx2",))
+    assert getattr(machine.can("compiler"), "kind", "") != "isa"
