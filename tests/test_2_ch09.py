@@ -3,7 +3,10 @@
 import ast
 import hashlib
 import math
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from course_utils import distributed
+from course_utils import distributed, machine
 from course_utils.course import build
 from course_utils.course.chapters import chapters
 
@@ -136,3 +139,15 @@ def test_the_simulator_keeps_its_laws(taught):
     speeds = [taught.efficiency(n) for n in (8, 16, 64, 256, 1024)]
     assert speeds[0] == 1
     assert sorted(speeds, reverse=True) == speeds
+
+
+@pytest.mark.skipif(not machine.can("package:deepspeed"), reason="DeepSpeed is not installed")
+def test_the_library_that_the_chapter_switches_off_has_the_name_that_it_uses():
+    """With another name DeepSpeed would compile it when it starts: a minute, and gigabytes."""
+    written = next(c for c in code() if c.startswith("%%writefile $W/ds.py"))
+    assert '__compatible_ops__["deepspeed_shm_comm"] = False' in written
+    look = "import deepspeed; print('known:', 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__)"
+    told = subprocess.run(
+        [sys.executable, "-c", look], env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True
+    )
+    assert "known: True" in told.stdout, told.stderr[-1000:]
