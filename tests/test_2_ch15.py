@@ -176,3 +176,16 @@ def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkey
     (tmp_path / "build" / "run" / "ledger.json").write_text(json.dumps(rows))
     given = [json.loads(line)["claim"] for line in build._earlier("15_capstone").splitlines()]
     assert given == ["06.quarter_size"]
+
+
+def test_a_file_is_judged_again_when_it_was_written_again(ch15, tmp_path):
+    space, judged = ch15.facts_of.__globals__, []
+    space |= {"facts": {}, "test_images": None, "test_labels": 1, "peak_mb": lambda path: 60.0}
+    space["answers_of"] = lambda path, images: judged.append(path) or int(path.read_text())
+    model = tmp_path / "my_model.onnx"
+    for text, right in (("0", False), ("0", False), ("1", True)):
+        if not judged or text != model.read_text():
+            model.write_text(text)
+            os.utime(model, ns=(len(judged), len(judged)))
+        assert ch15.facts_of(model) == (right, 60.0)
+    assert len(judged) == 2, "once for each version of the file"
