@@ -1,6 +1,7 @@
 """Helpers of the course *Efficient Deep Learning, Measured*.
 
-Import the module you need (`from course_utils import measure, plots`); nothing heavy is loaded before.
+Import the module you need (`from course_utils import measure, plots`); nothing heavy is loaded
+before.
 """
 
 import functools
@@ -8,7 +9,8 @@ import logging
 import os
 from pathlib import Path
 
-# torch's profiler and its benchmark module report what they look for on GPUs; on a CPU that is noise in a notebook.
+# torch's profiler and its benchmark module report what they look for on GPUs; on a CPU that is
+# noise in a notebook.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 for _name in ("torch.utils.cpp_extension", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -18,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def scratch(name: str) -> Path:
-    """A folder for what a chapter writes: build/scratch/NAME, or a temporary one where the course cannot be written."""
+    """A folder for what a chapter writes: build/scratch/NAME, or a temporary one where the course
+    cannot be written.
+    """
     folder = Path(os.environ.get("COURSE_SCRATCH", ROOT / "build" / "scratch")) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,9 @@ def _temporary(name: str) -> Path:
 
 
 def _explain_missing_names() -> None:
-    """In a notebook, say after a NameError what it mostly means: a cell further up has not been run."""
+    """In a notebook, say after a NameError what it mostly means: a cell further up has not been
+    run.
+    """
     import sys
 
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -47,8 +53,10 @@ def _explain_missing_names() -> None:
     def explain(result: object) -> None:
         error = result.error_in_exec
         if isinstance(error, NameError) and getattr(error, "name", None):
-            print(f"{error.name!r} is not there yet. If a cell further up makes it, run the cells in order: menu Run, "
-                  "Run All Above Selected Cell; then this one again.")  # fmt: skip
+            print(
+                f"{error.name!r} is not there yet. If a cell further up makes it, run the cells in"
+                " order: menu Run, Run All Above Selected Cell; then this one again."
+            )
 
     shell.events.register("post_run_cell", explain)
 

@@ -1,7 +1,7 @@
 """Claims that circulate, and what this machine says about them.
 
-A claim lives in notebooks/claims/NN.toml; `verdict("NN.name", measurement)` compares it with a measurement, shows the
-result and writes it to the ledger.
+A claim lives in notebooks/claims/NN.toml; `verdict("NN.name", measurement)` compares it with a
+measurement, shows the result and writes it to the ledger.
 """
 
 import difflib
@@ -18,7 +18,12 @@ from course_utils import ROOT, machine
 from course_utils.measure.stats import Interval
 
 FOLDER = ROOT / "notebooks" / "claims"
-HOLDS, FAILS, OPEN, UNTESTED = "holds here", "does not hold here", "inconclusive", "not testable here"
+HOLDS, FAILS, OPEN, UNTESTED = (
+    "holds here",
+    "does not hold here",
+    "inconclusive",
+    "not testable here",
+)
 _COLOURS = {HOLDS: "#1b7837", FAILS: "#b2182b", OPEN: "#8a6d00", UNTESTED: "#666666"}
 LOOK = {
     HOLDS: ("#bfe3c5", "holds"),
@@ -35,7 +40,9 @@ class ClaimError(ValueError):
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement somebody makes, the condition under which it is tested, and the band of values for which it holds."""
+    """A statement somebody makes, the condition under which it is tested, and the band of values
+    for which it holds.
+    """
 
     id: str
     statement: str
@@ -64,7 +71,8 @@ class Verdict:
         # a number just beyond an edge of the band must not be rounded onto it
         edges = {f"{edge:.3g}" for edge in self.claim.band}
         value, low, high = (
-            f"{x:.5g}" if f"{x:.3g}" in edges else f"{x:.3g}" for x in (self.value, self.low, self.high)
+            f"{x:.5g}" if f"{x:.3g}" in edges else f"{x:.3g}"
+            for x in (self.value, self.low, self.high)
         )
         return f"{value}{unit}" if self.low == self.high else f"{value}{unit} [{low}, {high}]"
 
@@ -77,31 +85,39 @@ class Verdict:
         return f"{low:g} to {high:g} {self.claim.unit}".strip()
 
     def heading(self) -> str:
-        return self.status + (f", on a stand-in ({self.claim.stand_in})" if self.claim.stand_in else "")
+        return self.status + (
+            f", on a stand-in ({self.claim.stand_in})" if self.claim.stand_in else ""
+        )
 
     def __repr__(self) -> str:
         return (
-            f"{self.claim.id}: {self.heading()}\n  claim:     {self.claim.statement}\n  source:    {self.claim.source}\n"
-            f"  condition: {self.claim.condition}\n  holds for: {self.band()}\n  measured:  {self.measured()}"
+            f"{self.claim.id}: {self.heading()}\n  claim:     {self.claim.statement}\n  source:   "
+            f" {self.claim.source}\n  condition: {self.claim.condition}\n  holds for:"
+            f" {self.band()}\n  measured:  {self.measured()}"
         )
 
     def _repr_html_(self) -> str:
         colour = _COLOURS[self.status]
         e = html.escape
         return (
-            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b style='color:{colour}'>{e(self.heading())}</b>"
-            f"<br>“{e(self.claim.statement)}” <small>({e(self.claim.source)})</small>"
-            f"<br>Measured here: <b>{e(self.measured().rstrip('.'))}</b>. The claim holds for {e(self.band())}."
-            f"<br><small>Condition: {e(self.claim.condition)}</small></div>"
+            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b"
+            f" style='color:{colour}'>{e(self.heading())}</b><br>“{e(self.claim.statement)}”"
+            f" <small>({e(self.claim.source)})</small><br>Measured here:"
+            f" <b>{e(self.measured().rstrip('.'))}</b>. The claim holds for"
+            f" {e(self.band())}.<br><small>Condition: {e(self.claim.condition)}</small></div>"
         )
 
 
-def verdict(claim_id: str, measurement: "Interval | float | bool | machine.Skip | object") -> Verdict:
-    """Compare a claim with a measurement, write the verdict to the ledger and return it for display.
+def verdict(
+    claim_id: str, measurement: "Interval | float | bool | machine.Skip | object"
+) -> Verdict:
+    """Compare a claim with a measurement, write the verdict to the ledger and return it for
+    display.
 
-    `measurement` is an Interval, a Comparison (its speed-up), a number known exactly, True or False (1 or 0), or a
-    machine.Skip. The claim holds if the whole interval lies in its band, fails if all of it lies outside, and is
-    inconclusive if the interval straddles an edge. Raises ClaimError for an unknown id, ValueError for NaN.
+    `measurement` is an Interval, a Comparison (its speed-up), a number known exactly, True or False
+    (1 or 0), or a machine.Skip. The claim holds if the whole interval lies in its band, fails if
+    all of it lies outside, and is inconclusive if the interval straddles an edge. Raises ClaimError
+    for an unknown id, ValueError for NaN.
     """
     claim = find(claim_id)
     if isinstance(measurement, machine.Skip):
@@ -110,10 +126,18 @@ def verdict(claim_id: str, measurement: "Interval | float | bool | machine.Skip 
         value, low, high = _numbers(claim_id, measurement)
         result = Verdict(claim, status(claim.band, low, high), value, low, high, "")
     record(
-        "verdict", claim=claim.id, chapter=claim.id.split(".")[0], statement=claim.statement, value=result.value,
-        low=result.low, high=result.high, unit=claim.unit, verdict=result.status, reason=result.reason,
+        "verdict",
+        claim=claim.id,
+        chapter=claim.id.split(".")[0],
+        statement=claim.statement,
+        value=result.value,
+        low=result.low,
+        high=result.high,
+        unit=claim.unit,
+        verdict=result.status,
+        reason=result.reason,
         stand_in=claim.stand_in,
-    )  # fmt: skip
+    )
     return result
 
 
@@ -132,7 +156,8 @@ def find(claim_id: str) -> Claim:
     if claim_id not in known:
         near = difflib.get_close_matches(claim_id, known, 1, 0)
         raise ClaimError(
-            f"no claim {claim_id!r} in notebooks/claims/" + (f"; did you mean {near[0]!r}?" if near else ".")
+            f"no claim {claim_id!r} in notebooks/claims/"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
         )
     return known[claim_id]
 
@@ -148,13 +173,17 @@ def registry(folder: Path = FOLDER) -> dict[str, Claim]:
                 low, high = entry.pop("band")
                 claims[claim_id] = Claim(id=claim_id, band=(float(low), float(high)), **entry)
             except (KeyError, TypeError, ValueError) as error:
-                raise ClaimError(f"{path.name}, [{name}]: {error}. A claim has statement, source, condition, band = [low, high], "
-                                 "and optionally unit and stand_in.") from error  # fmt: skip
+                raise ClaimError(
+                    f"{path.name}, [{name}]: {error}. A claim has statement, source, condition,"
+                    " band = [low, high], and optionally unit and stand_in."
+                ) from error
     return claims
 
 
 def record(event: str, **fields: object) -> None:
-    """Append an event (a verdict, a check, a skip) to the ledger file; without a writable place it is only shown."""
+    """Append an event (a verdict, a check, a skip) to the ledger file; without a writable place it
+    is only shown.
+    """
     path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,14 +204,21 @@ def ledger() -> list[dict]:
 
 @dataclass(frozen=True)
 class Techniques:
-    """Which technique when, with what a ledger says about the claims made for it; shows itself as a table."""
+    """Which technique when, with what a ledger says about the claims made for it; shows itself as a
+    table.
+    """
 
-    rows: tuple[dict, ...]  # name, chapters, try_when, leave_when, and verdicts: (claim, statement, verdict or None)
+    rows: tuple[
+        dict, ...
+    ]  # name, chapters, try_when, leave_when, and verdicts: (claim, statement, verdict or None)
 
     def __repr__(self) -> str:
         lines = []
         for row in self.rows:
-            said = [f"{LOOK[v][1] if v else 'not run'}: {statement}" for _, statement, v in row["verdicts"]]
+            said = [
+                f"{LOOK[v][1] if v else 'not run'}: {statement}"
+                for _, statement, v in row["verdicts"]
+            ]
             lines.append("\n    ".join([f"{row['name']} ({', '.join(row['chapters'])})", *said]))
         return "\n".join(lines)
 
@@ -201,22 +237,38 @@ class Techniques:
                 said,
             )
             body += (
-                "<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{c}</td>" for c in cells) + "</tr>"
+                "<tr>"
+                + "".join(f"<td style='text-align:left;vertical-align:top'>{c}</td>" for c in cells)
+                + "</tr>"
             )
-        head = "".join(f"<th style='text-align:left'>{h}</th>" for h in ("technique (chapter)", "try it when", "leave it when",
-                                                                         "what is promised of it, and what this machine said"))  # fmt: skip
+        head = "".join(
+            f"<th style='text-align:left'>{h}</th>"
+            for h in (
+                "technique (chapter)",
+                "try it when",
+                "leave it when",
+                "what is promised of it, and what this machine said",
+            )
+        )
         return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def techniques(rows: list[dict]) -> Techniques:
-    """Which technique when, from a ledger's rows (`ledger()`, or a ledger.json). Raises ClaimError for an unknown claim."""
+    """Which technique when, from a ledger's rows (`ledger()`, or a ledger.json). Raises ClaimError
+    for an unknown claim.
+    """
     said = {row["claim"]: row["verdict"] for row in rows}
     entries = tomllib.loads((FOLDER / "techniques.toml").read_text(encoding="utf-8"))
-    return Techniques(tuple(
-        {"name": name, **{k: entry[k] for k in ("chapters", "try_when", "leave_when")},
-         "verdicts": tuple((i, find(i).statement, said.get(i)) for i in entry["claims"])}
-        for name, entry in entries.items()
-    ))  # fmt: skip
+    return Techniques(
+        tuple(
+            {
+                "name": name,
+                **{k: entry[k] for k in ("chapters", "try_when", "leave_when")},
+                "verdicts": tuple((i, find(i).statement, said.get(i)) for i in entry["claims"]),
+            }
+            for name, entry in entries.items()
+        )
+    )
 
 
 def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
@@ -228,8 +280,11 @@ def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
             numbers = (float(interval),) * 3
         except (TypeError, ValueError):
             raise TypeError(
-                f"{claim_id} was given a {type(measurement).__name__}; give an Interval, a Comparison, a number or a Skip."
+                f"{claim_id} was given a {type(measurement).__name__}; give an Interval, a"
+                " Comparison, a number or a Skip."
             ) from None
     if any(math.isnan(x) for x in numbers):
-        raise ValueError(f"{claim_id} was given {numbers}: something went wrong before the verdict.")
+        raise ValueError(
+            f"{claim_id} was given {numbers}: something went wrong before the verdict."
+        )
     return numbers

@@ -1,4 +1,6 @@
-"""The embedded data: Fashion-MNIST and a text of Jane Austen, every file checked by its SHA-256 before use."""
+"""The embedded data: Fashion-MNIST and a text of Jane Austen, every file checked by its SHA-256
+before use.
+"""
 
 import gzip
 import hashlib
@@ -16,7 +18,18 @@ if TYPE_CHECKING:
 
 DATASETS = ROOT / "datasets"
 FULL = DATASETS / "full"
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 SPLITS = ("train", "validation", "test")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 _IDX = {
@@ -38,13 +51,16 @@ def sha256(path: Path) -> str:
 
 
 def verified(path: Path, expected: str, remedy: str) -> Path:
-    """`path` itself, if its SHA-256 is `expected`; DataError with both digests and the remedy otherwise."""
+    """`path` itself, if its SHA-256 is `expected`; DataError with both digests and the remedy
+    otherwise.
+    """
     if not path.is_file():
         raise DataError(f"{path.name} is missing from {path.parent.name}/. {remedy}")
     found = sha256(path)
     if found != expected:
         raise DataError(
-            f"{path.name} is not the file the course was made with: SHA-256 is {found}, not {expected}. {remedy}"
+            f"{path.name} is not the file the course was made with: SHA-256 is {found}, not"
+            f" {expected}. {remedy}"
         )
     return path
 
@@ -54,15 +70,20 @@ def dataset_file(name: str) -> Path:
     digests = json.loads((DATASETS / "SHA256.json").read_text())
     if name not in digests:
         raise DataError(f"datasets/ has no file {name!r}; it has: {', '.join(sorted(digests))}.")
-    return verified(DATASETS / name, digests[name], f"Restore it with: git checkout -- datasets/{name}")
+    return verified(
+        DATASETS / name, digests[name], f"Restore it with: git checkout -- datasets/{name}"
+    )
 
 
-def fashion_mnist(split: str = "train", *, full: bool = False) -> tuple["torch.Tensor", "torch.Tensor"]:
+def fashion_mnist(
+    split: str = "train", *, full: bool = False
+) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Images as uint8 (N, 1, 28, 28) and labels as int64 (N,), ten classes in equal shares.
 
-    `split` is "train", "validation" or "test". Embedded: 12,000, 3,000 and 10,000 images. With `full=True`, after
-    `course data --full`: 55,000, 5,000 and 10,000. The 3,000 are among the 5,000, the 12,000 among the 55,000, and
-    train and validation share no image. Raises DataError for a missing or altered file, ValueError for another split.
+    `split` is "train", "validation" or "test". Embedded: 12,000, 3,000 and 10,000 images. With
+    `full=True`, after `course data --full`: 55,000, 5,000 and 10,000. The 3,000 are among the
+    5,000, the 12,000 among the 55,000, and train and validation share no image. Raises DataError
+    for a missing or altered file, ValueError for another split.
     """
     import torch
 
@@ -94,7 +115,9 @@ def full_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def validation_mask(labels: np.ndarray) -> np.ndarray:
-    """Which of the 60,000 official training images are validation: 500 of each class, drawn once by a fixed seed."""
+    """Which of the 60,000 official training images are validation: 500 of each class, drawn once by
+    a fixed seed.
+    """
     rng = np.random.default_rng(20260101)
     mask = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
@@ -108,10 +131,12 @@ def _read_idx(name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
 
 
 def fetch_full() -> list[str]:
-    """Put the four official files into datasets/full/, from Debian's package if installed, else through torchvision.
+    """Put the four official files into datasets/full/, from Debian's package if installed, else
+    through torchvision.
 
-    Files already there and whole are kept. Each arrives under another name and is renamed once its digest is right,
-    so an interruption leaves no half a file. Returns the names of the files that were added.
+    Files already there and whole are kept. Each arrives under another name and is renamed once its
+    digest is right, so an interruption leaves no half a file. Returns the names of the files that
+    were added.
     """
     FULL.mkdir(parents=True, exist_ok=True)
     missing = [n for n in _IDX if not ((FULL / n).is_file() and sha256(FULL / n) == _IDX[n])]
@@ -123,11 +148,16 @@ def fetch_full() -> list[str]:
         try:
             with gzip.open(packed, "rb") as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target)
-            verified(part, _IDX[name], f"It was unpacked from {packed.name}: remove that and run the command again.")
+            verified(
+                part,
+                _IDX[name],
+                f"It was unpacked from {packed.name}: remove that and run the command again.",
+            )
             part.replace(FULL / name)
         except (OSError, EOFError) as error:
             raise DataError(
-                f"{packed.name} could not be unpacked ({error}). Remove it and run the command again."
+                f"{packed.name} could not be unpacked ({error}). Remove it and run the command"
+                " again."
             ) from error
         finally:
             part.unlink(missing_ok=True)
@@ -135,7 +165,9 @@ def fetch_full() -> list[str]:
 
 
 def _download(name: str) -> Path:
-    """torchvision's own mirrors and checksums; the compressed file stays in datasets/full/download/."""
+    """torchvision's own mirrors and checksums; the compressed file stays in
+    datasets/full/download/.
+    """
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import download_url
 
@@ -149,6 +181,6 @@ def _download(name: str) -> Path:
         except (OSError, RuntimeError) as error:
             last = error
     raise DataError(
-        f"{name} could not be fetched ({last}). Without a network, install Debian's package dataset-fashion-mnist "
-        "and run the command again."
+        f"{name} could not be fetched ({last}). Without a network, install Debian's package"
+        " dataset-fashion-mnist and run the command again."
     )

@@ -1,9 +1,12 @@
-"""Several processes: the worker that torchrun starts, and the launcher a notebook starts torchrun with.
+"""Several processes: the worker that torchrun starts, and the launcher a notebook starts torchrun
+with.
 
-results = distributed.launch("ring.py", "ddp.py", workers=2, settings={"steps": 8})   # {"ring": [of rank 0, of rank 1], …}
+results = distributed.launch("ring.py", "ddp.py", workers=2, settings={"steps": 8})   # {"ring": [of
+rank 0, of rank 1], …}
 
-A module given by its file has a function `run(settings)`, called on every worker after the process group is up; what it
-returns (anything JSON can hold) comes back. The same worker runs on a cluster, started there by torchrun itself:
+A module given by its file has a function `run(settings)`, called on every worker after the process
+group is up; what it returns (anything JSON can hold) comes back. The same worker runs on a cluster,
+started there by torchrun itself:
 
 torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 \\
     -m course_utils.distributed ring.py ddp.py --out results
@@ -38,17 +41,28 @@ _BUSY = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 class WorkerError(RuntimeError):
-    """A worker failed. The message holds the traceback of the one that failed first, as it was raised in its process."""
+    """A worker failed. The message holds the traceback of the one that failed first, as it was
+    raised in its process.
+    """
 
 
-def launch(*modules: str | Path, workers: int = 2, settings: dict | None = None, out: Path | None = None,
-           timeout: float = 120.0, restarts: int = 0, port: int | None = None,
-           env: dict[str, str] | None = None) -> dict[str, list]:  # fmt: skip
-    """Start `workers` processes by torchrun, call each module's `run(settings)` in them, return the results by module.
+def launch(
+    *modules: str | Path,
+    workers: int = 2,
+    settings: dict | None = None,
+    out: Path | None = None,
+    timeout: float = 120.0,
+    restarts: int = 0,
+    port: int | None = None,
+    env: dict[str, str] | None = None,
+) -> dict[str, list]:
+    """Start `workers` processes by torchrun, call each module's `run(settings)` in them, return the
+    results by module.
 
-    `out` keeps what the workers write (a temporary folder otherwise). A busy `port` (a free one by default) is retried
-    with another. Raises WorkerError with the worker's own traceback, TimeoutError with the place where each worker
-    hung. However the call ends (error, timeout, Ctrl-C), no process outlives it.
+    `out` keeps what the workers write (a temporary folder otherwise). A busy `port` (a free one by
+    default) is retried with another. Raises WorkerError with the worker's own traceback,
+    TimeoutError with the place where each worker hung. However the call ends (error, timeout,
+    Ctrl-C), no process outlives it.
     """
     missing = [str(m) for m in modules if not Path(m).is_file()]
     if missing:
@@ -61,7 +75,9 @@ def launch(*modules: str | Path, workers: int = 2, settings: dict | None = None,
         for attempt in range(4):
             for old in folder.glob("*.worker.*"):
                 old.unlink()
-            code, text = _torchrun(tail, workers, restarts, port or free_port(), timeout, env or {}, folder)
+            code, text = _torchrun(
+                tail, workers, restarts, port or free_port(), timeout, env or {}, folder
+            )
             if code == 0:
                 return {Path(m).stem: results(folder, Path(m).stem, workers) for m in modules}
             if not _BUSY.search(text) or attempt == 3:
@@ -79,9 +95,20 @@ def free_port() -> int:
 
 def command(tail: Sequence[str], workers: int, restarts: int, port: int) -> list[str]:
     """torchrun's command line for one machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={workers}",
-            f"--max-restarts={restarts}", "--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-conf=is_host=1",
-            f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={port}", *tail]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={workers}",
+        f"--max-restarts={restarts}",
+        "--monitor-interval=0.1",
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=is_host=1",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--rdzv-id={port}",
+        *tail,
+    ]
 
 
 def _torchrun(
@@ -92,15 +119,19 @@ def _torchrun(
     measure.release()  # the workers are about to need what this process holds free
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command(tail, workers, restarts, port), stdout=log, stderr=log, env=os.environ | _environment() | env,
+            command(tail, workers, restarts, port),
+            stdout=log,
+            stderr=log,
+            env=os.environ | _environment() | env,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             _ask_where(process.pid)
             raise TimeoutError(
-                f"the workers did not end within {timeout:g} s and were stopped.\n{_hanging(folder)}"
+                f"the workers did not end within {timeout:g} s and were"
+                f" stopped.\n{_hanging(folder)}"
             ) from None
         finally:
             end(process.pid)
@@ -112,19 +143,27 @@ def _torchrun(
 def _environment() -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1",
-        "GOMP_SPINCOUNT": "10000",  # threads that wait for work leave their core to the other worker
-        "MALLOC_ARENA_MAX": "2",  # glibc keeps freed memory in each arena; workers have many threads
+        # threads that wait for work leave their core to the other worker
+        "GOMP_SPINCOUNT": "10000",
+        # glibc keeps freed memory in each arena; workers have many threads
+        "MALLOC_ARENA_MAX": "2",
         "GLOO_SOCKET_IFNAME": _loopback(),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": (
+            os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        ),
         "COURSE_LAUNCHER": str(os.getpid()),
     }
 
 
-def launch_two_nodes(*modules: str | Path, settings: dict | None = None, timeout: float = 120.0) -> dict[str, list]:
-    """As `launch`, on two machines made of network namespaces: one torchrun and one worker in each, joined by a cable.
+def launch_two_nodes(
+    *modules: str | Path, settings: dict | None = None, timeout: float = 120.0
+) -> dict[str, list]:
+    """As `launch`, on two machines made of network namespaces: one torchrun and one worker in each,
+    joined by a cable.
 
-    Needs root, Linux and the program `ip`. The namespaces, and with them the cable, are removed however the call ends.
+    Needs root, Linux and the program `ip`. The namespaces, and with them the cable, are removed
+    however the call ends.
     """
     names = [f"course-{os.getpid()}-{side}" for side in "ab"]
     cable, addresses = [f"cv{os.getpid()}{side}" for side in "ab"], ["10.213.77.1", "10.213.77.2"]
@@ -132,33 +171,67 @@ def launch_two_nodes(*modules: str | Path, settings: dict | None = None, timeout
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
-    with tempfile.TemporaryDirectory(prefix="course-nodes-") as temporary, tempfile.TemporaryFile("w+") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="course-nodes-") as temporary,
+        tempfile.TemporaryFile("w+") as log,
+    ):
         folder, processes = Path(temporary), []
         tail = ["-m", "course_utils.distributed", *map(str, modules), "--out", temporary]
         tail += ["--settings", json.dumps(settings or {})]
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip("link", "add", cable[0], "netns", names[0], "type", "veth", "peer", "name", cable[1], "netns", names[1])
+            ip(
+                "link",
+                "add",
+                cable[0],
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                cable[1],
+                "netns",
+                names[1],
+            )
             for name, end_of, address in zip(names, cable, addresses, strict=True):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", end_of)
                 ip("-n", name, "link", "set", end_of, "up")
                 ip("-n", name, "link", "set", "lo", "up")
             for node, name in enumerate(names):
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-                torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={addresses[0]}:29400", "--rdzv-id=course"]
-                torchrun += [f"--rdzv-conf=is_host={1 - node}", f"--local-addr={addresses[node]}", *tail]
+                torchrun = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--nproc-per-node=1",
+                ]
+                torchrun += [
+                    "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint={addresses[0]}:29400",
+                    "--rdzv-id=course",
+                ]
+                torchrun += [
+                    f"--rdzv-conf=is_host={1 - node}",
+                    f"--local-addr={addresses[node]}",
+                    *tail,
+                ]
                 env = os.environ | _environment() | {"GLOO_SOCKET_IFNAME": cable[node]}
                 command_line = ["ip", "netns", "exec", name, *torchrun]
                 processes.append(
-                    subprocess.Popen(command_line, stdout=log, stderr=log, env=env, start_new_session=True)
+                    subprocess.Popen(
+                        command_line, stdout=log, stderr=log, env=env, start_new_session=True
+                    )
                 )
             stop = time.monotonic() + timeout
             codes = [process.wait(max(stop - time.monotonic(), 0.1)) for process in processes]
         except subprocess.TimeoutExpired:
             for process in processes:
                 _ask_where(process.pid)
-            raise TimeoutError(f"the two nodes did not end within {timeout:g} s.\n{_hanging(folder)}") from None
+            raise TimeoutError(
+                f"the two nodes did not end within {timeout:g} s.\n{_hanging(folder)}"
+            ) from None
         finally:
             for process in processes:
                 end(process.pid)
@@ -172,7 +245,9 @@ def launch_two_nodes(*modules: str | Path, settings: dict | None = None, timeout
 
 
 def end(pid: int) -> None:
-    """Kill a process and everything below it. It is stopped first, so that nothing new is started meanwhile."""
+    """Kill a process and everything below it. It is stopped first, so that nothing new is started
+    meanwhile.
+    """
     import psutil
 
     try:
@@ -191,20 +266,30 @@ def end(pid: int) -> None:
 
 
 def results(folder: Path, stem: str, workers: int) -> list:
-    """What module `stem` returned on each worker: also from a launch that failed in a later module."""
-    return [json.loads((folder / f"{stem}.worker.{rank}.json").read_text()) for rank in range(workers)]
+    """What module `stem` returned on each worker: also from a launch that failed in a later
+    module.
+    """
+    return [
+        json.loads((folder / f"{stem}.worker.{rank}.json").read_text()) for rank in range(workers)
+    ]
 
 
 def _first_failure(folder: Path, text: str) -> str:
-    """The worker that failed first says why; one that lost its peer fails later, and says only that."""
-    failures = sorted((json.loads(p.read_text()) for p in folder.glob("failed.worker.*")), key=lambda f: f["when"])
+    """The worker that failed first says why; one that lost its peer fails later, and says only
+    that.
+    """
+    failures = sorted(
+        (json.loads(p.read_text()) for p in folder.glob("failed.worker.*")), key=lambda f: f["when"]
+    )
     if failures:
         return f"worker {failures[0]['rank']} raised\n{shorten(failures[0]['traceback'])}"
     return f"a worker ended without a traceback; torchrun's last words:\n{shorten(text[-2000:])}"
 
 
 def _ask_where(pid: int) -> None:
-    """Have every worker below `pid` write where it stands: each has told faulthandler to answer SIGUSR1."""
+    """Have every worker below `pid` write where it stands: each has told faulthandler to answer
+    SIGUSR1.
+    """
     import psutil
 
     try:
@@ -219,7 +304,9 @@ def _hanging(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("hang.worker.*")):
         stack = path.read_text().strip().splitlines()[1:]
-        parts.append("\n".join([f"worker {path.suffix[1:]} was here, the innermost call first:", *stack]))
+        parts.append(
+            "\n".join([f"worker {path.suffix[1:]} was here, the innermost call first:", *stack])
+        )
     return shorten("\n".join(parts))
 
 
@@ -233,11 +320,14 @@ def _loopback() -> str:
     return next((n for n in ("lo", "lo0") if n in names), "")
 
 
-# --- for the modules that run in workers -----------------------------------------------------------------------------
+# --- for the modules that run in workers
+# -----------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """x + down(relu(up(x))): the block behind a transformer's attention, rows of `width` numbers, 8·width² weights."""
+    """x + down(relu(up(x))): the block behind a transformer's attention, rows of `width` numbers,
+    8·width² weights.
+    """
 
     def __init__(self, width: int, norm: bool = False) -> None:
         super().__init__()
@@ -249,12 +339,16 @@ class Block(nn.Module):
 
 
 def chain(width: int, depth: int, seed: int = 0, norm: bool = False) -> nn.Sequential:
-    """`depth` blocks whose weights depend on `seed` alone: the same on every worker that asks for the same."""
+    """`depth` blocks whose weights depend on `seed` alone: the same on every worker that asks for
+    the same.
+    """
     torch.manual_seed(seed)
     return nn.Sequential(*[Block(width, norm) for _ in range(depth)])
 
 
-def batch(rows: int, width: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def batch(
+    rows: int, width: int, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets, the same on every worker that asks with the same seed."""
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, rows, width, generator=generator, dtype=dtype).unbind(0)
@@ -280,11 +374,14 @@ def flat_gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# --- in a worker ---------------------------------------------------------------------------------------------------
+# --- in a worker
+# ---------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What torchrun starts: open the process group, run the modules one after the other, write what they return."""
+    """What torchrun starts: open the process group, run the modules one after the other, write what
+    they return.
+    """
     parser = argparse.ArgumentParser(prog="course_utils.distributed")
     parser.add_argument("modules", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
@@ -296,7 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _watch(asked.out, rank)
 
     torch.set_num_threads(1)
-    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+        os.environ["LOCAL_WORLD_SIZE"]
+    )
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -327,12 +426,20 @@ def _release() -> None:
 
 
 def _rendezvous() -> dict:
-    """torchrun's store, with a part of its own for each restart: addresses of killed workers are still in it."""
+    """torchrun's store, with a part of its own for each restart: addresses of killed workers are
+    still in it.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}  # RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say all
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
     part = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    return {"store": part, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    return {
+        "store": part,
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def _load(path: Path) -> object:
@@ -346,10 +453,14 @@ def _load(path: Path) -> object:
 
 
 def _watch(folder: Path, rank: int) -> None:
-    """Say where this worker stands when asked, before it is stopped, and end when whoever started it is gone."""
+    """Say where this worker stands when asked, before it is stopped, and end when whoever started
+    it is gone.
+    """
     parent, launcher = os.getppid(), int(os.environ.get("COURSE_LAUNCHER", 0))
     if launcher:
-        faulthandler.register(signal.SIGUSR1, (folder / f"hang.worker.{rank}").open("w"), all_threads=False)
+        faulthandler.register(
+            signal.SIGUSR1, (folder / f"hang.worker.{rank}").open("w"), all_threads=False
+        )
 
     def look() -> None:
         while os.getppid() == parent and (not launcher or _alive(launcher)):

@@ -1,7 +1,8 @@
 """Predictions and self-checking exercises.
 
-`check("05.B", answer)` runs the reader's own object against properties and independent results, never against a
-stored solution. An answer may raise, exit, print, change its input or loop for ever: the notebook goes on.
+`check("05.B", answer)` runs the reader's own object against properties and independent results,
+never against a stored solution. An answer may raise, exit, print, change its input or loop for
+ever: the notebook goes on.
 """
 
 import ast
@@ -30,7 +31,9 @@ _COLOURS = {"passed": "#1b7837", "wrong": "#b2182b", "pending": "#666666"}
 
 
 class Wrong(Exception):
-    """Raised inside a check: the message tells the reader what is wrong, with the smallest failing case."""
+    """Raised inside a check: the message tells the reader what is wrong, with the smallest failing
+    case.
+    """
 
 
 class UnknownExercise(KeyError):
@@ -41,7 +44,9 @@ class UnknownExercise(KeyError):
 
 
 class _Stopped(BaseException):
-    """Thrown into an answer that runs too long. A BaseException, so that `except Exception` does not swallow it."""
+    """Thrown into an answer that runs too long. A BaseException, so that `except Exception` does
+    not swallow it.
+    """
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,9 @@ class Result:
         colour = _COLOURS[self.status]
         text = html.escape(self.message).replace("\n", "<br>")
         return (
-            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b style='color:{colour}'>Exercise {self.id}: "
-            f"{_LABELS[self.status].rstrip(': ')}</b> {text}</div>"
+            f"<div style='border-left:4px solid {colour};padding:2px 12px'><b"
+            f" style='color:{colour}'>Exercise {self.id}: {_LABELS[self.status].rstrip(': ')}</b>"
+            f" {text}</div>"
         )
 
 
@@ -68,7 +74,9 @@ _LABELS = {"passed": "passed. ", "wrong": "not yet right: ", "pending": "not att
 
 
 class Probe:
-    """The reader's answer, called on copies: what it raises becomes a message, and a changed input is noticed."""
+    """The reader's answer, called on copies: what it raises becomes a message, and a changed input
+    is noticed.
+    """
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -83,19 +91,24 @@ class Probe:
             raise
         except Exception as error:
             raise Wrong(
-                f"your code raised {type(error).__name__}: {error}\nfor the input {shown(*args, **kwargs)}."
+                f"your code raised {type(error).__name__}: {error}\nfor the input"
+                f" {shown(*args, **kwargs)}."
             ) from error
         except SystemExit:
-            raise Wrong(f"your code ended the program (sys.exit) for the input {shown(*args, **kwargs)}.") from None
+            raise Wrong(
+                f"your code ended the program (sys.exit) for the input {shown(*args, **kwargs)}."
+            ) from None
         if not same(given, before):
             raise Wrong(
-                f"your code changed its input, which belongs to the caller: {shown(*args, **kwargs)} became {shown(*given[0])}."
+                "your code changed its input, which belongs to the caller:"
+                f" {shown(*args, **kwargs)} became {shown(*given[0])}."
             )
         return value
 
 
 def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
-    """Check a reader's answer. Never raises for what the answer does; raises UnknownExercise for an unknown id.
+    """Check a reader's answer. Never raises for what the answer does; raises UnknownExercise for an
+    unknown id.
 
     Random inputs are drawn now. After `seconds` an answer that loops in Python is stopped.
     """
@@ -130,7 +143,8 @@ def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
         return _report(
             exercise_id,
             "wrong",
-            f"your code was still running after {seconds:g} s and was stopped. Does a loop ever end?",
+            f"your code was still running after {seconds:g} s and was stopped. Does a loop ever"
+            " end?",
         )
     error = outcome[0]
     if error is None:
@@ -139,7 +153,9 @@ def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
         return _report(exercise_id, "wrong", str(error))
     # The answer had a shape that the check did not foresee (a string where a number was due, say).
     return _report(
-        exercise_id, "wrong", f"what your code returned could not be used ({type(error).__name__}: {error})."
+        exercise_id,
+        "wrong",
+        f"what your code returned could not be used ({type(error).__name__}: {error}).",
     )
 
 
@@ -170,9 +186,14 @@ def fails(kind: type[Exception] = Exception) -> Iterator[None]:
         yield
     except kind as error:
         text = str(error)  # some errors go on with a page of internals
-        print(f"{type(error).__name__}: {text if len(text) <= 320 else text[:320].rsplit(' ', 1)[0] + ' …'}")
+        print(
+            f"{type(error).__name__}:"
+            f" {text if len(text) <= 320 else text[:320].rsplit(' ', 1)[0] + ' …'}"
+        )
     else:
-        raise AssertionError(f"this was expected to end in {kind.__name__}, and today it runs: the text must change.")
+        raise AssertionError(
+            f"this was expected to end in {kind.__name__}, and today it runs: the text must change."
+        )
 
 
 def exercise(exercise_id: str) -> Callable:
@@ -198,11 +219,15 @@ def registry() -> dict[str, Callable]:
 
 
 def is_pending(answer: object) -> bool:
-    """Whether this is still the stub: `...` itself, or a function that holds a `...` anywhere but in an index."""
+    """Whether this is still the stub: `...` itself, or a function that holds a `...` anywhere but
+    in an index.
+    """
     if answer is ...:
         return True
     if inspect.isclass(answer):
-        members = (getattr(v, "__func__", v) for v in vars(answer).values())  # staticmethods hold their function
+        members = (
+            getattr(v, "__func__", v) for v in vars(answer).values()
+        )  # staticmethods hold their function
         return any(is_pending(m) for m in members if inspect.isfunction(m))
     if not inspect.isfunction(answer):
         return False
@@ -210,14 +235,26 @@ def is_pending(answer: object) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
     except (OSError, SyntaxError, TypeError):
         return False
-    in_index = {id(n) for sub in ast.walk(tree) if isinstance(sub, ast.Subscript) for n in ast.walk(sub.slice)}
-    return any(isinstance(n, ast.Constant) and n.value is ... and id(n) not in in_index for n in ast.walk(tree))
+    in_index = {
+        id(n)
+        for sub in ast.walk(tree)
+        if isinstance(sub, ast.Subscript)
+        for n in ast.walk(sub.slice)
+    }
+    return any(
+        isinstance(n, ast.Constant) and n.value is ... and id(n) not in in_index
+        for n in ast.walk(tree)
+    )
 
 
 def same(a: object, b: object) -> bool:
     """Deep equality that knows tensors and arrays; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        return (
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        )
     if isinstance(a, np.ndarray):
         return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
     if isinstance(a, dict):
@@ -239,7 +276,11 @@ def shown(*args: object, **kwargs: object) -> str:
 
 def _short(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"tensor of shape {tuple(value.shape)}" if value.numel() > 8 else f"tensor({value.tolist()})"
+        return (
+            f"tensor of shape {tuple(value.shape)}"
+            if value.numel() > 8
+            else f"tensor({value.tolist()})"
+        )
     if isinstance(value, np.ndarray) and value.size > 8:
         return f"array of shape {value.shape}"
     text = repr(value)
@@ -250,7 +291,9 @@ def _find(exercise_id: str) -> Callable:
     known = registry()
     if exercise_id not in known:
         near = difflib.get_close_matches(exercise_id, known, 1, 0)
-        raise UnknownExercise(f"no exercise {exercise_id!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        raise UnknownExercise(
+            f"no exercise {exercise_id!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
     return known[exercise_id]
 
 
@@ -260,9 +303,13 @@ def _report(exercise_id: str, status: str, message: str) -> Result:
 
 
 def _stop(thread: threading.Thread) -> None:
-    """Raise _Stopped inside the thread until it ends; what sits in C code cannot be reached and is left behind."""
+    """Raise _Stopped inside the thread until it ends; what sits in C code cannot be reached and is
+    left behind.
+    """
     for _ in range(20):
         if not thread.is_alive():
             return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped)
+        )
         thread.join(0.05)

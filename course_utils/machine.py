@@ -1,4 +1,6 @@
-"""What this machine is and what it can do: the card every chapter opens with, and typed skips for what it lacks."""
+"""What this machine is and what it can do: the card every chapter opens with, and typed skips for
+what it lacks.
+"""
 
 import contextlib
 import functools
@@ -17,7 +19,9 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""Variables that hide instruction sets from oneDNN and from torch's own kernels, to see what a lesser machine would say."""
+"""Variables that hide instruction sets from oneDNN and from torch's own kernels, to see what a
+lesser machine would say.
+"""
 PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino")
 _X86_FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _ARM_FLAGS = {"asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
@@ -31,7 +35,17 @@ class Skip:
     reason: str
     remedy: str = ""
 
-    KINDS = ("gpu", "isa", "compiler", "package", "permission", "cores", "memory", "profile", "system")
+    KINDS = (
+        "gpu",
+        "isa",
+        "compiler",
+        "package",
+        "permission",
+        "cores",
+        "memory",
+        "profile",
+        "system",
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
@@ -46,7 +60,9 @@ class Skip:
 
 @dataclass(frozen=True)
 class Card:
-    """One machine, as far as it matters for speed. `isa` holds the instruction sets that change a verdict."""
+    """One machine, as far as it matters for speed. `isa` holds the instruction sets that change a
+    verdict.
+    """
 
     cpu: str
     architecture: str
@@ -66,9 +82,19 @@ class Card:
 
     def _rows(self) -> list[tuple[str, str]]:
         return [
-            ("CPU", f"{self.cpu} ({self.architecture}), cores: {self.cores}, torch's threads: {self.threads}"),
+            (
+                "CPU",
+                (
+                    f"{self.cpu} ({self.architecture}), cores: {self.cores}, torch's threads:"
+                    f" {self.threads}"
+                ),
+            ),
             ("Instruction sets", ", ".join(self.isa) or "none of those that the course looks for"),
-            *([("Capped", ", ".join(f"{name}={cap}" for name, cap in self.caps.items()))] if self.caps else []),
+            *(
+                [("Capped", ", ".join(f"{name}={cap}" for name, cap in self.caps.items()))]
+                if self.caps
+                else []
+            ),
             ("Memory", f"{self.memory_gb:.1f} GB"),
             ("GPU", self.gpu),
             ("System", f"{self.system}, Python {self.python}"),
@@ -81,7 +107,8 @@ class Card:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left'>{name}</th><td"
+            f" style='text-align:left'>{html.escape(value)}</td></tr>"
             for name, value in self._rows()
         )
         return f"<table><caption>This machine</caption>{rows}</table>"
@@ -109,7 +136,9 @@ def card() -> Card:
 
 @functools.cache
 def isa() -> tuple[str, ...]:
-    """Instruction sets that decide about INT8 and bf16 speed, e.g. ("avx2", "avx512_f", "avx512_vnni")."""
+    """Instruction sets that decide about INT8 and bf16 speed, e.g. ("avx2", "avx512_f",
+    "avx512_vnni").
+    """
     import torch
 
     have = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
@@ -120,8 +149,12 @@ def isa() -> tuple[str, ...]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: affinity and, on Linux, the control group's quota (a container's limit)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: affinity and, on Linux, the control group's quota (a container's
+    limit).
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
         if quota != "max":
@@ -132,19 +165,25 @@ def usable_cores() -> int:
 
 
 def memory_gb() -> float:
-    """Memory this process may use, in units of 2^30 bytes: the machine's, or less in a control group (a container)."""
+    """Memory this process may use, in units of 2^30 bytes: the machine's, or less in a control
+    group (a container).
+    """
     import psutil
 
     limits = [float(psutil.virtual_memory().total)]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of control groups; "max" is no limit
+    for name in (
+        "memory.max",
+        "memory/memory.limit_in_bytes",
+    ):  # version 2 and 1 of control groups; "max" is no limit
         with contextlib.suppress(OSError, ValueError):
             limits.append(float((CGROUP / name).read_text()))
     return min(limits) / 2**30
 
 
 def held_bytes(pid: int) -> int:
-    """Memory of a process in bytes: its proportional set size (shared pages divided among those who share them) where
-    Linux tells it in one look, its resident size elsewhere; 0 for a process that is gone.
+    """Memory of a process in bytes: its proportional set size (shared pages divided among those who
+    share them) where Linux tells it in one look, its resident size elsewhere; 0 for a process that
+    is gone.
     """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -161,8 +200,9 @@ def held_bytes(pid: int) -> int:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process still runs. A zombie does not: it has ended, holds no memory and no port, and waits for its
-    parent to ask how; in a container whose first process never asks it waits for ever.
+    """Whether a process still runs. A zombie does not: it has ended, holds no memory and no port,
+    and waits for its parent to ask how; in a container whose first process never asks it waits for
+    ever.
     """
     import psutil
 
@@ -191,8 +231,9 @@ def version(package: str) -> str | None:
 
 
 def can(what: str) -> "Skip | bool":
-    """True, or the Skip that says why not. `what`: "gpu", "vnni", "bf16", "compiler", "energy", "root", "full",
-    "two cores", "package:NAME", or "N GB" of memory. A Skip is false, so that `if machine.can("gpu"):` guards a part.
+    """True, or the Skip that says why not. `what`: "gpu", "vnni", "bf16", "compiler", "energy",
+    "root", "full", "two cores", "package:NAME", or "N GB" of memory. A Skip is false, so that `if
+    machine.can("gpu"):` guards a part.
     """
     if what.startswith("package:"):
         return _package(what.removeprefix("package:"))
@@ -204,7 +245,9 @@ def can(what: str) -> "Skip | bool":
 
 
 def skip(what: str, part: str) -> Skip:
-    """Record that `part` of a chapter was left out for want of `what`, and return the Skip to show."""
+    """Record that `part` of a chapter was left out for want of `what`, and return the Skip to
+    show.
+    """
     from course_utils import claims
 
     answer = can(what)
@@ -215,7 +258,9 @@ def skip(what: str, part: str) -> Skip:
 
 
 def rapl_file() -> Path | None:
-    """The package energy counter in microjoules, where Linux shows one (Intel and AMD, not in most virtual machines)."""
+    """The package energy counter in microjoules, where Linux shows one (Intel and AMD, not in most
+    virtual machines).
+    """
     return next(iter(sorted(Path("/sys/class/powercap").glob("intel-rapl:0/energy_uj"))), None)
 
 
@@ -223,28 +268,42 @@ def _gpu() -> "Skip | bool":
     import torch
 
     return torch.cuda.is_available() or Skip(
-        "gpu", "no NVIDIA GPU that this torch can use.", "In Colab: Runtime, Change runtime type, GPU."
+        "gpu",
+        "no NVIDIA GPU that this torch can use.",
+        "In Colab: Runtime, Change runtime type, GPU.",
     )
 
 
 def _vnni() -> "Skip | bool":
     found = {"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"} & set(isa())
-    return bool(found) or Skip("isa", "this CPU has no INT8 dot-product instruction (VNNI, AMX or Arm's dotprod).")
+    return bool(found) or Skip(
+        "isa", "this CPU has no INT8 dot-product instruction (VNNI, AMX or Arm's dotprod)."
+    )
 
 
 def _bf16() -> "Skip | bool":
     found = {"avx512_bf16", "amx_bf16", "bf16"} & set(isa())
-    return bool(found) or Skip("isa", "this CPU has no bf16 instruction (AVX512_BF16, AMX or Arm's bf16).")
+    return bool(found) or Skip(
+        "isa", "this CPU has no bf16 instruction (AVX512_BF16, AMX or Arm's bf16)."
+    )
 
 
 def _compiler() -> "Skip | bool":
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if os.environ.get("ATEN_CPU_CAPABILITY") == "default" or (is_x86 and "avx2" not in isa()):
-        # seen with torch 2.14: the C++ that inductor writes uses at::vec, which its header leaves out then
-        return Skip("isa", "without AVX2 (or with it capped) the C++ that torch.compile writes does not compile.")
-    found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
+        # seen with torch 2.14: the C++ that inductor writes uses at::vec, which its header leaves
+        # out then
+        return Skip(
+            "isa",
+            "without AVX2 (or with it capped) the C++ that torch.compile writes does not compile.",
+        )
+    found = any(
+        shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    )
     return found or Skip(
-        "compiler", "no C++ compiler on the PATH.", "Debian and Ubuntu: apt install g++. macOS: xcode-select --install."
+        "compiler",
+        "no C++ compiler on the PATH.",
+        "Debian and Ubuntu: apt install g++. macOS: xcode-select --install.",
     )
 
 
@@ -253,7 +312,8 @@ def _energy() -> "Skip | bool":
     if path is None:
         return Skip(
             "system",
-            "this system shows no energy counter (RAPL): usual in virtual machines, on Arm, macOS and Windows.",
+            "this system shows no energy counter (RAPL): usual in virtual machines, on Arm, macOS"
+            " and Windows.",
         )
     return os.access(path, os.R_OK) or Skip(
         "permission", "the energy counter can be read by root only.", f"sudo chmod a+r {path}"
@@ -262,7 +322,9 @@ def _energy() -> "Skip | bool":
 
 def _root() -> "Skip | bool":
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux"
-    return is_root or Skip("permission", "this part makes network namespaces, which needs root on Linux.")
+    return is_root or Skip(
+        "permission", "this part makes network namespaces, which needs root on Linux."
+    )
 
 
 def _two_cores() -> "Skip | bool":
@@ -271,20 +333,25 @@ def _two_cores() -> "Skip | bool":
 
 def _full() -> "Skip | bool":
     profile = os.environ.get("COURSE_PROFILE", "fast")
-    return profile == "full" or Skip("profile", f"this part runs in the profile full, and this is {profile}.")
+    return profile == "full" or Skip(
+        "profile", f"this part runs in the profile full, and this is {profile}."
+    )
 
 
 def _package(name: str) -> "Skip | bool":
     spec = importlib.util.find_spec(name)
     return spec is not None or Skip(
-        "package", f"the package {name} is not installed.", "make setup-extended, or the README's table of packages."
+        "package",
+        f"the package {name} is not installed.",
+        "make setup-extended, or the README's table of packages.",
     )
 
 
 def _memory(gigabytes: float) -> "Skip | bool":
     have = memory_gb()
     return have >= gigabytes or Skip(
-        "memory", f"{gigabytes:g} GB of memory are needed; this machine lets the course use {have:.1f}."
+        "memory",
+        f"{gigabytes:g} GB of memory are needed; this machine lets the course use {have:.1f}.",
     )
 
 
@@ -305,7 +372,10 @@ def _proc_cpuinfo(key: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(key.lower())), "")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(key.lower())),
+        "",
+    )
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,6 @@
-"""The two networks the chapters share: a small residual network and the baseline trained with the course's recipe."""
+"""The two networks the chapters share: a small residual network and the baseline trained with the
+course's recipe.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,11 +8,15 @@ from torch import Tensor, nn
 from course_utils import data
 
 MEAN, STD = 0.2860, 0.3530
-"""Mean and standard deviation of a Fashion-MNIST pixel on the 0–1 scale, over the 55,000 training images."""
+"""Mean and standard deviation of a Fashion-MNIST pixel on the 0–1 scale, over the 55,000 training
+images.
+"""
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions with a residual path; a 1×1 convolution where the shape changes (He et al. 2016, §3.3)."""
+    """Two 3×3 convolutions with a residual path; a 1×1 convolution where the shape changes (He et
+    al. 2016, §3.3).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -18,10 +24,15 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # two modules: quantizers refuse one that is used twice
+        self.relu1, self.relu2 = (
+            nn.ReLU(),
+            nn.ReLU(),
+        )  # two modules: quantizers refuse one that is used twice
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, inputs, H, W) → (B, outputs, H/stride, W/stride)
         y = self.relu1(self.bn1(self.conv1(x)))
@@ -30,11 +41,15 @@ class Block(nn.Module):
 
 
 class MiniResNet(nn.Module):
-    """A stride-2 stem, three residual stages of `width`, 2·`width` and 4·`width` channels, pooling, one linear layer."""
+    """A stride-2 stem, three residual stages of `width`, 2·`width` and 4·`width` channels, pooling,
+    one linear layer.
+    """
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.stages = nn.Sequential(
             Block(width, width, 1),
             Block(width, 2 * width, 2),
@@ -51,8 +66,9 @@ class MiniResNet(nn.Module):
 def mini_resnet(width: int = 32, *, seed: int | None = None) -> MiniResNet:
     """An untrained network; `seed` fixes its weights without touching torch's global generator.
 
-    width 32: 308 thousand parameters, 10 million multiply–accumulates an image; width 16: a quarter of both.
-    Train widths from 8 on: with 4 channels in channels_last, torch 2.14's AVX2 kernels write past their buffers.
+    width 32: 308 thousand parameters, 10 million multiply–accumulates an image; width 16: a quarter
+    of both. Train widths from 8 on: with 4 channels in channels_last, torch 2.14's AVX2 kernels
+    write past their buffers.
     """
     if width < 1:
         raise ValueError(f"width is {width}; it must be at least 1.")
@@ -64,7 +80,9 @@ def mini_resnet(width: int = 32, *, seed: int | None = None) -> MiniResNet:
 
 
 def baseline() -> MiniResNet:
-    """The shipped network (width 32) in eval mode. It has never seen a validation or test image: datasets/README.md."""
+    """The shipped network (width 32) in eval mode. It has never seen a validation or test image:
+    datasets/README.md.
+    """
     from safetensors.torch import load_file
 
     model = mini_resnet(32)
@@ -73,9 +91,12 @@ def baseline() -> MiniResNet:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 pixels (N, 1, 28, 28) → float32 with mean 0 and standard deviation 1, what every network here expects."""
+    """uint8 pixels (N, 1, 28, 28) → float32 with mean 0 and standard deviation 1, what every
+    network here expects.
+    """
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"normalise takes the uint8 images of data.fashion_mnist, not {images.dtype}: they are normalised once."
+            f"normalise takes the uint8 images of data.fashion_mnist, not {images.dtype}: they are"
+            " normalised once."
         )
     return images.float().div_(255).sub_(MEAN).div_(STD)

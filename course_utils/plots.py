@@ -1,7 +1,8 @@
-"""Figures in one style: labelled axes with units, a title that states the finding, an alternative text.
+"""Figures in one style: labelled axes with units, a title that states the finding, an alternative
+text.
 
-A function shows its figure and returns nothing, but for `axes` and `verdicts`, whose figure is finished with `show`, and
-`explore`, which returns a figure with sliders.
+A function shows its figure and returns nothing, but for `axes` and `verdicts`, whose figure is
+finished with `show`, and `explore`, which returns a figure with sliders.
 """
 
 import io
@@ -41,7 +42,9 @@ _STYLE = {
 }
 
 
-def axes(x: str, y: str, *, title: str, columns: int = 1, height: float = 3.4) -> tuple[Figure, "Axes | np.ndarray"]:
+def axes(
+    x: str, y: str, *, title: str, columns: int = 1, height: float = 3.4
+) -> tuple[Figure, "Axes | np.ndarray"]:
     """An empty figure in the course's style, 6.4 inches wide; finish it with `show`."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4 if columns == 1 else 8.4, height), layout="constrained")
@@ -56,11 +59,15 @@ def axes(x: str, y: str, *, title: str, columns: int = 1, height: float = 3.4) -
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure with its alternative text, for screen readers and for whoever reads the notebook as text."""
+    """Display a figure with its alternative text, for screen readers and for whoever reads the
+    notebook as text.
+    """
     from IPython.display import display
 
     if not alt.strip():
-        raise ValueError("a figure needs an alternative text: one sentence that says what it shows.")
+        raise ValueError(
+            "a figure needs an alternative text: one sentence that says what it shows."
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
@@ -68,16 +75,21 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
-    """Sliders over a figure: `picture` shows one by `show`, and is called again with a knob's new value.
+    """Sliders over a figure: `picture` shows one by `show`, and is called again with a knob's new
+    value.
 
-    A knob is a widget (`ipywidgets.IntSlider(...)`) or a list of choices. In place of `ipywidgets.interact`, whose Output
-    widget sometimes leaves papermill waiting for ever: to fill it, papermill sends on the socket on which it awaits the
-    cell's reply, and the reply is then not noticed (nbclient's issue 312).
+    A knob is a widget (`ipywidgets.IntSlider(...)`) or a list of choices. In place of
+    `ipywidgets.interact`, whose Output widget sometimes leaves papermill waiting for ever: to fill
+    it, papermill sends on the socket on which it awaits the cell's reply, and the reply is then not
+    noticed (nbclient's issue 312).
     """
     import ipywidgets
     from IPython.utils.capture import capture_output
 
-    knobs = {n: k if isinstance(k, ipywidgets.Widget) else ipywidgets.Dropdown(options=k) for n, k in knobs.items()}
+    knobs = {
+        n: k if isinstance(k, ipywidgets.Widget) else ipywidgets.Dropdown(options=k)
+        for n, k in knobs.items()
+    }
     frame = ipywidgets.HTML()
 
     def draw() -> None:
@@ -99,8 +111,8 @@ def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
 
 
 def plain_log(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2 × 10⁰; at the powers
-    alone where the data span so many that the labels would touch.
+    """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2
+    × 10⁰; at the powers alone where the data span so many that the labels would touch.
     """
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     low, high = axis.get_data_interval()
@@ -110,9 +122,21 @@ def plain_log(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def lines(x: Sequence[float], series: Mapping[str, Sequence], *, xlabel: str, ylabel: str, title: str, alt: str,
-          logx: bool = False, logy: bool = False, reference: tuple[float, str] | None = None) -> None:  # fmt: skip
-    """One line a series over `x`; a value may be an Interval, whose ends are drawn. `reference` is (height, label)."""
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Sequence],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    alt: str,
+    logx: bool = False,
+    logy: bool = False,
+    reference: tuple[float, str] | None = None,
+) -> None:
+    """One line a series over `x`; a value may be an Interval, whose ends are drawn. `reference` is
+    (height, label).
+    """
     figure, ax = axes(xlabel, ylabel, title=title)
     for i, (name, values) in enumerate(series.items()):
         middle, low, high = _ends(values)
@@ -130,16 +154,29 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence], *, xlabel: str, yl
     show(figure, alt)
 
 
-def bars(values: Mapping[str, "Interval | float"], *, ylabel: str, title: str, alt: str,
-         reference: tuple[float, str] | None = None, logx: bool = False) -> None:  # fmt: skip
-    """Horizontal bars, the first on top, with intervals where given. `ylabel` names the quantity and its unit."""
+def bars(
+    values: Mapping[str, "Interval | float"],
+    *,
+    ylabel: str,
+    title: str,
+    alt: str,
+    reference: tuple[float, str] | None = None,
+    logx: bool = False,
+) -> None:
+    """Horizontal bars, the first on top, with intervals where given. `ylabel` names the quantity
+    and its unit.
+    """
     figure, ax = axes(ylabel, "", title=title, height=0.42 * len(values) + 1.3)
     middle, low, high = _ends(list(values.values()))
     rows = np.arange(len(values))
     ax.barh(rows, middle, color=COLOURS[0], height=0.62)
-    ax.errorbar(middle, rows, xerr=[middle - low, high - middle], fmt="none", ecolor="black", capsize=3)
+    ax.errorbar(
+        middle, rows, xerr=[middle - low, high - middle], fmt="none", ecolor="black", capsize=3
+    )
     for row, value, end in zip(rows, middle, high, strict=True):
-        ax.annotate(f"{value:.3g}", (end, row), xytext=(5, 0), textcoords="offset points", va="center")
+        ax.annotate(
+            f"{value:.3g}", (end, row), xytext=(5, 0), textcoords="offset points", va="center"
+        )
     if reference:
         ax.axvline(reference[0], color="0.4", linestyle="--", linewidth=1, label=reference[1])
         ax.legend()
@@ -160,14 +197,18 @@ def intervals(
     alt: str,
     same: tuple[float, float] | None = (0.97, 1.03),
 ) -> None:
-    """Point and interval a row, with the band in which two arms count as the same and a line at 1."""
+    """Point and interval a row, with the band in which two arms count as the same and a line at
+    1.
+    """
     figure, ax = axes(xlabel, "", title=title, height=0.42 * len(values) + 1.3)
     if same:
         ax.axvspan(*same, color="0.85", label="the same, within ±3%")
         ax.axvline(1, color="0.4", linewidth=1)
     middle, low, high = _ends(list(values.values()))
     rows = np.arange(len(values))
-    ax.errorbar(middle, rows, xerr=[middle - low, high - middle], fmt="o", color=COLOURS[0], capsize=4)
+    ax.errorbar(
+        middle, rows, xerr=[middle - low, high - middle], fmt="o", color=COLOURS[0], capsize=4
+    )
     ax.set_yticks(rows, list(values))
     ax.set_ylim(len(values) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
@@ -176,8 +217,12 @@ def intervals(
     show(figure, alt)
 
 
-def seeds(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, alt: str, paired: bool = True) -> None:
-    """Every run as a point, one column a group; the same seed's points are joined, because runs are compared pairwise."""
+def seeds(
+    groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, alt: str, paired: bool = True
+) -> None:
+    """Every run as a point, one column a group; the same seed's points are joined, because runs are
+    compared pairwise.
+    """
     figure, ax = axes("", ylabel, title=title)
     table = np.asarray(list(groups.values()), dtype=float)
     if paired:
@@ -191,7 +236,9 @@ def seeds(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, alt
 
 
 def verdicts(rows: Sequence[Mapping]) -> Figure:
-    """One row a chapter, one square a claim, from a ledger's rows (claims.ledger() or a ledger.json); show it with `show`."""
+    """One row a chapter, one square a claim, from a ledger's rows (claims.ledger() or a
+    ledger.json); show it with `show`.
+    """
     from course_utils import claims
 
     by_chapter: dict[str, list[str]] = {i.split(".")[0]: [] for i in claims.registry()}
@@ -222,12 +269,20 @@ def verdicts(rows: Sequence[Mapping]) -> Figure:
     ax.grid(visible=False)
     ax.tick_params(length=0)
     key = [Rectangle((0, 0), 1, 1, color=fill) for fill, _ in claims.LOOK.values()]
-    figure.legend(key, [f"{letter[v]} {v}" for v in claims.LOOK], loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        key,
+        [f"{letter[v]} {v}" for v in claims.LOOK],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+    )
     return figure
 
 
 def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    triples = [(v.value, v.low, v.high) if isinstance(v, Interval) else (float(v),) * 3 for v in values]
+    triples = [
+        (v.value, v.low, v.high) if isinstance(v, Interval) else (float(v),) * 3 for v in values
+    ]
     middle, low, high = np.array(triples, dtype=float).reshape(-1, 3).T
     return middle, low, high
 
@@ -235,4 +290,7 @@ def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray,
 def _as_html(output: object) -> str:
     """A captured figure as an image that a widget can hold, its alternative text with it."""
     alt = output.metadata["image/png"]["alt"]
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{b64encode(output.data["image/png"]).decode()}">'
+    return (
+        f'<img alt="{escape(alt)}"'
+        f' src="data:image/png;base64,{b64encode(output.data["image/png"]).decode()}">'
+    )

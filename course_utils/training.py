@@ -1,4 +1,6 @@
-"""The training recipe of chapter 02, for the chapters that need a trained network and teach something else."""
+"""The training recipe of chapter 02, for the chapters that need a trained network and teach
+something else.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -13,7 +15,9 @@ from course_utils.models import normalise
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum under a one-cycle learning rate (Smith 2018), label smoothing and mirrored images."""
+    """SGD with Nesterov momentum under a one-cycle learning rate (Smith 2018), label smoothing and
+    mirrored images.
+    """
 
     epochs: int = 4
     batch_size: int = 128
@@ -35,22 +39,38 @@ class History:
 
 
 def fit(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe | None = None, *, progress: bool = True
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe | None = None,
+    *,
+    progress: bool = True,
 ) -> History:
-    """Train `model` in place on uint8 images (N, 1, 28, 28) and int64 labels (N,); leaves it in eval mode.
+    """Train `model` in place on uint8 images (N, 1, 28, 28) and int64 labels (N,); leaves it in
+    eval mode.
 
-    The order of images and the mirroring come from `recipe.seed` alone, so two models with one seed see the same
-    batches: what differs between them is the models. Raises ValueError for data of other lengths or no data.
+    The order of images and the mirroring come from `recipe.seed` alone, so two models with one seed
+    see the same batches: what differs between them is the models. Raises ValueError for data of
+    other lengths or no data.
     """
     recipe = recipe or Recipe()
     if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"{len(images)} images and {len(labels)} labels: both must have the same length, at least 1.")
+        raise ValueError(
+            f"{len(images)} images and {len(labels)} labels: both must have the same length, at"
+            " least 1."
+        )
     generator = torch.Generator().manual_seed(recipe.seed)
     steps_per_epoch = -(-len(images) // recipe.batch_size)
     optimizer = torch.optim.SGD(
-        model.parameters(), recipe.max_lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+        model.parameters(),
+        recipe.max_lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
     )
-    total_steps = max(recipe.epochs * steps_per_epoch + 1, 8)  # OneCycle can't rise and fall in fewer
+    total_steps = max(
+        recipe.epochs * steps_per_epoch + 1, 8
+    )  # OneCycle can't rise and fall in fewer
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.max_lr, total_steps=total_steps, pct_start=recipe.warmup
     )
@@ -58,13 +78,19 @@ def fit(
     history = History()
     start = time.perf_counter()
     with tqdm(
-        total=recipe.epochs * steps_per_epoch, disable=not progress, leave=False, desc="training", mininterval=1
+        total=recipe.epochs * steps_per_epoch,
+        disable=not progress,
+        leave=False,
+        desc="training",
+        mininterval=1,
     ) as bar:
         for _ in range(recipe.epochs):
             total = 0.0
             for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
                 x = batch(images, index, generator if recipe.flip else None)
-                loss = F.cross_entropy(model(x), labels[index], label_smoothing=recipe.label_smoothing)
+                loss = F.cross_entropy(
+                    model(x), labels[index], label_smoothing=recipe.label_smoothing
+                )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -78,7 +104,9 @@ def fit(
 
 
 def batch(images: Tensor, index: Tensor, flip: torch.Generator | None = None) -> Tensor:
-    """The images at `index`, normalised, channels last; with a generator, each is mirrored with probability one half."""
+    """The images at `index`, normalised, channels last; with a generator, each is mirrored with
+    probability one half.
+    """
     x = normalise(images[index])
     if flip is not None:
         mirrored = torch.rand(len(x), generator=flip) < 0.5
@@ -88,10 +116,15 @@ def batch(images: Tensor, index: Tensor, flip: torch.Generator | None = None) ->
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Logits (N, classes) of uint8 images (N, 1, 28, 28); the model's mode is left as it was, and eval is used."""
+    """Logits (N, classes) of uint8 images (N, 1, 28, 28); the model's mode is left as it was, and
+    eval is used.
+    """
     was_training = model.training
     model.eval()
-    parts = [model(normalise(part).contiguous(memory_format=torch.channels_last)) for part in images.split(batch_size)]
+    parts = [
+        model(normalise(part).contiguous(memory_format=torch.channels_last))
+        for part in images.split(batch_size)
+    ]
     model.train(was_training)
     return torch.cat(parts)
 

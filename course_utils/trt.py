@@ -1,12 +1,13 @@
-"""TensorRT engines: build, inspect, run, refit. Written for TensorRT 10 and 11; every failure is one clear exception.
+"""TensorRT engines: build, inspect, run, refit. Written for TensorRT 10 and 11; every failure is
+one clear exception.
 
-profile = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}   # smallest, tuned for, largest
-plan = trt.build("model.onnx", [profile], timing_cache="timing.cache")     # bytes: save them as they are
-engine = trt.Engine(plan)
-engine.run({"image": x})["logits"]                                         # torch tensors on the GPU
-[layer.name for layer in trt.layers(engine.inspect())]
+profile = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}   # smallest, tuned for,
+largest plan = trt.build("model.onnx", [profile], timing_cache="timing.cache")     # bytes: save
+them as they are engine = trt.Engine(plan) engine.run({"image": x})["logits"]
+# torch tensors on the GPU [layer.name for layer in trt.layers(engine.inspect())]
 
-The precision is the graph's own: types and Q/DQ pairs in the ONNX file (networks are strongly typed).
+The precision is the graph's own: types and Q/DQ pairs in the ONNX file (networks are strongly
+typed).
 """
 
 import json
@@ -26,28 +27,44 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 """For each input with a free dimension: the smallest shape, the one to tune for, the largest."""
 
 
-# fmt: off
 class TrtError(RuntimeError):
     """Something went wrong in TensorRT; a subclass says what, the message what to do."""
+
+
 class NoTensorRT(TrtError):
     """The package or NVIDIA's libraries are missing."""
+
+
 class NoDriver(TrtError):
     """TensorRT is installed and finds no usable NVIDIA driver or GPU."""
+
+
 class ParseError(TrtError):
     """The ONNX file can't be read, or holds an operator that TensorRT does not know."""
+
+
 class ProfileError(TrtError):
     """The shapes of a profile do not fit the network."""
+
+
 class OutOfWorkspace(TrtError):
     """No kernel of a layer got by with the scratch memory that the builder may use."""
+
+
 class BuildError(TrtError):
     """The builder gave up for another reason; its own last words are in the message."""
+
+
 class EngineMismatch(TrtError):
     """The engine file belongs to another TensorRT version or another GPU, or is no engine."""
+
+
 class OutsideProfile(TrtError):
     """An input has a shape that no profile of the engine covers."""
+
+
 class RefitError(TrtError):
     """New weights did not fit the engine."""
-# fmt: on
 
 
 def load() -> ModuleType:
@@ -55,28 +72,43 @@ def load() -> ModuleType:
     try:
         import tensorrt
     except (ImportError, OSError) as error:
-        raise NoTensorRT(f"tensorrt can't be imported ({error}). On a machine with an NVIDIA GPU: pip install tensorrt. "
-                         "In Colab, first: Runtime, Change runtime type, GPU.") from error  # fmt: skip
+        raise NoTensorRT(
+            f"tensorrt can't be imported ({error}). On a machine with an NVIDIA GPU: pip install"
+            " tensorrt. In Colab, first: Runtime, Change runtime type, GPU."
+        ) from error
     return tensorrt
 
 
-def build(onnx: str | Path, profiles: Sequence[Profile] = (), *, workspace: int | None = None,
-          timing_cache: str | Path | None = None, refit: bool = False) -> bytes:  # fmt: skip
+def build(
+    onnx: str | Path,
+    profiles: Sequence[Profile] = (),
+    *,
+    workspace: int | None = None,
+    timing_cache: str | Path | None = None,
+    refit: bool = False,
+) -> bytes:
     """Compile an ONNX file into an engine for the GPU of this machine and return the plan's bytes.
 
-    `workspace` limits the scratch memory of a kernel in bytes (default: all that the GPU has), `refit` allows new weights
-    later. `timing_cache` is a file, read if it is there and fits this GPU, and written. Raises NoTensorRT, NoDriver,
-    ParseError, ProfileError, OutOfWorkspace or BuildError.
+    `workspace` limits the scratch memory of a kernel in bytes (default: all that the GPU has),
+    `refit` allows new weights later. `timing_cache` is a file, read if it is there and fits this
+    GPU, and written. Raises NoTensorRT, NoDriver, ParseError, ProfileError, OutOfWorkspace or
+    BuildError.
     """
     trt = load()
     log = messages(trt)
     builder = _made(trt.Builder, log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))  # 11 has no other
+    network = builder.create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )  # 11 has no other
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
-        raise ParseError(f"{Path(onnx).name} was not accepted: {_parser_errors(parser) or _last(log)}")
+        raise ParseError(
+            f"{Path(onnx).name} was not accepted: {_parser_errors(parser) or _last(log)}"
+        )
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector shows names alone
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # or the inspector shows names alone
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if refit:
@@ -92,7 +124,9 @@ def build(onnx: str | Path, profiles: Sequence[Profile] = (), *, workspace: int 
     if timing_cache is not None:
         path = Path(timing_cache)
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # another GPU's or version's
+        if cache is None or not config.set_timing_cache(
+            cache, ignore_mismatch=False
+        ):  # another GPU's or version's
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -113,28 +147,41 @@ class Engine:
         self._runtime = _made(trt.Runtime, self._log)  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineMismatch(f"this plan can't be used here: {_last(self._log)}. An engine fits the TensorRT version and "
-                                 "the GPU model it was built with: build it again from the ONNX file on this machine.")  # fmt: skip
+            raise EngineMismatch(
+                f"this plan can't be used here: {_last(self._log)}. An engine fits the TensorRT"
+                " version and the GPU model it was built with: build it again from the ONNX file"
+                " on this machine."
+            )
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise TrtError(f"no memory on the GPU for this engine's activations: {_last(self._log)}")
+            raise TrtError(
+                f"no memory on the GPU for this engine's activations: {_last(self._log)}"
+            )
         self._stream = torch.cuda.Stream()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self.inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.inputs = [
+            n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT
+        ]
         self.outputs = [n for n in names if n not in self.inputs]
 
     def bounds(self) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
         """Smallest, tuned and largest shape of every input, one dict a profile."""
         found = []
         for index in range(self._engine.num_optimization_profiles):
-            shapes = {name: (tuple(self._engine.get_tensor_shape(name)),) * 3 for name in self.inputs}
+            shapes = {
+                name: (tuple(self._engine.get_tensor_shape(name)),) * 3 for name in self.inputs
+            }
             for name in (n for n, (shape, *_) in shapes.items() if -1 in shape):
-                shapes[name] = tuple(tuple(s) for s in self._engine.get_tensor_profile_shape(name, index))
+                shapes[name] = tuple(
+                    tuple(s) for s in self._engine.get_tensor_profile_shape(name, index)
+                )
             found.append(shapes)
         return found
 
     def run(self, feed: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
-        """Outputs by name, on the GPU; inputs are moved there and cast. Raises OutsideProfile, TrtError or KeyError."""
+        """Outputs by name, on the GPU; inputs are moved there and cast. Raises OutsideProfile,
+        TrtError or KeyError.
+        """
         import torch
 
         if set(feed) != set(self.inputs):
@@ -144,9 +191,15 @@ class Engine:
         held = {n: x.to("cuda", self._dtype(n)).contiguous() for n, x in feed.items()}
         self._stream.wait_stream(here)  # the inputs are made on the other stream
         if context.active_optimization_profile != index:
-            self._demand(context.set_optimization_profile_async(index, self._stream.cuda_stream), "the profile")
+            self._demand(
+                context.set_optimization_profile_async(index, self._stream.cuda_stream),
+                "the profile",
+            )
         for name, x in held.items():
-            self._demand(context.set_input_shape(name, tuple(x.shape)), f"the shape {tuple(x.shape)} of {name}")
+            self._demand(
+                context.set_input_shape(name, tuple(x.shape)),
+                f"the shape {tuple(x.shape)} of {name}",
+            )
         if missing := context.infer_shapes():
             raise TrtError(f"the shapes of {missing} are not known: {_last(self._log)}")
         for name in self.outputs:
@@ -166,13 +219,20 @@ class Engine:
         return inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
 
     def refit(self, onnx: str | Path) -> None:
-        """Put the weights of another ONNX file of the same graph into this engine. Raises RefitError."""
+        """Put the weights of another ONNX file of the same graph into this engine. Raises
+        RefitError.
+        """
         if not self._engine.refittable:
-            raise RefitError("this engine was built without refit=True; its weights are baked into its kernels.")
+            raise RefitError(
+                "this engine was built without refit=True; its weights are baked into its kernels."
+            )
         refitter = self._trt.Refitter(self._engine, self._log)
         parser = self._trt.OnnxParserRefitter(refitter, self._log)
         if not parser.refit_from_file(str(onnx)):
-            raise RefitError(f"{Path(onnx).name} does not fit the engine: {_parser_errors(parser) or _last(self._log)}")
+            raise RefitError(
+                f"{Path(onnx).name} does not fit the engine:"
+                f" {_parser_errors(parser) or _last(self._log)}"
+            )
         if not refitter.refit_cuda_engine():
             raise RefitError(f"still missing: {refitter.get_missing_weights()}. {_last(self._log)}")
 
@@ -184,14 +244,24 @@ class Engine:
         import torch
 
         kinds = self._trt.DataType
-        table = {kinds.FLOAT: torch.float32, kinds.HALF: torch.float16, kinds.BF16: torch.bfloat16, kinds.INT8: torch.int8,
-                 kinds.INT32: torch.int32, kinds.INT64: torch.int64, kinds.BOOL: torch.bool, kinds.UINT8: torch.uint8}  # fmt: skip
+        table = {
+            kinds.FLOAT: torch.float32,
+            kinds.HALF: torch.float16,
+            kinds.BF16: torch.bfloat16,
+            kinds.INT8: torch.int8,
+            kinds.INT32: torch.int32,
+            kinds.INT64: torch.int64,
+            kinds.BOOL: torch.bool,
+            kinds.UINT8: torch.uint8,
+        }
         return table[self._engine.get_tensor_dtype(name)]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One step of an engine: its kernel, the types it reads and writes, the ONNX nodes that went into it."""
+    """One step of an engine: its kernel, the types it reads and writes, the ONNX nodes that went
+    into it.
+    """
 
     name: str
     kind: str
@@ -201,60 +271,103 @@ class Layer:
     nodes: tuple[str, ...]
 
 
-_TYPES = {"INT8": "int8", "FP8": "fp8", "BF16": "bf16", "BFLOAT16": "bf16", "FP16": "fp16", "HALF": "fp16", "FP32": "fp32",
-          "FLOAT": "fp32", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}  # fmt: skip
+_TYPES = {
+    "INT8": "int8",
+    "FP8": "fp8",
+    "BF16": "bf16",
+    "BFLOAT16": "bf16",
+    "FP16": "fp16",
+    "HALF": "fp16",
+    "FP32": "fp32",
+    "FLOAT": "fp32",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
 
 
 def layers(text: str) -> list[Layer]:
-    """The layers in an inspector's JSON, of TensorRT 10 or 11. Raises TrtError where only names were kept."""
+    """The layers in an inspector's JSON, of TensorRT 10 or 11. Raises TrtError where only names
+    were kept.
+    """
     found = json.loads(text)["Layers"]
     if any(isinstance(layer, str) for layer in found):
         raise TrtError(
-            "the engine was built with layer names alone; set profiling_verbosity to DETAILED and build again."
+            "the engine was built with layer names alone; set profiling_verbosity to DETAILED and"
+            " build again."
         )
 
     def types(tensors: list[dict]) -> tuple[str, ...]:
-        words = [f"{t.get('Format/Datatype', '')} {t.get('Datatype', t.get('DataType', ''))}".upper() for t in tensors]
-        return tuple(next((_TYPES[w] for w in re.findall(r"\w+", text) if w in _TYPES), "unknown") for text in words)
+        words = [
+            f"{t.get('Format/Datatype', '')} {t.get('Datatype', t.get('DataType', ''))}".upper()
+            for t in tensors
+        ]
+        return tuple(
+            next((_TYPES[w] for w in re.findall(r"\w+", text) if w in _TYPES), "unknown")
+            for text in words
+        )
 
     return [
-        Layer(f["Name"], f.get("LayerType", ""), types(f.get("Inputs", [])), types(f.get("Outputs", [])), f.get("TacticName", ""),
-              tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", f.get("Metadata", ""))))
+        Layer(
+            f["Name"],
+            f.get("LayerType", ""),
+            types(f.get("Inputs", [])),
+            types(f.get("Outputs", [])),
+            f.get("TacticName", ""),
+            tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", f.get("Metadata", ""))),
+        )
         for f in found
-    ]  # fmt: skip
+    ]
 
 
 def check_profiles(inputs: Mapping[str, Shape], profiles: Sequence[Profile]) -> None:
-    """Raise ProfileError unless each profile fits the network's inputs, in which -1 is a free dimension."""
+    """Raise ProfileError unless each profile fits the network's inputs, in which -1 is a free
+    dimension.
+    """
     free = sorted(name for name, shape in inputs.items() if -1 in shape)
     if free and not profiles:
         raise ProfileError(
-            f"the inputs {free} have free dimensions: give a profile with smallest, tuned and largest shape."
+            f"the inputs {free} have free dimensions: give a profile with smallest, tuned and"
+            " largest shape."
         )
     for profile in profiles:
-        if missing := [n for n in free if n not in profile] + [n for n in profile if n not in inputs]:
+        if missing := [n for n in free if n not in profile] + [
+            n for n in profile if n not in inputs
+        ]:
             raise ProfileError(f"a profile must name the inputs {free}; look at {missing}.")
         for name, (low, best, high) in profile.items():
             shape = inputs[name]
             if not len(low) == len(best) == len(high) == len(shape):
-                raise ProfileError(f"{name} has {len(shape)} dimensions; the profile says {low}, {best}, {high}.")
+                raise ProfileError(
+                    f"{name} has {len(shape)} dimensions; the profile says {low}, {best}, {high}."
+                )
             for i, (size, a, b, c) in enumerate(zip(shape, low, best, high, strict=True)):
                 if not 0 <= a <= b <= c or (size != -1 and not a == b == c == size):
                     wanted = "smallest ≤ tuned ≤ largest" if size == -1 else f"{size} three times"
-                    raise ProfileError(f"dimension {i} of {name}: {wanted} is due; the profile says {a}, {b}, {c}.")
+                    raise ProfileError(
+                        f"dimension {i} of {name}: {wanted} is due; the profile says {a}, {b}, {c}."
+                    )
 
 
 def choose_profile(bounds: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The profile that covers `shapes` and was tuned nearest to them (in elements); OutsideProfile if none covers them."""
+    """The profile that covers `shapes` and was tuned nearest to them (in elements); OutsideProfile
+    if none covers them.
+    """
     fitting = {}
     for index, profile in enumerate(bounds):
         sides = [(shapes[n], low, high) for n, (low, _, high) in profile.items()]
-        if all(len(s) == len(a) and all(x <= y <= z for x, y, z in zip(a, s, b, strict=True)) for s, a, b in sides):
-            fitting[index] = sum(abs(math.prod(shapes[n]) - math.prod(best)) for n, (_, best, _) in profile.items())
+        if all(
+            len(s) == len(a) and all(x <= y <= z for x, y, z in zip(a, s, b, strict=True))
+            for s, a, b in sides
+        ):
+            fitting[index] = sum(
+                abs(math.prod(shapes[n]) - math.prod(best)) for n, (_, best, _) in profile.items()
+            )
     if not fitting:
         ranges = "; ".join(", ".join(f"{n} from {p[n][0]} to {p[n][2]}" for n in p) for p in bounds)
         raise OutsideProfile(
-            f"{dict(shapes)} lies outside every profile ({ranges}). Build the engine with a wider one."
+            f"{dict(shapes)} lies outside every profile ({ranges}). Build the engine with a wider"
+            " one."
         )
     return min(fitting, key=fitting.get)
 
@@ -262,13 +375,21 @@ def choose_profile(bounds: Sequence[Profile], shapes: Mapping[str, Shape]) -> in
 def build_failure(lines: Sequence[str]) -> TrtError:
     """Which failure a builder's messages tell of."""
     said = " | ".join(lines[-3:]) or "TensorRT said nothing"
-    if re.search(r"workspace|out ?of ?memory|insufficient memory|any implementation for node", " ".join(lines), re.I):
-        return OutOfWorkspace(f"no kernel got by with the memory it was given; raise or drop `workspace` ({said}).")
+    if re.search(
+        r"workspace|out ?of ?memory|insufficient memory|any implementation for node",
+        " ".join(lines),
+        re.I,
+    ):
+        return OutOfWorkspace(
+            f"no kernel got by with the memory it was given; raise or drop `workspace` ({said})."
+        )
     return BuildError(f"the engine was not built: {said}")
 
 
 def messages(trt: ModuleType) -> object:
-    """A logger for TensorRT that keeps warnings and errors in `lines`, for the exceptions to quote."""
+    """A logger for TensorRT that keeps warnings and errors in `lines`, for the exceptions to
+    quote.
+    """
 
     class Messages(trt.ILogger):
         def __init__(self) -> None:
@@ -283,12 +404,16 @@ def messages(trt: ModuleType) -> object:
 
 
 def _made(kind: type, log: object) -> object:
-    """A Builder or a Runtime; without a driver, the bindings raise a TypeError about a null pointer."""
+    """A Builder or a Runtime; without a driver, the bindings raise a TypeError about a null
+    pointer.
+    """
     try:
         return kind(log)
     except TypeError as error:
-        raise NoDriver(f"TensorRT is installed and finds no GPU it can use ({_last(log)}). `nvidia-smi` must list one, and its "
-                       "driver must be new enough for this TensorRT's CUDA.") from error  # fmt: skip
+        raise NoDriver(
+            f"TensorRT is installed and finds no GPU it can use ({_last(log)}). `nvidia-smi` must"
+            " list one, and its driver must be new enough for this TensorRT's CUDA."
+        ) from error
 
 
 def _parser_errors(parser: object) -> str:

@@ -10,7 +10,9 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     files = sorted(p for p in HERE.iterdir() if p.suffix in {".npz", ".txt", ".safetensors"})
-    (HERE / "SHA256.json").write_text(json.dumps({p.name: data.sha256(p) for p in files}, indent=2) + "\n")
+    (HERE / "SHA256.json").write_text(
+        json.dumps({p.name: data.sha256(p) for p in files}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

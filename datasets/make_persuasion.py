@@ -1,4 +1,5 @@
-"""Make persuasion.txt from Debian's package r-cran-janeaustenr: give this file the path of its data folder.
+"""Make persuasion.txt from Debian's package r-cran-janeaustenr: give this file the path of its data
+folder.
 
 python datasets/make_persuasion.py /usr/lib/R/site-library/janeaustenr/data
 """
@@ -14,8 +15,12 @@ HERE = Path(__file__).resolve().parent
 
 
 def lines(folder: Path, name: str = "persuasion") -> list[str]:
-    """R's lazy-load database: an index of (offset, length) by name, then a length and a zlib stream a variable."""
-    index = rdata.conversion.convert(rdata.parser.parse_data(gzip.decompress((folder / "Rdata.rdx").read_bytes())))
+    """R's lazy-load database: an index of (offset, length) by name, then a length and a zlib stream
+    a variable.
+    """
+    index = rdata.conversion.convert(
+        rdata.parser.parse_data(gzip.decompress((folder / "Rdata.rdx").read_bytes()))
+    )
     offset, length = (int(v) for v in index["variables"][name])
     block = (folder / "Rdata.rdb").read_bytes()[offset : offset + length]
     return list(rdata.conversion.convert(rdata.parser.parse_data(zlib.decompress(block[4:]))))

@@ -33,7 +33,15 @@ def run_cell():
     def run(source: str, **given: object) -> dict:
         filename = f"<cell {next(_count)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        space = {"__name__": "__main__", "torch": torch, "np": np, "math": math, "nn": nn, "F": F, **given}
+        space = {
+            "__name__": "__main__",
+            "torch": torch,
+            "np": np,
+            "math": math,
+            "nn": nn,
+            "F": F,
+            **given,
+        }
         exec(compile(source, filename, "exec"), space)
         return space
 
@@ -41,17 +49,30 @@ def run_cell():
 
 
 def taught(number: str, **given: object) -> SimpleNamespace:
-    """The functions and classes a chapter defines in its cells, without running what stands around them.
+    """The functions and classes a chapter defines in its cells, without running what stands around
+    them.
 
     `given` are names that they use and that the chapter computes or imports elsewhere.
     """
-    space = {"__name__": "__main__", "torch": torch, "np": np, "math": math, "nn": nn, "F": F, **given}
+    space = {
+        "__name__": "__main__",
+        "torch": torch,
+        "np": np,
+        "math": math,
+        "nn": nn,
+        "F": F,
+        **given,
+    }
     for cell in build.cells(chapters([number])[0]):
         if cell.cell_type != "code" or {"exercise", "solution", "wrong"} & set(build.tags(cell)):
             continue
         for node in ast.parse(cell.source).body:
-            if isinstance(node, ast.FunctionDef):  # a default that the chapter computes is not there
-                node.args.defaults = [d for d in node.args.defaults if not isinstance(d, ast.Name) or d.id in space]
+            if isinstance(
+                node, ast.FunctionDef
+            ):  # a default that the chapter computes is not there
+                node.args.defaults = [
+                    d for d in node.args.defaults if not isinstance(d, ast.Name) or d.id in space
+                ]
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 exec(compile(ast.Module([node], []), f"<chapter {number}>", "exec"), space)
     return SimpleNamespace(**space)

@@ -1,10 +1,12 @@
-"""The whole suite, cheapest first: lint, static checks, units, exercises, nbval, papermill, JupyterLab.
+"""The whole suite, cheapest first: lint, static checks, units, exercises, nbval, papermill,
+JupyterLab.
 
     make test                 notebooks run in smoke
     make test PROFILE=fast    notebooks run in fast
 
-Every stage runs even if an earlier one failed; the exit status is 1 if any did. In smoke the last two stages run side by
-side, each with one thread: there the notebooks are tested, and nothing that they measure counts.
+Every stage runs even if an earlier one failed; the exit status is 1 if any did. In smoke the last
+two stages run side by side, each with one thread: there the notebooks are tested, and nothing that
+they measure counts.
 """
 
 import argparse
@@ -22,7 +24,9 @@ BIN = Path(sys.executable).parent
 
 def stages() -> list[tuple[str, list[str]]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    notebooks = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    notebooks = sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    )
     return [
         ("lint", [str(BIN / "ruff"), "check", "--no-cache", "."]),
         ("format", [str(BIN / "ruff"), "format", "--no-cache", "--check", "-q", "."]),
@@ -45,11 +49,15 @@ def stages() -> list[tuple[str, list[str]]]:
 
 
 def test_files(digits: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py") if p.name[5] in digits)
+    return sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py") if p.name[5] in digits
+    )
 
 
 def together(pair: list[tuple[str, list[str]]]) -> list[str]:
-    """Run the stages at the same time and print what each said, one after the other; the names of those that failed."""
+    """Run the stages at the same time and print what each said, one after the other; the names of
+    those that failed.
+    """
     start, running = time.monotonic(), []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
@@ -57,8 +65,12 @@ def together(pair: list[tuple[str, list[str]]]) -> list[str]:
             # The first shows at once what it says, the second when it has ended.
             log = stack.enter_context(tempfile.TemporaryFile("w+")) if number else None
             print(f"\n=== {name}, started", flush=True)
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT, env=environment)
-            stack.callback(process.kill)  # also after Ctrl-C; a process that has ended does not mind
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT, env=environment
+            )
+            stack.callback(
+                process.kill
+            )  # also after Ctrl-C; a process that has ended does not mind
             running.append((name, process, log))
         failed = []
         for name, process, log in running:

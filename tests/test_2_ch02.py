@@ -1,4 +1,6 @@
-"""What chapter 02 teaches, taken from its cells: equal batches, clocks, schedules, BatchNorm's cure, the recipe."""
+"""What chapter 02 teaches, taken from its cells: equal batches, clocks, schedules, BatchNorm's
+cure, the recipe.
+"""
 
 import itertools
 
@@ -19,7 +21,13 @@ IMAGES, LABELS = data.fashion_mnist("train")
 
 @pytest.fixture(scope="module")
 def ch02():
-    given = {"Dataset": Dataset, "DataLoader": DataLoader, "Image": Image, "transforms": transforms, "models": models}
+    given = {
+        "Dataset": Dataset,
+        "DataLoader": DataLoader,
+        "Image": Image,
+        "transforms": transforms,
+        "models": models,
+    }
     given |= {
         "time": __import__("time"),
         "images": IMAGES,
@@ -44,7 +52,9 @@ def test_training_stops_at_the_target_and_counts_its_steps(ch02):
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     batches = ch02.in_memory(models.normalise)
     assert ch02.train(net, batches, optimizer, 7)[0] == 7
-    steps, seconds = ch02.train(net, batches, optimizer, 50, prepare=models.normalise, target=1e-9, every=5)
+    steps, seconds = ch02.train(
+        net, batches, optimizer, 50, prepare=models.normalise, target=1e-9, every=5
+    )
     assert steps == 5
     assert 0 < seconds < 30
     assert net.training, "looking at the accuracy must not leave the network in eval mode"
@@ -83,7 +93,10 @@ def test_separable_layers_keep_shapes_and_save_arithmetic(ch02):
     dense, light = models.mini_resnet(8, seed=0), ch02.separable(8)
     assert light(x).shape == dense(x).shape
     inner = nn.Conv2d(8, 16, 3, 2, 1, bias=False)
-    assert ch02.Separable(inner)(torch.randn(1, 8, 14, 14)).shape == inner(torch.randn(1, 8, 14, 14)).shape
+    assert (
+        ch02.Separable(inner)(torch.randn(1, 8, 14, 14)).shape
+        == inner(torch.randn(1, 8, 14, 14)).shape
+    )
     count = [sum(p.numel() for p in m.parameters()) for m in (dense, light)]
     assert count[1] < count[0] / 2
 
@@ -99,7 +112,9 @@ def test_the_recipe_is_training_fit_bit_for_bit(ch02):
 
 
 def test_range_test_goes_through_all_rates(ch02):
-    rates, losses = ch02.range_test(models.mini_resnet(8, seed=0), ch02.in_memory(models.normalise), 1e-3, 1.0, 12)
+    rates, losses = ch02.range_test(
+        models.mini_resnet(8, seed=0), ch02.in_memory(models.normalise), 1e-3, 1.0, 12
+    )
     assert (rates[0], rates[-1]) == pytest.approx((1e-3, 1.0))
     assert len(losses) == 12
     assert np.isfinite(losses).all()

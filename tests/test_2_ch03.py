@@ -1,4 +1,6 @@
-"""Chapter 03: the surgery equals the mask, nothing pruned changes nothing, what is stored comes back."""
+"""Chapter 03: the surgery equals the mask, nothing pruned changes nothing, what is stored comes
+back.
+"""
 
 import contextlib
 import copy
@@ -24,9 +26,18 @@ def taught(run_cell, tmp_path):
     wanted = ("prunable", "pack", "two_four", "channel_groups", "cut", "masked", "recalibrate")
     source = build.cells(chapters(["03"])[0])
     space = {
-        "contextlib": contextlib, "copy": copy, "json": json, "math": math, "models": models, "measure": measure,
-        "training": training, "folder": tmp_path, "safe_open": safe_open, "load_file": load_file, "save_file": save_file,
-    }  # fmt: skip
+        "contextlib": contextlib,
+        "copy": copy,
+        "json": json,
+        "math": math,
+        "models": models,
+        "measure": measure,
+        "training": training,
+        "folder": tmp_path,
+        "safe_open": safe_open,
+        "load_file": load_file,
+        "save_file": save_file,
+    }
     for cell in source:
         if cell.cell_type != "code" or {"exercise", "solution", "wrong"} & set(build.tags(cell)):
             continue
@@ -76,7 +87,9 @@ def test_groups_are_right_for_a_network_the_chapter_never_saw(taught):
     net = torchvision.models.resnet18(num_classes=10).double().eval()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     groups = taught["channel_groups"](net)
-    assert sum(len(g["out"]) for g in groups.values()) == sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    assert sum(len(g["out"]) for g in groups.values()) == sum(
+        isinstance(m, nn.Conv2d) for m in net.modules()
+    )
     for name, group in groups.items():
         keep = torch.arange(0, net.get_submodule(name).out_channels, 2)
         small = copy.deepcopy(net)

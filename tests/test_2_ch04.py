@@ -1,4 +1,6 @@
-"""What chapter 04 teaches, taken from its cells: the loss and its limit, paired students, resuming, the real pair's path."""
+"""What chapter 04 teaches, taken from its cells: the loss and its limit, paired students, resuming,
+the real pair's path.
+"""
 
 import functools
 import shutil
@@ -20,8 +22,19 @@ PIXELS, LABELS = (t[:192] for t in data.fashion_mnist("train"))
 
 @pytest.fixture(scope="module")
 def ch04():
-    given = {"functools": functools, "shutil": shutil, "ThreadPoolExecutor": ThreadPoolExecutor, "tqdm": tqdm}
-    given |= {"load_file": load_file, "save_file": save_file, "models": models, "machine": machine, "data": data}
+    given = {
+        "functools": functools,
+        "shutil": shutil,
+        "ThreadPoolExecutor": ThreadPoolExecutor,
+        "tqdm": tqdm,
+    }
+    given |= {
+        "load_file": load_file,
+        "save_file": save_file,
+        "models": models,
+        "machine": machine,
+        "data": data,
+    }
     given |= {"train_x": models.normalise(PIXELS), "labels": LABELS, "SEEDS": range(3), "EPOCHS": 1}
     return taught("04", **given)
 
@@ -33,7 +46,9 @@ def test_soft_loss_is_a_divergence_and_the_library_agrees(ch04, T):
     assert float(ch04.soft_loss(z, v, T)) > 0
     y = torch.randint(0, 5, (7,))
     plain = 0.3 * T**2 * ch04.soft_loss(z, v, T) + 0.7 * F.cross_entropy(z, y)
-    torch.testing.assert_close(plain, ch04.distilled(y, v, T, 0.3)(z, torch.arange(7)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        plain, ch04.distilled(y, v, T, 0.3)(z, torch.arange(7)), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_gradient_is_the_derived_one_and_ends_in_the_squared_error(ch04):
@@ -42,11 +57,16 @@ def test_gradient_is_the_derived_one_and_ends_in_the_squared_error(ch04):
         due = (F.softmax(z.double() / T, 1) - F.softmax(v.double() / T, 1)) / T
         torch.testing.assert_close(ch04.soft_gradient(z, v, T), due, atol=1e-9, rtol=0)
     limit = (ch04.centred(z) - ch04.centred(v)) / 10
-    errors = [float((T**2 * ch04.soft_gradient(z, v, T) - limit).norm() / limit.norm()) for T in (30, 300, 3000)]
+    errors = [
+        float((T**2 * ch04.soft_gradient(z, v, T) - limit).norm() / limit.norm())
+        for T in (30, 300, 3000)
+    ]
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
     assert errors[2] < 0.01
     w = z.double().requires_grad_()
-    ch04.squared(torch.zeros(6, dtype=torch.long), v.double(), alpha=1.0)(w, torch.arange(6)).backward()
+    ch04.squared(torch.zeros(6, dtype=torch.long), v.double(), alpha=1.0)(
+        w, torch.arange(6)
+    ).backward()
     torch.testing.assert_close(6 * w.grad, limit, atol=1e-9, rtol=0)
 
 
@@ -55,7 +75,10 @@ def test_students_of_one_seed_are_the_same_and_threads_come_back(ch04):
     first, second = (ch04.students(ch04.hard(LABELS), seeds=(3, 4, 5)) for _ in range(2))
     assert torch.get_num_threads() == before
     for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        )
     assert not torch.equal(first[0].fc.weight, first[1].fc.weight)
 
 
@@ -69,7 +92,9 @@ def test_threads_come_back_after_a_failed_run(ch04):
 def test_attention_is_blind_to_scale_and_to_the_order_of_channels(ch04):
     f = torch.randn(4, 6, 5, 5)
     wanted = ch04.attention(f)
-    torch.testing.assert_close(wanted, ch04.attention(-3 * f[:, torch.randperm(6)]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        wanted, ch04.attention(-3 * f[:, torch.randperm(6)]), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(wanted.norm(dim=1), torch.ones(4))
 
 
@@ -84,25 +109,36 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(ch04, tmp_path, stop):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        go = functools.partial(ch04.resumable, x=PIXELS[:128], loss=ch04.hard(LABELS), epochs=3, every=2)
+        go = functools.partial(
+            ch04.resumable, x=PIXELS[:128], loss=ch04.hard(LABELS), epochs=3, every=2
+        )
         whole = go(models.mini_resnet(8, seed=1), folder=tmp_path / "whole")
         with pytest.raises(KeyboardInterrupt):
             go(models.mini_resnet(8, seed=1), folder=tmp_path / "broken", stop=stop)
-        (tmp_path / "broken" / "step-0000099.part").mkdir(parents=True)  # a checkpoint that was being written
+        (tmp_path / "broken" / "step-0000099.part").mkdir(
+            parents=True
+        )  # a checkpoint that was being written
         again = go(models.mini_resnet(8, seed=2), folder=tmp_path / "broken") if stop > 1 else None
     finally:
         torch.set_num_threads(threads)
     if again is not None:
         pairs = zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-        assert [p.name for p in (tmp_path / "broken").glob("step-" + "[0-9]" * 7)] == ["step-0000012"]
+        assert [p.name for p in (tmp_path / "broken").glob("step-" + "[0-9]" * 7)] == [
+            "step-0000012"
+        ]
 
 
 def test_the_path_of_the_real_pair_runs_and_is_not_trained_twice(ch04, tmp_path):
-    makers = functools.partial(ch04.seeded, resnet18), functools.partial(ch04.seeded, mobilenet_v3_large)
+    makers = (
+        functools.partial(ch04.seeded, resnet18),
+        functools.partial(ch04.seeded, mobilenet_v3_large),
+    )
     arguments = (*makers, PIXELS[:16], LABELS[:16], PIXELS[16:24], tmp_path)
     found = ch04.train_pair(*arguments, epochs=1, size=8)
-    assert {n: tuple(v.shape) for n, v in found.items()} == dict.fromkeys(("teacher", "hard", "distilled"), (8, 10))
+    assert {n: tuple(v.shape) for n, v in found.items()} == dict.fromkeys(
+        ("teacher", "hard", "distilled"), (8, 10)
+    )
     assert not torch.equal(found["hard"], found["distilled"])
     again = ch04.train_pair(*arguments, epochs=1, size=8)  # every run is found finished
     for name in found:

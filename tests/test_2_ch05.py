@@ -1,4 +1,6 @@
-"""What chapter 05 teaches, taken from its cells and tried on more inputs than a notebook has room for."""
+"""What chapter 05 teaches, taken from its cells and tried on more inputs than a notebook has room
+for.
+"""
 
 import heapq
 from collections import Counter
@@ -20,7 +22,9 @@ def ch05() -> SimpleNamespace:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("scheme", ["affine_grid", "symmetric_grid"])
 def test_inside_the_range_the_error_is_at_most_half_a_step_and_zero_is_exact(ch05, bits, scheme):
-    x = torch.cat([torch.randn(50, 40) * 10 ** torch.empty(50, 1).uniform_(-3, 3), torch.zeros(50, 1)], 1)
+    x = torch.cat(
+        [torch.randn(50, 40) * 10 ** torch.empty(50, 1).uniform_(-3, 3), torch.zeros(50, 1)], 1
+    )
     x[:10] = x[:10].abs()
     grid = getattr(ch05, scheme)(x, bits)
     back = ch05.dequantize(ch05.quantize(x, *grid), *grid[:2])
@@ -49,7 +53,12 @@ def test_what_no_code_stands_for_is_refused(ch05, bad):
 
 
 def test_edges(ch05):
-    for x in (torch.zeros(3, 0), torch.zeros(3, 5), torch.full((3, 5), 0.7), torch.full((3, 5), -0.7)):
+    for x in (
+        torch.zeros(3, 0),
+        torch.zeros(3, 5),
+        torch.full((3, 5), 0.7),
+        torch.full((3, 5), -0.7),
+    ):
         scale, zero_point, low, high = ch05.affine_grid(x, 8)
         assert (scale > 0).all()
         assert ((zero_point >= low) & (zero_point <= high)).all()
@@ -62,8 +71,12 @@ def test_bit_equal_to_torch_and_to_onnx_for_many_grids(ch05):
         scale, zero = torch.empty(()).uniform_(1e-3, 1), int(torch.randint(0, 256, ()))
         x = torch.cat([torch.randn(2000) * 300 * scale, (torch.arange(-300, 300) + 0.5) * scale])
         ours = ch05.dequantize(ch05.quantize(x, scale, zero, 0, 255, divide=False), scale, zero)
-        assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, float(scale), zero, 0, 255))
-        theirs = onnx_reference("QuantizeLinear", x.numpy(), scale.numpy(), np.array(zero, np.uint8))[0]
+        assert torch.equal(
+            ours, torch.fake_quantize_per_tensor_affine(x, float(scale), zero, 0, 255)
+        )
+        theirs = onnx_reference(
+            "QuantizeLinear", x.numpy(), scale.numpy(), np.array(zero, np.uint8)
+        )[0]
         assert np.array_equal(ch05.quantize(x, scale, zero, 0, 255).numpy(), theirs)
 
 
@@ -73,7 +86,9 @@ def test_finer_granularity_never_loses_and_one_scale_a_row_permutes(ch05):
     for granularity in ("tensor", "channel"):
         rows = ch05.rows_of(w, granularity)
         grid = ch05.symmetric_grid(rows, 4)
-        errors[granularity] = float((ch05.dequantize(ch05.quantize(rows, *grid), *grid[:2]) - rows).square().mean())
+        errors[granularity] = float(
+            (ch05.dequantize(ch05.quantize(rows, *grid), *grid[:2]) - rows).square().mean()
+        )
     assert errors["channel"] < errors["tensor"]
     order = torch.randperm(16)
     rows = ch05.rows_of(w, "channel")
@@ -87,7 +102,9 @@ def test_requantization_is_exact_rounding(ch05):
         assert 2**30 <= m0 < 2**31
         assert abs(m0 / 2**shift / multiplier - 1) <= 2**-31 + 1e-15
         sums = torch.randint(-(2**31), 2**31 - 1, (1000,)).to(torch.int32)
-        wanted = [min(max((int(a) * m0 + (1 << (shift - 1))) // (1 << shift) + 7, 0), 255) for a in sums]
+        wanted = [
+            min(max((int(a) * m0 + (1 << (shift - 1))) // (1 << shift) + 7, 0), 255) for a in sums
+        ]
         assert ch05.requantize(sums, m0, shift, 7).tolist() == wanted
 
 
@@ -98,7 +115,9 @@ def test_huffman_is_prefix_free_lossless_and_near_the_entropy(ch05):
         length, packed = ch05.huffman_encode(codes)
         strings = sorted(ch05.canonical(length).values())
         assert not any(b.startswith(a) for a, b in zip(strings, strings[1:], strict=False))
-        assert len(length) == 1 or sum(2.0**-n for n in length.values()) == 1  # Kraft: no string is wasted
+        assert (
+            len(length) == 1 or sum(2.0**-n for n in length.values()) == 1
+        )  # Kraft: no string is wasted
         assert torch.equal(ch05.huffman_decode(length, packed, 500), codes)
         p = np.array(list(Counter(codes.tolist()).values())) / 500
         mean = sum(length[s] * n for s, n in Counter(codes.tolist()).items()) / 500
@@ -111,7 +130,9 @@ def test_a_codebook_is_at_least_as_good_as_the_even_steps_it_starts_from(ch05):
     codes, values = ch05.codebook(w, 3)
     nearest = (w[:, None] - even).abs().amin(1)
     assert (values[codes] - w).square().mean() <= nearest.square().mean()
-    assert torch.equal(ch05.codebook(w, 3)[0], (w[:, None].double() - values.double()).abs().argmin(1))
+    assert torch.equal(
+        ch05.codebook(w, 3)[0], (w[:, None].double() - values.double()).abs().argmin(1)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -1,4 +1,6 @@
-"""What chapter 06 teaches, taken from its cells: folding, rounding, observers, the straight-through estimator."""
+"""What chapter 06 teaches, taken from its cells: folding, rounding, observers, the straight-through
+estimator.
+"""
 
 import copy
 
@@ -15,7 +17,9 @@ def ch06():
     layers: dict[str, nn.Module] = {}
     space = taught("06", copy=copy, training=training, layers=layers, measure=measure)
     space.net = space.folded(models.baseline())
-    layers.update({n: m for n, m in space.net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+    layers.update(
+        {n: m for n, m in space.net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    )
     return space
 
 
@@ -24,7 +28,12 @@ def test_folding_changes_no_output_and_leaves_no_batchnorm(ch06):
     net = models.mini_resnet(8, seed=0).double()
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):  # not the identity it starts as
-            m.running_mean.normal_(), m.running_var.uniform_(0.3, 3), m.weight.data.normal_(), m.bias.data.normal_()
+            (
+                m.running_mean.normal_(),
+                m.running_var.uniform_(0.3, 3),
+                m.weight.data.normal_(),
+                m.bias.data.normal_(),
+            )
     net.eval()
     folded = ch06.folded(net).double()
     for (_, a), (_, b) in zip(net.named_modules(), folded.named_modules(), strict=False):
@@ -53,7 +62,9 @@ def test_only_the_named_layers_are_rounded(ch06):
     assert not torch.equal(one.fc.weight, ch06.net.fc.weight)
     assert torch.equal(one.stem[0].weight, ch06.net.stem[0].weight)
     none = ch06.with_rounded_weights(ch06.net, 2, True, set())
-    assert all(torch.equal(a, b) for a, b in zip(none.parameters(), ch06.net.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(none.parameters(), ch06.net.parameters(), strict=True)
+    )
 
 
 def test_the_gradient_goes_straight_through_to_the_stored_weight(ch06):

@@ -1,4 +1,6 @@
-"""What chapter 07 teaches, taken from its cells and tried on more inputs than a notebook has room for."""
+"""What chapter 07 teaches, taken from its cells and tried on more inputs than a notebook has room
+for.
+"""
 
 import ast
 import itertools
@@ -40,11 +42,28 @@ def ch07():
     import contextlib
     import json
 
-    modules = {"os": os, "sys": sys, "json": json, "contextlib": contextlib, "subprocess": subprocess}
-    modules |= {"threading": threading, "TorchFunctionMode": TorchFunctionMode, "tree_map": tree_map, "STEPS": 10}
+    modules = {
+        "os": os,
+        "sys": sys,
+        "json": json,
+        "contextlib": contextlib,
+        "subprocess": subprocess,
+    }
+    modules |= {
+        "threading": threading,
+        "TorchFunctionMode": TorchFunctionMode,
+        "tree_map": tree_map,
+        "STEPS": 10,
+    }
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return taught(
-        "07", measure=measure, models=models, MIB=2**20, WORD=words, **modules, **constants("WORLD", "FORMATS")
+        "07",
+        measure=measure,
+        models=models,
+        MIB=2**20,
+        WORD=words,
+        **modules,
+        **constants("WORLD", "FORMATS"),
     )
 
 
@@ -60,7 +79,14 @@ def test_decoding_the_stored_bits_gives_the_number_back(ch07, e, m, dtype):
 def test_storing_is_idempotent_and_its_text_decodes(ch07):
     for e, m in itertools.product(range(2, 9), (1, 3, 7, 10)):
         bias = 2 ** (e - 1) - 1
-        for value in (0.1, -3.7, 1.0, 2.0 ** (1 - bias), 2.0 ** (1 - bias - m), 0.3 * 2.0 ** (1 - bias)):
+        for value in (
+            0.1,
+            -3.7,
+            1.0,
+            2.0 ** (1 - bias),
+            2.0 ** (1 - bias - m),
+            0.3 * 2.0 ** (1 - bias),
+        ):
             once = ch07.stored(value, e, m)
             assert torch.equal(ch07.stored(once, e, m), once)
             text = ch07.bits_text(value, e, m)
@@ -93,7 +119,9 @@ def test_our_autocast_is_torchs_bit_by_bit(ch07, dtype):
     torch.manual_seed(random.randrange(10**6))
     makes = (
         lambda: ch07.mlp(1),
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 24), nn.LayerNorm(24), nn.Linear(24, 10)),
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 24), nn.LayerNorm(24), nn.Linear(24, 10)
+        ),
     )
     for make in makes:
         model, x, y = make(), torch.randn(9, 784), torch.randint(0, 10, (9,))
@@ -109,7 +137,8 @@ def test_our_scaler_is_gradscaler_on_random_losses(ch07):
         interval = random.randint(1, 4)
         factors = [random.choice([0.0, 1.0, 0.1, -2.0, math.inf, math.nan]) for _ in range(30)]
         (ours, a), (theirs, b) = (
-            ch07.on_losses(kind(64.0, 2.0, 0.5, interval), factors) for kind in (ch07.LossScaler, ch07.Torch)
+            ch07.on_losses(kind(64.0, 2.0, 0.5, interval), factors)
+            for kind in (ch07.LossScaler, ch07.Torch)
         )
         assert ours == theirs, (interval, factors)
         assert torch.equal(a, b)
@@ -150,7 +179,11 @@ def test_worlds_are_those_the_instruction_sets_allow(ch07):
     assert ch07.worlds_of(()) == {"as it is": None}
     assert list(ch07.worlds_of(("avx2",)).values()) == [None, "SSE41"]
     assert list(ch07.worlds_of(("avx2", "avx512_f", "avx512_vnni")).values()) == [None, "AVX2"]
-    assert list(ch07.worlds_of(("avx2", "avx512_f", "avx512_bf16")).values()) == [None, "AVX512_CORE_VNNI", "AVX2"]
+    assert list(ch07.worlds_of(("avx2", "avx512_f", "avx512_bf16")).values()) == [
+        None,
+        "AVX512_CORE_VNNI",
+        "AVX2",
+    ]
 
 
 def test_a_world_answers_ends_after_an_error_and_gives_up_when_it_takes_too_long(ch07):
@@ -163,7 +196,9 @@ def test_a_world_answers_ends_after_an_error_and_gives_up_when_it_takes_too_long
 
 
 def test_the_order_of_unscale_and_clip_is_what_the_text_says(ch07):
-    ch07.first_update.__globals__["batches"] = lambda seed, steps: iter([(torch.randn(8, 784), torch.arange(8))])
+    ch07.first_update.__globals__["batches"] = lambda seed, steps: iter(
+        [(torch.randn(8, 784), torch.arange(8))]
+    )
     assert ch07.first_update("unscale, clip") == pytest.approx(1, abs=1e-3)
     assert ch07.first_update("clip") == pytest.approx(1 / 1024, rel=1e-2)
     assert np.isfinite(ch07.first_update("clip"))

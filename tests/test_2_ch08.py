@@ -1,4 +1,6 @@
-"""What chapter 08 teaches, taken from its cells and tried on more inputs than a notebook has room for."""
+"""What chapter 08 teaches, taken from its cells and tried on more inputs than a notebook has room
+for.
+"""
 
 import ast
 import functools
@@ -23,15 +25,35 @@ KEPT = ("KEEPS", "WORKER", "protocol", "library", "COUNT", "own")
 
 @pytest.fixture(scope="module")
 def ch08(tmp_path_factory) -> SimpleNamespace:
-    """The functions and classes that the chapter defines, and the few names they need, without running what is around."""
-    space = {"torch": torch, "np": np, "nn": nn, "F": F, "math": math, "functools": functools, "machine": machine}
-    space |= {"__name__": "chapter08", "MIB": 2**20, "SMOKE": True, "measure": measure, "models": models}
+    """The functions and classes that the chapter defines, and the few names they need, without
+    running what is around.
+    """
+    space = {
+        "torch": torch,
+        "np": np,
+        "nn": nn,
+        "F": F,
+        "math": math,
+        "functools": functools,
+        "machine": machine,
+    }
+    space |= {
+        "__name__": "chapter08",
+        "MIB": 2**20,
+        "SMOKE": True,
+        "measure": measure,
+        "models": models,
+    }
     for cell in build.cells(chapters(["08"])[0]):
-        if cell.cell_type != "code" or {"exercise", "solution", "wrong", "parameters"} & set(build.tags(cell)):
+        if cell.cell_type != "code" or {"exercise", "solution", "wrong", "parameters"} & set(
+            build.tags(cell)
+        ):
             continue
         for node in ast.parse(cell.source).body:
             names = [ast.unparse(t) for t in getattr(node, "targets", [])]
-            if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef) or set(names) & set(KEPT):
+            if isinstance(
+                node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
+            ) or set(names) & set(KEPT):
                 exec(compile(ast.Module([node], []), "<chapter 08>", "exec"), space)
             if "WORKER" in names:
                 space["worker_file"] = tmp_path_factory.mktemp("08") / "worker.py"
@@ -42,7 +64,11 @@ def ch08(tmp_path_factory) -> SimpleNamespace:
 def test_the_table_of_rules_agrees_with_what_autograd_keeps(ch08):
     random.seed()
     widths = [random.randint(8, 40) for _ in range(5)]
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [
+        layer
+        for a, b in zip(widths, widths[1:], strict=False)
+        for layer in (nn.Linear(a, b), nn.ReLU())
+    ]
     for model, x in (
         (nn.Sequential(*layers[:-1]), torch.randn(50, widths[0])),
         (ch08.chain(16, random.randint(1, 4)), torch.randn(200, 16)),
@@ -67,10 +93,14 @@ def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(ch08, length):
     x, y = torch.randn(17, 24), torch.randint(0, 24, (17,))
     plain = ch08.gradients(model, model, x, y)
     after = torch.get_rng_state()
-    ours = ch08.gradients(model, ch08.through(ch08.Checkpoint.apply, ch08.segments(model, length)), x, y)
+    ours = ch08.gradients(
+        model, ch08.through(ch08.Checkpoint.apply, ch08.segments(model, length)), x, y
+    )
     assert torch.equal(after, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-    assert not ch08.equal_bits(model, ch08.FirstCheckpoint.apply, x, y), "without the random state it must differ"
+    assert not ch08.equal_bits(model, ch08.FirstCheckpoint.apply, x, y), (
+        "without the random state it must differ"
+    )
 
 
 def test_accumulation_does_not_depend_on_the_pieces(ch08):
@@ -108,7 +138,11 @@ def test_allocator_never_overlaps_and_emptying_changes_nothing_for_its_own_proce
             assert len(used) == len(live)
             assert {id(p) for p in used} == {id(pair[0]) for pair in live}
             assert twins[0].allocated <= twins[0].reserved <= twins[0].capacity
-            assert not any(a.used == b.used is False for s in twins[0].segments for a, b in zip(s, s[1:], strict=False))
+            assert not any(
+                a.used == b.used is False
+                for s in twins[0].segments
+                for a, b in zip(s, s[1:], strict=False)
+            )
         before = twins[1].allocated
         twins[1].empty_cache()
         assert twins[1].allocated == before

@@ -1,4 +1,6 @@
-"""What chapter 09 teaches, on real processes: recovery after kill -9, faults that leave nothing behind, equality, the simulator."""
+"""What chapter 09 teaches, on real processes: recovery after kill -9, faults that leave nothing
+behind, equality, the simulator.
+"""
 
 import ast
 import hashlib
@@ -22,7 +24,10 @@ from course_utils.course.chapters import chapters
 
 SETTINGS = {"width": 16, "depth": 2, "rows": 8, "steps": 9, "kill_at": 4}
 HANGS = "import time\ndef run(settings):\n    time.sleep(1000)\n"
-RAISES = "import torch.distributed as dist\ndef run(settings):\n    assert dist.get_rank() == 0, 'rank 1 has no rows'\n    dist.barrier()\n"
+RAISES = (
+    "import torch.distributed as dist\ndef run(settings):\n    assert dist.get_rank() == 0, 'rank 1"
+    " has no rows'\n    dist.barrier()\n"
+)
 
 
 def code() -> list[str]:
@@ -71,18 +76,26 @@ def alive() -> list[int]:
 
 
 def test_a_run_killed_with_9_ends_at_the_bits_of_an_undisturbed_one(workers, tmp_path):
-    told = distributed.launch(workers / "elastic.py", settings=SETTINGS, out=tmp_path, restarts=1)["elastic"][0]
+    told = distributed.launch(workers / "elastic.py", settings=SETTINGS, out=tmp_path, restarts=1)[
+        "elastic"
+    ][0]
     assert told["disturbed"]["attempt"] == 1
     assert 0 < told["disturbed"]["begin"] <= SETTINGS["kill_at"]
     assert told["undisturbed"]["begin"] == 0
-    assert told["disturbed"]["sha256"] == told["undisturbed"]["sha256"] != hashlib.sha256(b"").hexdigest()
+    assert (
+        told["disturbed"]["sha256"]
+        == told["undisturbed"]["sha256"]
+        != hashlib.sha256(b"").hexdigest()
+    )
     assert not list(tmp_path.glob("*.part"))
     assert alive() == []
 
 
 def test_a_worker_that_raises_is_named_with_its_own_traceback(tmp_path):
     (tmp_path / "raises.py").write_text(RAISES)
-    with pytest.raises(distributed.WorkerError, match=r"(?s)worker 1 raised.*raises\.py.*rank 1 has no rows") as caught:
+    with pytest.raises(
+        distributed.WorkerError, match=r"(?s)worker 1 raised.*raises\.py.*rank 1 has no rows"
+    ) as caught:
         distributed.launch(tmp_path / "raises.py")
     assert str(tmp_path) not in str(caught.value)
     assert alive() == []
@@ -100,7 +113,9 @@ def test_a_busy_port_is_retried_and_ddp_equals_the_large_batch(workers):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        first = distributed.launch(workers / "ring.py", workers / "equality.py", settings=SETTINGS, port=port)
+        first = distributed.launch(
+            workers / "ring.py", workers / "equality.py", settings=SETTINGS, port=port
+        )
     for told in first["ring"]:
         assert told["equal"]
         assert len(told["messages"]) == 2
@@ -135,7 +150,9 @@ def test_the_simulator_keeps_its_laws(taught):
     assert taught.step_time(free, job, taught.Plan(data=4)) == pytest.approx(alone / 4)
     slow = taught.step_time(cluster, job, taught.Plan(data=4))
     assert slow == pytest.approx(alone / 4 + 6 * (1e-5 + 1e9 / 1e10))
-    assert alone / 4 < taught.step_time(replace(cluster, hidden=0.5), job, taught.Plan(data=4)) < slow
+    assert (
+        alone / 4 < taught.step_time(replace(cluster, hidden=0.5), job, taught.Plan(data=4)) < slow
+    )
     speeds = [taught.efficiency(n) for n in (8, 16, 64, 256, 1024)]
     assert speeds[0] == 1
     assert sorted(speeds, reverse=True) == speeds
@@ -146,8 +163,14 @@ def test_the_library_that_the_chapter_switches_off_has_the_name_that_it_uses():
     """With another name DeepSpeed would compile it when it starts: a minute, and gigabytes."""
     written = next(c for c in code() if c.startswith("%%writefile $W/ds.py"))
     assert '__compatible_ops__["deepspeed_shm_comm"] = False' in written
-    look = "import deepspeed; print('known:', 'deepspeed_shm_comm' in deepspeed.ops.__compatible_ops__)"
+    look = (
+        "import deepspeed; print('known:', 'deepspeed_shm_comm' in"
+        " deepspeed.ops.__compatible_ops__)"
+    )
     told = subprocess.run(
-        [sys.executable, "-c", look], env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True
+        [sys.executable, "-c", look],
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
     )
     assert "known: True" in told.stdout, told.stderr[-1000:]

@@ -1,4 +1,6 @@
-"""What chapter 10 teaches, taken from its cells: bytes counted, blocks, folds that are legal, tiles of attention."""
+"""What chapter 10 teaches, taken from its cells: bytes counted, blocks, folds that are legal, tiles
+of attention.
+"""
 
 import copy
 from collections import Counter
@@ -14,7 +16,9 @@ from torchvision.models import googlenet, mobilenet_v2, resnet18
 
 @pytest.fixture(scope="module")
 def ch10():
-    return taught("10", TorchDispatchMode=TorchDispatchMode, Counter=Counter, copy=copy, fx=fx, best=64)
+    return taught(
+        "10", TorchDispatchMode=TorchDispatchMode, Counter=Counter, copy=copy, fx=fx, best=64
+    )
 
 
 def test_traffic_counts_reads_and_writes_and_no_views(ch10):
@@ -44,7 +48,11 @@ def test_blocks_give_the_same_bits_for_any_length(ch10, numbers):
 
 @pytest.mark.parametrize(
     ("make", "left"),
-    [(resnet18, 0), (mobilenet_v2, 0), (lambda: googlenet(weights=None, init_weights=False, aux_logits=False), 0)],
+    [
+        (resnet18, 0),
+        (mobilenet_v2, 0),
+        (lambda: googlenet(weights=None, init_weights=False, aux_logits=False), 0),
+    ],
     ids=["resnet18", "mobilenet_v2", "googlenet"],
 )
 def test_whole_networks_fold_and_answer_as_before(ch10, make, left):
@@ -69,13 +77,17 @@ def test_what_may_not_be_folded_is_refused_with_its_reason(ch10, shared):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(folded(x), net(x))
-        assert not torch.allclose(ch10.fold_blindly(net)(x), net(x), atol=1e-3), "the myth must still be wrong"
+        assert not torch.allclose(ch10.fold_blindly(net)(x), net(x), atol=1e-3), (
+            "the myth must still be wrong"
+        )
     assert list(refused) == ["bn"]
     with pytest.raises(ValueError, match=r"eval\(\)"):
         ch10.fold_all(net.train())
     nothing_before = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval()
     assert "no convolution" in ch10.fold_all(nothing_before)[1]["1"]
-    no_statistics = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    no_statistics = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)
+    ).eval()
     assert "batch" in ch10.fold_all(no_statistics)[1]["1"]
 
 
@@ -85,7 +97,9 @@ def test_tiles_equal_the_whole_softmax_also_for_huge_scores(ch10, length):
     for factor in (1.0, 300.0):
         want = F.scaled_dot_product_attention(factor * q, k, v)
         for shape in ((64, 64), (1, 1), (30, 7)):
-            torch.testing.assert_close(ch10.tiled(factor * q, k, v, *shape), want, atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                ch10.tiled(factor * q, k, v, *shape), want, atol=1e-10, rtol=0
+            )
 
 
 def test_the_mended_function_is_the_broken_one(ch10):

@@ -1,4 +1,6 @@
-"""What chapter 11 teaches, taken from its cells: exports checked over batch sizes, errors that name what is wrong."""
+"""What chapter 11 teaches, taken from its cells: exports checked over batch sizes, errors that name
+what is wrong.
+"""
 
 import numpy as np
 import onnx
@@ -15,12 +17,22 @@ def ch11(tmp_path_factory):
     import onnxruntime
 
     folder = tmp_path_factory.mktemp("11")
-    return taught("11", FOLDER=folder, ort=onnxruntime, measure=measure, models=models, THREADS=1, machine=None)
+    return taught(
+        "11",
+        FOLDER=folder,
+        ort=onnxruntime,
+        measure=measure,
+        models=models,
+        THREADS=1,
+        machine=None,
+    )
 
 
 @pytest.fixture(scope="module")
 def session(ch11):
-    return measure.onnx_session(ch11.export(models.baseline(), torch.zeros(2, 1, 28, 28), "net.onnx"))
+    return measure.onnx_session(
+        ch11.export(models.baseline(), torch.zeros(2, 1, 28, 28), "net.onnx")
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
@@ -64,11 +76,15 @@ def test_preprocessing_inside_the_model_is_the_same_as_outside(ch11):
     pixels = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         inside = ch11.Whole(models.baseline()).eval()(pixels)
-        torch.testing.assert_close(inside, models.baseline()(models.normalise(pixels)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            inside, models.baseline()(models.normalise(pixels)), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_file_without_free_batch_refuses_another(ch11):
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).eval()
-    fixed = measure.onnx_session(ch11.export(model, torch.zeros(2, 1, 28, 28), "fixed.onnx", free_batch=False))
+    fixed = measure.onnx_session(
+        ch11.export(model, torch.zeros(2, 1, 28, 28), "fixed.onnx", free_batch=False)
+    )
     with pytest.raises(Exception, match="index: 0 Got: 3 Expected: 2"):
         fixed.run(None, {"image": np.zeros((3, 1, 28, 28), np.float32)})

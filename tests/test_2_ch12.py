@@ -1,4 +1,6 @@
-"""What chapter 12 teaches, on more inputs: the builder, the memory plan, pairs and types in an ONNX file."""
+"""What chapter 12 teaches, on more inputs: the builder, the memory plan, pairs and types in an ONNX
+file.
+"""
 
 import copy
 import inspect
@@ -22,8 +24,21 @@ from onnx import helper, numpy_helper  # noqa: E402
 def ch12():
     from onnxconverter_common import float16
 
-    given = {"copy": copy, "time": time, "warnings": warnings, "onnx": onnx, "helper": helper, "float16": float16}
-    given |= {"numpy_helper": numpy_helper, "measure": measure, "trt": trt, "SAFE": 16000.0, "TACTICS": {}}
+    given = {
+        "copy": copy,
+        "time": time,
+        "warnings": warnings,
+        "onnx": onnx,
+        "helper": helper,
+        "float16": float16,
+    }
+    given |= {
+        "numpy_helper": numpy_helper,
+        "measure": measure,
+        "trt": trt,
+        "SAFE": 16000.0,
+        "TACTICS": {},
+    }
     space = taught("12", **given)
     given["TACTICS"] |= {"planes": space.Planes, "pixels": space.Pixels, "columns": space.Columns}
     return space
@@ -34,17 +49,27 @@ def graph():
     """Two convolutions with a residual Add between ReLUs, random weights, batch left free."""
     rng = np.random.default_rng(5)
     shapes = {"w1": (6, 3, 3, 3), "b1": (6,), "w2": (6, 6, 3, 3), "b2": (6,)}
-    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32) * 0.3, n) for n, s in shapes.items()]
-    nodes = [helper.make_node("Conv", ["x", "w1", "b1"], ["a"], name="c1", pads=[1, 1, 1, 1]),
-             helper.make_node("Relu", ["a"], ["r"], name="r1"),
-             helper.make_node("Conv", ["r", "w2", "b2"], ["c"], name="c2", pads=[1, 1, 1, 1]),
-             helper.make_node("Add", ["c", "r"], ["y"], name="add")]  # fmt: skip
-    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", c, 8, 8]) for n, c in (("x", 3), ("y", 6))]
+    weights = [
+        numpy_helper.from_array(rng.normal(size=s).astype(np.float32) * 0.3, n)
+        for n, s in shapes.items()
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], name="c1", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["r"], name="r1"),
+        helper.make_node("Conv", ["r", "w2", "b2"], ["c"], name="c2", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c", "r"], ["y"], name="add"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", c, 8, 8])
+        for n, c in (("x", 3), ("y", 6))
+    ]
     made = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
-@pytest.mark.parametrize(("side", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (5, 3, 2)])
+@pytest.mark.parametrize(
+    ("side", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (5, 3, 2)]
+)
 def test_all_tactics_compute_the_same_convolution(ch12, side, stride, padding):
     conv = nn.Conv2d(3, 7, side, stride, padding).requires_grad_(False)
     x = torch.randn(4, 3, 11, 11)
@@ -56,7 +81,9 @@ def test_the_builder_measures_once_and_its_engine_agrees(ch12, monkeypatch):
     network = ch12.folded(models.mini_resnet(8, seed=1).eval())
     x, cache, calls = torch.randn(2, 1, 28, 28), {}, []
     monkeypatch.setitem(
-        inspect.unwrap(ch12.build).__globals__, "fastest", lambda call: calls.append(call()) or len(calls)
+        inspect.unwrap(ch12.build).__globals__,
+        "fastest",
+        lambda call: calls.append(call()) or len(calls),
     )
     engine, plan = ch12.build(network, x, cache)
     torch.testing.assert_close(engine(x), network(x), atol=1e-4, rtol=0)
@@ -80,7 +107,9 @@ def test_the_arena_never_overlaps_and_is_no_smaller_than_what_lives_at_once(ch12
                 together = lives[i][0] <= lives[j][1] and lives[j][0] <= lives[i][1]
                 apart = placed[i] + sizes[i] <= placed[j] or placed[j] + sizes[j] <= placed[i]
                 assert apart or not together
-        at_once = max(sum(s for i, s in sizes.items() if lives[i][0] <= t <= lives[i][1]) for t in range(10))
+        at_once = max(
+            sum(s for i, s in sizes.items() if lives[i][0] <= t <= lives[i][1]) for t in range(10)
+        )
         assert at_once <= total <= sum(sizes.values())
 
 
@@ -90,13 +119,20 @@ def test_pairs_stand_on_the_named_tensors_alone_and_stay_within_half_a_step(ch12
     chosen = ["x", "w1", "r", "w2"]
     made = ch12.insert_pairs(graph, chosen, amax, unsigned={"r"})
     onnx.checker.check_model(made)
-    assert [n.input[0] for n in made.graph.node if n.op_type == "QuantizeLinear"] == ["x", "w1", "w2", "r"]
+    assert [n.input[0] for n in made.graph.node if n.op_type == "QuantizeLinear"] == [
+        "x",
+        "w1",
+        "w2",
+        "r",
+    ]
     add = next(n for n in made.graph.node if n.op_type == "Add")
     assert list(add.input) == ["c", "r.dq"]
     values = ch12.all_tensors(made, {"x": x})
     steps = {"x": amax["x"] / 127, "r": amax["r"] / 255}
     for name, step in steps.items():
-        assert np.abs(values[f"{name}.dq"] - values[name]).max() <= step * (0.501 if name == "x" else 1.01)
+        assert np.abs(values[f"{name}.dq"] - values[name]).max() <= step * (
+            0.501 if name == "x" else 1.01
+        )
     assert values["r.q"].dtype == np.uint8
     assert values["x.q"].dtype == np.int8
     assert len(graph.graph.node) == 4, "the graph that was given is not changed"
@@ -119,7 +155,9 @@ def test_rescaling_changes_no_answer_and_only_fp32_weights_survive_it(ch12, grap
     nodes = graph.graph.node
     plain = copy.deepcopy(graph)
     del plain.graph.node[:]
-    plain.graph.node.extend([*nodes[:3], helper.make_node("Relu", ["c"], ["y"], name="r2")])  # no path around
+    plain.graph.node.extend(
+        [*nodes[:3], helper.make_node("Relu", ["c"], ["y"], name="r2")]
+    )  # no path around
     wide = ch12.rescaled(plain, 0, 2.0**20)
     np.testing.assert_array_equal(run(wide), run(plain))
     ranges = {n: float(np.abs(v).max()) for n, v in ch12.all_tensors(wide, {"x": x}).items()}
@@ -130,6 +168,8 @@ def test_rescaling_changes_no_answer_and_only_fp32_weights_survive_it(ch12, grap
     for i in wide.graph.initializer:
         listed.graph.value_info.append(helper.make_tensor_value_info(i.name, i.data_type, i.dims))
     spoiled, _ = ch12.to_fp16(listed, ranges)
-    assert np.abs(run(spoiled) - run(plain)).max() > 0.1, "onnxconverter now keeps listed weights: change the chapter"
+    assert np.abs(run(spoiled) - run(plain)).max() > 0.1, (
+        "onnxconverter now keeps listed weights: change the chapter"
+    )
     unlisted, _ = ch12.to_fp16(ch12.weights_unlisted(listed), ranges)
     np.testing.assert_allclose(run(unlisted), run(plain), atol=0.02)

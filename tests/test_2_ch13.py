@@ -1,4 +1,6 @@
-"""What chapter 13 teaches, taken from its cells and tried on more inputs, and the servers and clients it stands on."""
+"""What chapter 13 teaches, taken from its cells and tried on more inputs, and the servers and
+clients it stands on.
+"""
 
 import asyncio
 import collections
@@ -58,12 +60,19 @@ def test_a_storm_is_answered_exactly_once_and_the_innocent_are_unharmed(ch13):
     )
     for workers in (1, 3):
         seen = asyncio.run(
-            ch13.storm(ch13.Batcher, kinds, max_batch=int(np.random.default_rng().integers(2, 40)), workers=workers)
+            ch13.storm(
+                ch13.Batcher,
+                kinds,
+                max_batch=int(np.random.default_rng().integers(2, 40)),
+                workers=workers,
+            )
         )
         assert seen == {
-            ("poisoned", "ValueError"): 100, ("cancelled", "CancelledError"): 300,
-            ("slow", "own answer"): 20, ("plain", "own answer"): 9580,
-        }  # fmt: skip
+            ("poisoned", "ValueError"): 100,
+            ("cancelled", "CancelledError"): 300,
+            ("slow", "own answer"): 20,
+            ("plain", "own answer"): 9580,
+        }
 
 
 def test_the_test_can_fail(ch13):
@@ -77,7 +86,11 @@ def test_the_test_can_fail(ch13):
                 outputs = [error] * len(batch)
             for (future, _), output in zip(batch, outputs, strict=True):
                 if not future.done():
-                    future.set_exception(output) if isinstance(output, Exception) else future.set_result(output)
+                    (
+                        future.set_exception(output)
+                        if isinstance(output, Exception)
+                        else future.set_result(output)
+                    )
 
     seen = asyncio.run(ch13.storm(Careless, ["poisoned"] + ["plain"] * 50, max_batch=8))
     assert seen["plain", "ValueError"] == 7
@@ -110,7 +123,9 @@ def test_the_wait_counts_from_the_oldest_and_a_caller_who_leaves_frees_its_place
         await asyncio.sleep(0.1)
         gone.cancel()
         await asyncio.sleep(0.1)
-        late = [asyncio.create_task(batcher.ask(i)) for i in (2, 3)]  # would be refused if the place were still taken
+        late = [
+            asyncio.create_task(batcher.ask(i)) for i in (2, 3)
+        ]  # would be refused if the place were still taken
         assert await first == 0
         took = time.perf_counter() - start
         assert await asyncio.gather(*late) == [4, 6]
@@ -150,7 +165,8 @@ def test_a_fleet_of_one_is_the_simulated_machine(ch13):
     for batch, wait in ((1, 0), (4, 0), (8, 2.5), (3, 100.0)):
         single = ch13.simulate(arrivals, batch, wait, lambda b: 0.5 + 0.3 * b) - arrivals
         many = ch13.fleet(arrivals, 1, "random", batch, wait, lambda b: 0.5 + 0.3 * b, rng)
-        # the fleet can't know that no more requests will come: it waits for its last batch as a server does
+        # the fleet can't know that no more requests will come: it waits for its last batch as a
+        # server does
         np.testing.assert_allclose(np.sort(single)[:-batch], np.sort(many)[:-batch], atol=1e-9)
 
 
@@ -164,15 +180,21 @@ def test_one_machine_without_batching_is_the_textbook_queue(ch13):
 def test_load_over_http_keeps_its_books(echo):
     with serving.server(echo, token="s3cret") as server:
         bodies = [b'{"a": 1}', b'{"b": 22}']
-        load = serving.open_loop(server.url + "/x?y=1", bodies, 150, 1.0, token="s3cret", keep=True, seed=4)
+        load = serving.open_loop(
+            server.url + "/x?y=1", bodies, 150, 1.0, token="s3cret", keep=True, seed=4
+        )
         assert load.failed == 0
         assert 90 < len(load.status) < 220
-        assert all(t == b"/x?y=1 " + bodies[w] for t, w in zip(load.bodies, load.which, strict=True))
+        assert all(
+            t == b"/x?y=1 " + bodies[w] for t, w in zip(load.bodies, load.which, strict=True)
+        )
         assert (load.sent >= load.intended).all()
         assert (np.diff(load.intended) >= 0).all()
         again = serving.open_loop(server.url, bodies, 150, 1.0, token="s3cret", seed=4)
         np.testing.assert_array_equal(load.intended, again.intended)
-        assert set(serving.closed_loop(server.url, bodies, 0.2, connections=3, token="wrong").status) == {401}
+        assert set(
+            serving.closed_loop(server.url, bodies, 0.2, connections=3, token="wrong").status
+        ) == {401}
         assert server.peak_mb() > 1
 
 
@@ -181,14 +203,19 @@ def test_waiting_for_a_connection_counts_and_what_comes_too_late_is_given_up(ech
         queued = serving.open_loop(server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1)
         assert queued.p(99) > 2 * 300
         assert 1e3 * (queued.finished - queued.sent).max() < 600
-        late = serving.open_loop(server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1, timeout_s=0.5)
+        late = serving.open_loop(
+            server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1, timeout_s=0.5
+        )
         assert 0 < late.failed < len(late.status)
         assert set(late.status) == {0, 200}
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_no_process_and_no_port_is_left_however_the_block_ends(echo, error):
-    with contextlib.suppress(*([error] if error else [])), serving.server(echo, token="t") as server:
+    with (
+        contextlib.suppress(*([error] if error else [])),
+        serving.server(echo, token="t") as server,
+    ):
         pid, port = server.pid, server.port
         assert machine.runs(pid)
         if error:
@@ -204,7 +231,9 @@ def test_a_killed_notebook_takes_its_server_along(echo):
         "with serving.server(Path(sys.argv[1]), token='t') as s:\n"
         "    print(s.pid, flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(echo)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(echo)], stdout=subprocess.PIPE, text=True
+    )
     pid = int(process.stdout.readline())
     process.kill(), process.wait(), process.stdout.close()
     for _ in range(100):
@@ -214,7 +243,9 @@ def test_a_killed_notebook_takes_its_server_along(echo):
     assert not machine.runs(pid)
 
 
-def test_a_server_that_dies_says_its_last_words_and_a_taken_port_is_not_mistaken_for_ours(tmp_path, echo):
+def test_a_server_that_dies_says_its_last_words_and_a_taken_port_is_not_mistaken_for_ours(
+    tmp_path, echo
+):
     bad = tmp_path / "bad.py"
     bad.write_text("raise SystemExit('no model in this folder')")
     with pytest.raises(RuntimeError, match="no model in this folder"), serving.server(bad):
@@ -228,5 +259,11 @@ def test_a_server_that_dies_says_its_last_words_and_a_taken_port_is_not_mistaken
 
 
 def test_the_client_imports_no_torch_and_no_numpy():
-    code = "import sys, course_utils.serving; print([m for m in ('torch', 'numpy', 'psutil') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        "import sys, course_utils.serving; print([m for m in ('torch', 'numpy', 'psutil') if m in"
+        " sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )

@@ -1,4 +1,6 @@
-"""What chapter 14 teaches: the forward pass, its cache, rounding, speculation, the scheduler; and the module llm."""
+"""What chapter 14 teaches: the forward pass, its cache, rounding, speculation, the scheduler; and
+the module llm.
+"""
 
 import random
 
@@ -39,7 +41,9 @@ def test_forward_equals_transformers_and_pieces_equal_the_whole(ch14, lm):
         cache = ch14.KVCache(2, 40)
         pieces = torch.cat([ch14.forward(lm.weights, p, cache) for p in x.split(sizes, 1)], 1)
         torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=1e-4)
-    moved = ch14.forward(lm.weights, x[:, :5], at=7)  # only distances count, so a common shift changes nothing …
+    moved = ch14.forward(
+        lm.weights, x[:, :5], at=7
+    )  # only distances count, so a common shift changes nothing …
     torch.testing.assert_close(moved, whole[:, :5], atol=1e-3, rtol=1e-3)
     cache = ch14.KVCache(2, 40)  # … but a position that starts again does
     forgot = [ch14.forward(lm.weights, p, cache, at=0) for p in x.split([30, 7], 1)]
@@ -59,7 +63,9 @@ def test_rounding_stays_within_half_a_step_keeps_zero_and_is_idempotent(ch14, bi
     r = ch14.rtn(w, bits, 64)
     groups = w.view(-1, 64)
     step = (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / (2**bits - 1)
-    assert ((r - w).view(-1, 64).abs().amax(1) <= step * 1.001).all()  # the zero-point is rounded too: one step at most
+    assert (
+        (r - w).view(-1, 64).abs().amax(1) <= step * 1.001
+    ).all()  # the zero-point is rounded too: one step at most
     assert (r[:, 5] == 0).all()
     torch.testing.assert_close(ch14.rtn(r, bits, 64), r, atol=1e-5, rtol=1e-4)
 
@@ -127,7 +133,9 @@ def test_the_stand_in_says_why_and_reads_bytes(lm):
 
 def test_without_the_package_a_tiny_model_stands_in_and_says_how_to_get_the_real_one(monkeypatch):
     lacks = machine.Skip("package", "not here")
-    monkeypatch.setattr(machine, "can", lambda what: lacks if what == f"package:{llm.PACKAGE}" else True)
+    monkeypatch.setattr(
+        machine, "can", lambda what: lacks if what == f"package:{llm.PACKAGE}" else True
+    )
     model = llm.load()
     assert not model.real
     assert model.why.kind == "package"

@@ -100,8 +100,18 @@ def constant(name: str) -> str:
 
 def row(claim: str, verdict: str) -> dict:
     found = claims.find(claim)
-    return {"claim": claim, "chapter": claim[:2], "statement": found.statement, "value": 1.0, "low": 1.0, "high": 1.0, "unit": "",
-            "verdict": verdict, "reason": "", "machine": {"cpu": "Test CPU", "isa": ["avx2"], "cores": 2}}  # fmt: skip
+    return {
+        "claim": claim,
+        "chapter": claim[:2],
+        "statement": found.statement,
+        "value": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "unit": "",
+        "verdict": verdict,
+        "reason": "",
+        "machine": {"cpu": "Test CPU", "isa": ["avx2"], "cores": 2},
+    }
 
 
 def test_every_technique_names_claims_that_exist_and_says_what_the_ledger_says():
@@ -112,7 +122,9 @@ def test_every_technique_names_claims_that_exist_and_says_what_the_ledger_says()
     assert "fails: INT8 makes the model four times smaller." in repr(table)
     assert "not run: Half the MACs is half the time." in repr(table)
     chapters_named = {c for r in table.rows for c in r["chapters"]}
-    assert chapters_named == {f"{i:02}" for i in range(2, 16)}, "every chapter's technique is in the table"
+    assert chapters_named == {f"{i:02}" for i in range(2, 16)}, (
+        "every chapter's technique is in the table"
+    )
 
 
 def test_one_ledger_gives_a_page_a_picture_and_which_technique_when(tmp_path):
@@ -148,7 +160,9 @@ claims.verdict("05.six_db_a_bit", 6.02)
 """
 
 
-def test_a_chapter_run_after_others_finds_their_verdicts_and_does_not_count_them(tmp_path, monkeypatch):
+def test_a_chapter_run_after_others_finds_their_verdicts_and_does_not_count_them(
+    tmp_path, monkeypatch
+):
     source = tmp_path / "notebooks" / "source" / "97_last.py"
     source.parent.mkdir(parents=True)
     source.write_text(LAST)
@@ -168,8 +182,11 @@ def test_nan_does_not_look_like_a_changed_input():
 
 def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkeypatch):
     own = machine.card().as_dict()
-    rows = [row("06.quarter_size", claims.HOLDS) | {"machine": own}, row("05.six_db_a_bit", claims.HOLDS),
-            row("15.techniques_multiply", claims.FAILS) | {"machine": own}]  # fmt: skip
+    rows = [
+        row("06.quarter_size", claims.HOLDS) | {"machine": own},
+        row("05.six_db_a_bit", claims.HOLDS),
+        row("15.techniques_multiply", claims.FAILS) | {"machine": own},
+    ]
     monkeypatch.setattr(build, "ROOT", tmp_path)
     assert build._earlier("15_capstone") == ""
     (tmp_path / "build" / "run").mkdir(parents=True)

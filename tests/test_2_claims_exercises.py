@@ -33,7 +33,8 @@ def toml(tmp_path, monkeypatch):
 
 
 GOOD = (
-    'statement = "It is twice as fast."\nsource = "somebody, 2020"\ncondition = "here"\nband = [1.8, inf]\nunit = "x"\n'
+    'statement = "It is twice as fast."\nsource = "somebody, 2020"\ncondition = "here"\nband ='
+    ' [1.8, inf]\nunit = "x"\n'
 )
 
 
@@ -60,15 +61,26 @@ def test_a_verdict_is_where_the_interval_lies(toml, ledger, low, high, status):
 
 def test_a_band_is_closed_on_both_sides_and_symmetric_under_negation():
     for low, high in ((0.9, 1.1), (1.1, 1.1), (0.9, 0.9)):
-        assert claims.status((0.9, 1.1), low, high) == claims.HOLDS == claims.status((-1.1, -0.9), -high, -low)
-    assert claims.status((0.9, 1.1), 1.1001, 2) == claims.FAILS == claims.status((-1.1, -0.9), -2, -1.1001)
+        assert (
+            claims.status((0.9, 1.1), low, high)
+            == claims.HOLDS
+            == claims.status((-1.1, -0.9), -high, -low)
+        )
+    assert (
+        claims.status((0.9, 1.1), 1.1001, 2)
+        == claims.FAILS
+        == claims.status((-1.1, -0.9), -2, -1.1001)
+    )
 
 
 def test_a_number_beyond_an_edge_is_not_rounded_onto_it(toml, ledger):
     toml("[twice]\n" + GOOD)
     assert claims.verdict("99.twice", 1.79731).measured() == "1.7973 x"
     assert claims.verdict("99.twice", 1.23456).measured() == "1.23 x"
-    assert claims.verdict("99.twice", measure.Interval(1.7, 1.65432, 1.80041)).measured() == "1.7 x [1.65, 1.8004]"
+    assert (
+        claims.verdict("99.twice", measure.Interval(1.7, 1.65432, 1.80041)).measured()
+        == "1.7 x [1.65, 1.8004]"
+    )
 
 
 def test_a_skip_is_not_testable_and_keeps_its_reason(toml, ledger):
@@ -191,7 +203,9 @@ def test_an_answer_that_never_ends_is_stopped(double, swallow):
 def test_check_leaves_the_random_state_alone_and_draws_anew(monkeypatch, ledger):
     drawn = []
     monkeypatch.setattr(
-        exercises, "registry", lambda: {"99.A": lambda answer, rng: (drawn.append(rng.random()), torch.rand(3))}
+        exercises,
+        "registry",
+        lambda: {"99.A": lambda answer, rng: (drawn.append(rng.random()), torch.rand(3))},
     )
     torch.manual_seed(0)
     before = torch.random.get_rng_state()

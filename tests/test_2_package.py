@@ -122,11 +122,16 @@ def test_fit_learns_repeats_itself_and_refuses_no_data():
     images, labels = data.fashion_mnist("train")
     images, labels = images[:600], labels[:600]
     nets = [models.mini_resnet(8, seed=1) for _ in range(2)]
-    histories = [training.fit(net, images, labels, training.Recipe(epochs=3, seed=5), progress=False) for net in nets]
+    histories = [
+        training.fit(net, images, labels, training.Recipe(epochs=3, seed=5), progress=False)
+        for net in nets
+    ]
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-4)
     assert histories[0].loss[-1] < histories[0].loss[0] - 0.15
     assert not nets[0].training
-    training.fit(nets[0], images[:100], labels[:100], training.Recipe(epochs=1), progress=False)  # a single step
+    training.fit(
+        nets[0], images[:100], labels[:100], training.Recipe(epochs=1), progress=False
+    )  # a single step
     with pytest.raises(ValueError, match="600 images and 3 labels"):
         training.fit(nets[0], images, labels[:3])
 
@@ -168,11 +173,19 @@ def test_child_returns_json_its_peak_and_its_own_error():
 def test_children_take_turns_and_none_outlives_the_call():
     import psutil
 
-    code = "import os\ndef sample():\n    print('noise of a library')\n    return [os.environ['WHO'], os.getpid()]"
+    code = (
+        "import os\ndef sample():\n    print('noise of a library')\n    return [os.environ['WHO'],"
+        " os.getpid()]"
+    )
     got = measure.turns(code, {who: {"WHO": who} for who in "ab"}, rounds=5)
-    assert {who: {name for name, _ in rows} for who, rows in got.items()} == {"a": {"a"}, "b": {"b"}}
+    assert {who: {name for name, _ in rows} for who, rows in got.items()} == {
+        "a": {"a"},
+        "b": {"b"},
+    }
     pids = [{pid for _, pid in rows} for rows in got.values()]
-    assert all(len(p) == 1 and not psutil.pid_exists(p.pop()) for p in pids), "one process an arm, gone afterwards"
+    assert all(len(p) == 1 and not psutil.pid_exists(p.pop()) for p in pids), (
+        "one process an arm, gone afterwards"
+    )
     assert [len(rows) for rows in got.values()] == [5, 5]
     with pytest.raises(RuntimeError, match=r"child 'a'(.|\n)*ZeroDivisionError"):
         measure.turns("def sample(): 1 / 0", {"a": {}}, rounds=1)
@@ -183,7 +196,9 @@ def test_children_take_turns_and_none_outlives_the_call():
 def test_a_comparison_does_not_keep_what_it_called():
     model = torch.nn.Linear(64, 64)
     gone = weakref.ref(model)
-    result = measure.compare(*[measure.arm(m, torch.randn(8, 64)) for m in (model, torch.nn.ReLU())], seconds=0.1)
+    result = measure.compare(
+        *[measure.arm(m, torch.randn(8, 64)) for m in (model, torch.nn.ReLU())], seconds=0.1
+    )
     del model
     gc.collect()
     assert gone() is None
@@ -200,7 +215,17 @@ def test_roofline_bounds():
 
 
 def test_skips_are_typed_and_false():
-    for what in ("gpu", "vnni", "bf16", "compiler", "energy", "root", "full", "two cores", "package:nowhere"):
+    for what in (
+        "gpu",
+        "vnni",
+        "bf16",
+        "compiler",
+        "energy",
+        "root",
+        "full",
+        "two cores",
+        "package:nowhere",
+    ):
         answer = machine.can(what)
         assert answer is True or (isinstance(answer, machine.Skip) and not answer and answer.reason)
     assert machine.can("package:torch") is True
@@ -230,7 +255,9 @@ def test_a_figure_without_an_alternative_text_is_refused():
 @pytest.mark.parametrize("draw", ["lines", "bars", "intervals", "seeds"])
 def test_figures_carry_png_text_and_alt(draw, monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda bundle, **kw: shown.append((bundle, kw["metadata"])))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda bundle, **kw: shown.append((bundle, kw["metadata"]))
+    )
     i = measure.Interval(1.0, 0.9, 1.2)
     calls = {
         "lines": lambda: plots.lines(
@@ -238,7 +265,9 @@ def test_figures_carry_png_text_and_alt(draw, monkeypatch):
         ),
         "bars": lambda: plots.bars({"a": i, "b": 2.0}, ylabel="s", title="t", alt="an alt"),
         "intervals": lambda: plots.intervals({"a": i}, xlabel="x", title="t", alt="an alt"),
-        "seeds": lambda: plots.seeds({"a": [1, 2, 3], "b": [2, 3, 4]}, ylabel="%", title="t", alt="an alt"),
+        "seeds": lambda: plots.seeds(
+            {"a": [1, 2, 3], "b": [2, 3, 4]}, ylabel="%", title="t", alt="an alt"
+        ),
     }
     calls[draw]()
     bundle, metadata = shown[0]
@@ -320,7 +349,9 @@ def test_a_zombie_does_not_run_and_what_runs_is_waited_for_no_longer_than_said()
         assert machine.wait_gone([asleep.pid], seconds=20)
 
 
-def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(tmp_path, monkeypatch):
+def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(
+    tmp_path, monkeypatch
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv("COURSE_SCRATCH", str(tmp_path / "file"))  # no folder can be made in a file
     (scratch("chapter") / "weights").write_text("w")

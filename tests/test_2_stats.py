@@ -1,4 +1,6 @@
-"""The statistics behind every verdict: false alarms, power and coverage on synthetic series; known sleeps."""
+"""The statistics behind every verdict: false alarms, power and coverage on synthetic series; known
+sleeps.
+"""
 
 import itertools
 import math
@@ -15,7 +17,9 @@ SERIES = 2000
 
 
 def series(rng: np.random.Generator, kind: str, n: int, sd: float) -> np.ndarray:
-    """Logarithms of per-round ratios: independent, autocorrelated at 0.5, or heavy-tailed (Student, 2 degrees)."""
+    """Logarithms of per-round ratios: independent, autocorrelated at 0.5, or heavy-tailed (Student,
+    2 degrees).
+    """
     if kind == "independent":
         return rng.normal(0, sd, n)
     if kind == "heavy-tailed":
@@ -28,10 +32,14 @@ def series(rng: np.random.Generator, kind: str, n: int, sd: float) -> np.ndarray
 
 
 def outcome(noise: np.ndarray, true: float) -> stats.Interval:
-    """What compare would conclude from this series, its stopping rule and its clock included: 40 ms a round, 3 s."""
+    """What compare would conclude from this series, its stopping rule and its clock included: 40 ms
+    a round, 3 s.
+    """
     ticks = itertools.count()
     rounds = iter(true * np.exp(noise))
-    ratios, _ = timing.collect(lambda: (next(rounds), 1.0), seconds=3.0, precision=0.01, now=lambda: 0.04 * next(ticks))
+    ratios, _ = timing.collect(
+        lambda: (next(rounds), 1.0), seconds=3.0, precision=0.01, now=lambda: 0.04 * next(ticks)
+    )
     return stats.speedup(ratios)
 
 
@@ -52,16 +60,22 @@ def test_few_false_differences_and_the_truth_is_found(kind, sd):
 
 
 def test_a_naive_rule_would_fail_the_same_test():
-    """The test above can fail: the sign of the median alone calls almost every A/A series a difference."""
+    """The test above can fail: the sign of the median alone calls almost every A/A series a
+    difference.
+    """
     rng = np.random.default_rng(7)
     naive = [np.median(series(rng, "autocorrelated", 120, 0.02)) != 0 for _ in range(200)]
     assert np.mean(naive) > 0.9
 
 
 def test_known_sleeps_are_measured_right():
-    result = measure.compare(lambda: time.sleep(0.012), lambda: time.sleep(0.006), seconds=1.0, threads=1)
+    result = measure.compare(
+        lambda: time.sleep(0.012), lambda: time.sleep(0.006), seconds=1.0, threads=1
+    )
     assert result.verdict == "faster"
-    assert result.low <= 2.0 <= result.high * 1.02  # sleep may oversleep by a little, both arms alike
+    assert (
+        result.low <= 2.0 <= result.high * 1.02
+    )  # sleep may oversleep by a little, both arms alike
     assert 0.012 <= result.baseline_seconds < 0.0135
 
 
@@ -88,11 +102,17 @@ def test_slower_is_faster_turned_round():
 
 
 def test_stopping_looks_at_the_width_not_at_the_verdict():
-    """A clear but wide difference is measured until the time is spent; a narrow one ends at the first look."""
+    """A clear but wide difference is measured until the time is spent; a narrow one ends at the
+    first look.
+    """
 
     def rounds(pairs: list[tuple[float, float]]) -> int:
         cycle, ticks = itertools.cycle(pairs), itertools.count()
-        return len(timing.collect(lambda: next(cycle), seconds=100.0, precision=0.01, now=lambda: next(ticks))[0])
+        return len(
+            timing.collect(
+                lambda: next(cycle), seconds=100.0, precision=0.01, now=lambda: next(ticks)
+            )[0]
+        )
 
     assert rounds([(2.5, 1.0), (1.6, 1.0), (1.6, 1.0), (2.5, 1.0), (3.0, 1.0)]) > 100
     assert rounds([(2.0, 1.0)]) == timing.LOOKS[0] == 24
@@ -152,11 +172,20 @@ def test_arms_that_mean_nothing_are_refused():
 
 def test_conditions_are_stated():
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
-    text = repr(measure.compare(*[measure.arm(torch.nn.Conv2d(3, 8, 3), x, "conv")] * 2, seconds=0.2, threads=1))
-    assert all(part in text for part in ("1 thread", "wall clock", "float32", "batch 4", "channels_last", "rounds"))
+    text = repr(
+        measure.compare(
+            *[measure.arm(torch.nn.Conv2d(3, 8, 3), x, "conv")] * 2, seconds=0.2, threads=1
+        )
+    )
+    assert all(
+        part in text
+        for part in ("1 thread", "wall clock", "float32", "batch 4", "channels_last", "rounds")
+    )
 
 
 def test_cpu_clock_does_not_count_sleep():
     x = torch.randn(256, 256)
-    result = measure.compare(lambda: (x @ x, time.sleep(0.01)), lambda: x @ x, seconds=0.5, clock="cpu")
+    result = measure.compare(
+        lambda: (x @ x, time.sleep(0.01)), lambda: x @ x, seconds=0.5, clock="cpu"
+    )
     assert 0.5 < result.ratio < 2

@@ -1,6 +1,8 @@
-"""course_utils.trt without a GPU: every TensorRT name it uses against the real bindings, every failure its own exception.
+"""course_utils.trt without a GPU: every TensorRT name it uses against the real bindings, every
+failure its own exception.
 
-The bindings (`tensorrt-cu13-bindings`) are read where they are installed; nothing of them is kept or passed on.
+The bindings (`tensorrt-cu13-bindings`) are read where they are installed; nothing of them is kept
+or passed on.
 """
 
 import ast
@@ -28,7 +30,14 @@ SOURCE = (ROOT / "course_utils" / "trt.py").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> types.ModuleType:
     """TensorRT's Python module, loaded by the function that chapter 12 teaches."""
-    tools = {"trt": trt, "importlib": importlib, "shutil": shutil, "re": re, "Path": Path, "subprocess": subprocess}
+    tools = {
+        "trt": trt,
+        "importlib": importlib,
+        "shutil": shutil,
+        "re": re,
+        "Path": Path,
+        "subprocess": subprocess,
+    }
     module = taught("12", **tools, ctypes=ctypes).tensorrt_names(tmp_path_factory.mktemp("names"))
     if module is None:
         pytest.skip("no tensorrt, and no tensorrt_bindings with a C compiler on this platform")
@@ -36,9 +45,11 @@ def real(tmp_path_factory) -> types.ModuleType:
 
 
 class Names(ast.NodeVisitor):
-    """Follows TensorRT's objects through a source: what is made of what, by the bindings' own signatures.
+    """Follows TensorRT's objects through a source: what is made of what, by the bindings' own
+    signatures.
 
-    `wrong` collects names and keywords that the bindings do not have, `seen` all that were resolved.
+    `wrong` collects names and keywords that the bindings do not have, `seen` all that were
+    resolved.
     """
 
     def __init__(self, module: types.ModuleType) -> None:
@@ -59,7 +70,9 @@ class Names(ast.NodeVisitor):
         self.generic_visit(node)
         for target in node.targets:
             many = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-            for t, v in zip(target.elts, node.value.elts, strict=True) if many else [(target, node.value)]:
+            for t, v in (
+                zip(target.elts, node.value.elts, strict=True) if many else [(target, node.value)]
+            ):
                 self.known.pop(ast.unparse(t), None)
                 if kind := self.infer(v):
                     self.known[ast.unparse(t)] = kind
@@ -73,7 +86,9 @@ class Names(ast.NodeVisitor):
         self.generic_visit(node)
 
     def infer(self, node: ast.AST) -> tuple | None:
-        """("module" | "class" | "instance" | "function", object) of an expression, None if it is not TensorRT's."""
+        """("module" | "class" | "instance" | "function", object) of an expression, None if it is
+        not TensorRT's.
+        """
         text = ast.unparse(node)
         if text in self.known:
             return self.known[text]
@@ -83,7 +98,9 @@ class Names(ast.NodeVisitor):
             base = self.infer(node.value)
             return self._member(base, node.attr, text) if base else None
         if isinstance(node, ast.Call):
-            if ast.unparse(node.func) == "_made":  # course_utils.trt's own: makes one of its first argument
+            if (
+                ast.unparse(node.func) == "_made"
+            ):  # course_utils.trt's own: makes one of its first argument
                 made = self.infer(node.args[0])
                 return ("instance", made[1]) if made else None
             kind = self.infer(node.func)
@@ -128,20 +145,35 @@ def test_every_name_and_keyword_of_the_module_is_in_the_bindings(real):
     names = Names(real)
     assert names.check(SOURCE) == []
     assert len(names.seen) >= 45, sorted(names.seen)  # it must not pass because it saw nothing
-    expected = {"Builder.build_serialized_network", "MemoryPoolType.WORKSPACE", "IExecutionContext.execute_async_v3"}
-    assert expected | {"OnnxParserRefitter.refit_from_file", "EngineInspector.get_engine_information"} <= names.seen
+    expected = {
+        "Builder.build_serialized_network",
+        "MemoryPoolType.WORKSPACE",
+        "IExecutionContext.execute_async_v3",
+    }
+    assert (
+        expected | {"OnnxParserRefitter.refit_from_file", "EngineInspector.get_engine_information"}
+        <= names.seen
+    )
 
 
 def test_every_name_of_the_chapter_is_in_the_bindings(real):
     source = next(c for c in CHAPTERS if c.number == "12").source.read_text(encoding="utf-8")
-    assert Names(real).check("\n".join(line for line in source.splitlines() if not line.startswith("# %%"))) == []
+    assert (
+        Names(real).check(
+            "\n".join(line for line in source.splitlines() if not line.startswith("# %%"))
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "name"),
     [
         ("builder.build_engine(network, config)", "build_engine"),
-        ("builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))", "EXPLICIT_BATCH"),
+        (
+            "builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))",
+            "EXPLICIT_BATCH",
+        ),
         ("config.set_flag(trt.BuilderFlag.FP16)", "FP16"),
         ("config.max_workspace_size = 1", "max_workspace_size"),
         ("context.execute_async_v2([], 0)", "execute_async_v2"),
@@ -171,7 +203,9 @@ def f(trt, log):
 def test_the_recipes_of_the_chapter_are_gone_and_their_successors_are_there(real):
     source = next(c for c in CHAPTERS if c.number == "12").source.read_text(encoding="utf-8")
     assigned = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assign)]
-    recipes = next(ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == "RECIPES")
+    recipes = next(
+        ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == "RECIPES"
+    )
     assert len(recipes) >= 10
 
     def there(chain: str) -> bool:
@@ -188,7 +222,9 @@ def test_the_recipes_of_the_chapter_are_gone_and_their_successors_are_there(real
 
 @pytest.fixture
 def no_driver(real, monkeypatch):
-    """The real classes, and nothing behind them that could make a builder: as on a machine without a driver."""
+    """The real classes, and nothing behind them that could make a builder: as on a machine without
+    a driver.
+    """
     if "libs" in str(getattr(real, "__file__", "")) or real.__name__ == "tensorrt":
         pytest.skip("a real tensorrt is installed")
     monkeypatch.setitem(sys.modules, "tensorrt", real)
@@ -208,11 +244,24 @@ def test_without_a_driver_builder_and_runtime_say_so(no_driver, tmp_path):
 
 
 class Fake:
-    """A module `tensorrt` whose classes answer what a test wants; they have the real ones' names and no other."""
+    """A module `tensorrt` whose classes answer what a test wants; they have the real ones' names
+    and no other.
+    """
 
     def __init__(self, real: types.ModuleType) -> None:
-        made = {n: mock.Mock(spec_set=dir(getattr(real, n))) for n in ("Builder", "OnnxParser", "IBuilderConfig", "Runtime",
-                "ICudaEngine", "Refitter", "OnnxParserRefitter", "INetworkDefinition")}  # fmt: skip
+        made = {
+            n: mock.Mock(spec_set=dir(getattr(real, n)))
+            for n in (
+                "Builder",
+                "OnnxParser",
+                "IBuilderConfig",
+                "Runtime",
+                "ICudaEngine",
+                "Refitter",
+                "OnnxParserRefitter",
+                "INetworkDefinition",
+            )
+        }
         self.module = types.ModuleType("tensorrt")
         self.module.__dict__.update(real.__dict__)
         self.log = None
@@ -227,13 +276,17 @@ class Fake:
         self.config.get_timing_cache.return_value.serialize.return_value = b"times"
         self.builder.build_serialized_network.return_value = b"plan"
         self.network.num_inputs = 1
-        self.network.get_input.return_value = types.SimpleNamespace(name="image", shape=(-1, 1, 28, 28))
+        self.network.get_input.return_value = types.SimpleNamespace(
+            name="image", shape=(-1, 1, 28, 28)
+        )
         self.runtime.deserialize_cuda_engine.return_value = self.engine
         self.engine.num_io_tensors, self.engine.num_optimization_profiles = 2, 2
         self.engine.get_tensor_name.side_effect = lambda i: ["image", "logits"][i]
         modes = {"image": real.TensorIOMode.INPUT, "logits": real.TensorIOMode.OUTPUT}
         self.engine.get_tensor_mode.side_effect = modes.get
-        self.engine.get_tensor_shape.side_effect = lambda name: (-1, 1, 28, 28) if name == "image" else (-1, 10)
+        self.engine.get_tensor_shape.side_effect = lambda name: (
+            (-1, 1, 28, 28) if name == "image" else (-1, 10)
+        )
         profiles = [[(n, 1, 28, 28) for n in sizes] for sizes in ((1, 4, 8), (8, 64, 256))]
         self.engine.get_tensor_profile_shape.side_effect = lambda name, index: profiles[index]
 
@@ -264,25 +317,34 @@ PROFILE = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}
 
 def test_build_gives_the_plan_and_writes_the_timing_cache(fake, tmp_path):
     cache = tmp_path / "timing.cache"
-    assert trt.build("m.onnx", [PROFILE], workspace=2**30, timing_cache=cache, refit=True) == b"plan"
+    assert (
+        trt.build("m.onnx", [PROFILE], workspace=2**30, timing_cache=cache, refit=True) == b"plan"
+    )
     assert cache.read_bytes() == b"times"
     trt.build("m.onnx", [PROFILE], timing_cache=cache)
     fake.config.create_timing_cache.assert_called_with(b"times")
     fake.config.set_flag.assert_called_once_with(fake.module.BuilderFlag.REFIT)
-    fake.config.set_memory_pool_limit.assert_called_once_with(fake.module.MemoryPoolType.WORKSPACE, 2**30)
+    fake.config.set_memory_pool_limit.assert_called_once_with(
+        fake.module.MemoryPoolType.WORKSPACE, 2**30
+    )
 
 
 def test_a_timing_cache_of_another_gpu_is_replaced_by_an_empty_one(fake, tmp_path):
     (tmp_path / "timing.cache").write_bytes(b"from elsewhere")
     fake.config.set_timing_cache.return_value = False
     assert trt.build("m.onnx", [PROFILE], timing_cache=tmp_path / "timing.cache") == b"plan"
-    assert [c.args for c in fake.config.create_timing_cache.call_args_list] == [(b"from elsewhere",), (b"",)]
+    assert [c.args for c in fake.config.create_timing_cache.call_args_list] == [
+        (b"from elsewhere",),
+        (b"",),
+    ]
 
 
 def test_parser_errors_become_one_message(fake):
     fake.parser.parse_from_file.return_value = False
     fake.parser.num_errors = 2
-    fake.parser.get_error.side_effect = lambda i: mock.Mock(desc=lambda: f"no importer for operator Op{i}")
+    fake.parser.get_error.side_effect = lambda i: mock.Mock(
+        desc=lambda: f"no importer for operator Op{i}"
+    )
     with pytest.raises(trt.ParseError, match=r"m\.onnx.*Op0.*Op1"):
         trt.build("some/folder/m.onnx", [PROFILE])
 
@@ -290,13 +352,19 @@ def test_parser_errors_become_one_message(fake):
 @pytest.mark.parametrize(
     ("lines", "kind"),
     [
-        (["Skipping tactic 0 due to insufficient memory", "Could not find any implementation for node conv1."], trt.OutOfWorkspace),
+        (
+            [
+                "Skipping tactic 0 due to insufficient memory",
+                "Could not find any implementation for node conv1.",
+            ],
+            trt.OutOfWorkspace,
+        ),
         (["Try increasing the workspace size"], trt.OutOfWorkspace),
         (["Error Code 2: OutOfMemory (Requested size was 8 bytes.)"], trt.OutOfWorkspace),
         (["Error Code 4: shapes do not match"], trt.BuildError),
         ([], trt.BuildError),
     ],
-)  # fmt: skip
+)
 def test_a_builder_that_gives_up_says_why(fake, lines, kind):
     fake.builder.build_serialized_network.side_effect = fake.says(*lines)
     fake.builder.build_serialized_network.return_value = None
@@ -329,7 +397,9 @@ def test_a_foreign_plan_is_a_mismatch_with_tensorrts_own_words(fake):
         "generated on an incompatible device, expecting compute 8.6 got 7.5"
     )
     fake.runtime.deserialize_cuda_engine.return_value = None
-    with pytest.raises(trt.EngineMismatch, match=r"expecting compute 8\.6 got 7\.5.*build it again"):
+    with pytest.raises(
+        trt.EngineMismatch, match=r"expecting compute 8\.6 got 7\.5.*build it again"
+    ):
         trt.Engine(b"old")
 
 
@@ -366,10 +436,19 @@ def test_refit_refuses_an_engine_with_baked_weights_and_names_what_is_missing(fa
 
 
 def test_layers_of_tensorrt_10_and_11_are_read(fake):
-    old = {"Name": "conv1 + relu1", "LayerType": "CaskConvolution", "TacticName": "sm80_i8",
-           "Inputs": [{"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
-           "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}],
-           "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]"}  # fmt: skip
+    old = {
+        "Name": "conv1 + relu1",
+        "LayerType": "CaskConvolution",
+        "TacticName": "sm80_i8",
+        "Inputs": [
+            {
+                "Name": "x",
+                "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format",
+            }
+        ],
+        "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP16 format"}],
+        "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]",
+    }
     new = {
         "Name": "__myl_Conv",
         "LayerType": "kgen",

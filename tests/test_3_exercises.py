@@ -1,4 +1,6 @@
-"""Every exercise: the stub is pending, the solution passes, every wrong answer is rejected with a message."""
+"""Every exercise: the stub is pending, the solution passes, every wrong answer is rejected with a
+message.
+"""
 
 import pytest
 from conftest import CHAPTERS

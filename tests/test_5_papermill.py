@@ -1,7 +1,9 @@
-"""Every chapter from end to end by papermill, without a network and from a working folder outside of the course.
+"""Every chapter from end to end by papermill, without a network and from a working folder outside
+of the course.
 
-Each exercise gets a wrong answer first, which must be rejected and stop nothing, and then its solution. The chapters in
-TWICE run a second time in the same kernel: all of them with COURSE_TWICE=all.
+Each exercise gets a wrong answer first, which must be rejected and stop nothing, and then its
+solution. The chapters in TWICE run a second time in the same kernel: all of them with
+COURSE_TWICE=all.
 """
 
 import copy
@@ -14,7 +16,13 @@ from nbformat.v4 import new_code_cell
 from course_utils import claims
 from course_utils.course import build, run, shape
 
-TWICE = ("00", "01", "05", "07", "08")  # a few seconds each; all sixteen would take ten minutes more
+TWICE = (
+    "00",
+    "01",
+    "05",
+    "07",
+    "08",
+)  # a few seconds each; all sixteen would take ten minutes more
 PROFILE = os.environ.get("COURSE_PROFILE", "smoke")
 OFFLINE = """
 import socket
@@ -42,18 +50,24 @@ def test_the_parameters_cell_is_tagged_once_in_every_edition():
     """Papermill only warns when it is missing, and then runs in the wrong profile."""
     for chapter in CHAPTERS:
         for edition in ("learner", "instructor", "student"):
-            tagged = [c for c in build.notebook(chapter, edition).cells if "parameters" in build.tags(c)]
+            tagged = [
+                c for c in build.notebook(chapter, edition).cells if "parameters" in build.tags(c)
+            ]
             assert len(tagged) == 1, (chapter.name, edition)
             assert "PROFILE = " in tagged[0].source
 
 
 def wrong_then_solved(chapter, twice):
-    """The instructor edition with the k-th wrong answer and its check before each solution; `twice`, all of it again."""
+    """The instructor edition with the k-th wrong answer and its check before each solution;
+    `twice`, all of it again.
+    """
     book, answers, cells = build.notebook(chapter, "instructor"), iter(shape.exercises(chapter)), []
     for i, cell in enumerate(book.cells):
         if "exercise" in build.tags(cell):
             wrong = next(answers).wrong
-            for k, source in enumerate((wrong[int(chapter.number) % len(wrong)], book.cells[i + 1].source)):
+            for k, source in enumerate(
+                (wrong[int(chapter.number) % len(wrong)], book.cells[i + 1].source)
+            ):
                 cells.append(new_code_cell(source, id=f"{cell.id}-wrong{k}"))
         cells.append(cell)
     for cell in list(cells) if twice else []:

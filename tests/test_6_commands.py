@@ -18,7 +18,7 @@ from conftest import CHAPTERS, names
 from course_utils import ROOT, machine
 from course_utils.course import badges, build, chapters, cli, report, run, setup
 
-MINI = '''\
+MINI = """\
 # %% [markdown]
 # # 97 · Mini
 
@@ -44,7 +44,7 @@ def f(x):
 
 # %% [markdown] tags=["instructor"]
 # a note
-'''  # fmt: skip
+"""
 
 
 @pytest.fixture
@@ -74,7 +74,10 @@ def test_the_three_editions(house):
 
     assert "return 42" in code(instructor)
     assert "return 42" not in code(learner) + code(student) + text(student)
-    assert "<details><summary>One solution</summary>\n\n```python\ndef f(x):\n    return 42" in text(learner)
+    assert (
+        "<details><summary>One solution</summary>\n\n```python\ndef f(x):\n    return 42"
+        in text(learner)
+    )
     assert "def f(x): ..." in code(learner)
     assert "def f(x): ..." in code(student)
     assert "a hint" in text(learner)
@@ -96,7 +99,9 @@ def test_building_twice_gives_the_same_bytes_and_prose_alone_needs_no_execution(
     path = build.write_learner(chapter, "fast", keep_outputs=True)
     book = nbformat.read(path, 4)
     assert "said better" in book.cells[0].source
-    assert book.metadata["course"]["profile"] == "smoke"  # the outputs are still those of the earlier run
+    assert (
+        book.metadata["course"]["profile"] == "smoke"
+    )  # the outputs are still those of the earlier run
     assert [c.execution_count for c in book.cells if c.cell_type == "code"] == [1, 2, 3, 4]
 
 
@@ -141,8 +146,12 @@ def row(claim, verdict, cpu="A", **more):
 
 
 def test_report_over_two_machines(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([row("01.p", "holds here"), row("01.q", "inconclusive")]))
-    skipped = row("01.q", "not testable here", "B", value=None, low=None, high=None, reason="no GPU")
+    (tmp_path / "a.json").write_text(
+        json.dumps([row("01.p", "holds here"), row("01.q", "inconclusive")])
+    )
+    skipped = row(
+        "01.q", "not testable here", "B", value=None, low=None, high=None, reason="no GPU"
+    )
     (tmp_path / "b.json").write_text(json.dumps([row("01.p", "does not hold here", "B"), skipped]))
     page, picture = report.report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)
     text = page.read_text()
@@ -182,14 +191,19 @@ def test_ctrl_c_stops_every_process_and_leaves_finished_outputs_whole(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "97_mini.py").write_text(MINI)
-    sleeper = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(987)'])"
+    sleeper = (
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time;"
+        " time.sleep(987)'])"
+    )
     (source / "98_slow.py").write_text(MINI.replace('print("checked")', sleeper))
     code = (
         "import sys, pathlib; from course_utils.course import chapters, cli\n"
         f"chapters.chapters.__defaults__ = (None, pathlib.Path({str(source)!r}))\n"
         f"sys.exit(cli.main(['run', '--profile', 'smoke', '--out', {str(tmp_path / 'out')!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     import psutil
 
     end = time.monotonic() + 90
@@ -241,7 +255,9 @@ def test_doctor_names_what_is_missing_with_its_remedy(monkeypatch, capsys):
     from course_utils import data
 
     monkeypatch.setattr(
-        data, "verified", lambda path, *_: (_ for _ in ()).throw(data.DataError(f"{path.name} is broken"))
+        data,
+        "verified",
+        lambda path, *_: (_ for _ in ()).throw(data.DataError(f"{path.name} is broken")),
     )
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -276,7 +292,9 @@ def test_set_up_is_skipped_when_done_and_repaired_when_interrupted(tmp_path, mon
     (root / "requirements.lock").write_text("# changed\n")
     assert setup.main() == 0
     assert len(calls) > done
-    (root / ".venv" / "bin" / "python").unlink()  # an environment whose Python is gone is made again
+    (
+        root / ".venv" / "bin" / "python"
+    ).unlink()  # an environment whose Python is gone is made again
     setup.STAMP.unlink()
     assert setup.main() == 0
     assert setup.works(setup.venv_python())
@@ -300,7 +318,9 @@ def test_badges_stamp_and_unstamp(house, tmp_path, monkeypatch):
     monkeypatch.setattr(badges, "ROOT", root)
     monkeypatch.setattr(chapters, "ROOT", root)
     badges.stamp("some-body/some.course")
-    assert "colab.research.google.com/github/some-body/some.course" in (root / "README.md").read_text()
+    assert (
+        "colab.research.google.com/github/some-body/some.course" in (root / "README.md").read_text()
+    )
     first = build.notebook(chapters.chapters()[0]).cells
     assert "some-body/some.course" in first[0].source
     assert "some-body/some.course" in first[1].source
@@ -319,7 +339,9 @@ def test_binder_would_read_our_environment():
     tool = Path(sys.executable).parent / "repo2docker"
     if not tool.exists():
         pytest.skip("package: jupyter-repo2docker is not installed on this platform")
-    done = subprocess.run([tool, "--no-build", "--debug", str(ROOT)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [tool, "--no-build", "--debug", str(ROOT)], capture_output=True, text=True, timeout=120
+    )
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-2000:]
     assert "environment.yml" in text
@@ -335,35 +357,56 @@ def bare_python(tmp_path):
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "torch_is_here.pth").write_text(str(Path(torch.__file__).parent.parent))
     python = folder / "bin" / "python"
-    probe = subprocess.run([python, "-c", "import torch, course_utils"], capture_output=True, text=True, cwd=tmp_path)
+    probe = subprocess.run(
+        [python, "-c", "import torch, course_utils"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert "No module named 'course_utils'" in probe.stderr
     return python
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="system: this checkout is no git repository to clone from")
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="system: this checkout is no git repository to clone from"
+)
 @pytest.mark.skipif(os.name == "nt", reason="system: the test environment is made for POSIX paths")
 def test_a_notebook_opened_alone_fetches_the_course(bare_python, tmp_path):
     chapter = chapters.chapters()[0]
     start = next(c.source for c in build.notebook(chapter).cells if "start" in build.tags(c))
     book = nbformat.v4.new_notebook(metadata={"kernelspec": build.KERNEL})
-    probe = "from course_utils import data, machine\nprint(len(data.fashion_mnist('validation')[0]))"
+    probe = (
+        "from course_utils import data, machine\nprint(len(data.fashion_mnist('validation')[0]))"
+    )
     book.cells = [nbformat.v4.new_code_cell(start), nbformat.v4.new_code_cell(probe)]
     empty = tmp_path / "empty folder"
     empty.mkdir()
     nbformat.write(book, empty / "bare.ipynb")
     bare = os.environ | {"COURSE_REPOSITORY": ""}
-    nowhere = subprocess.run([bare_python, "-c", start], cwd=empty, env=bare, capture_output=True, text=True)
+    nowhere = subprocess.run(
+        [bare_python, "-c", start], cwd=empty, env=bare, capture_output=True, text=True
+    )
     if not chapters.repository():
         assert "names no repository" in nowhere.stderr
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "COURSE_REPOSITORY": str(ROOT)}
-    command = [bare_python, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "bare.ipynb"]
-    done = subprocess.run(command, cwd=empty, env=os.environ | offline, capture_output=True, text=True, timeout=300)
+    command = [
+        bare_python,
+        "-m",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        "--inplace",
+        "bare.ipynb",
+    ]
+    done = subprocess.run(
+        command, cwd=empty, env=os.environ | offline, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert nbformat.read(empty / "bare.ipynb", 4).cells[1].outputs[-1].text == "3000\n"
 
 
 def run_as_a_reader(path: Path, folder: Path, *prefix: str) -> subprocess.CompletedProcess:
-    """Papermill on a notebook as it lies there, in a working folder of its own, without the suite's scratch folders."""
+    """Papermill on a notebook as it lies there, in a working folder of its own, without the suite's
+    scratch folders.
+    """
     command = [
         sys.executable,
         "-m",
@@ -375,9 +418,18 @@ def run_as_a_reader(path: Path, folder: Path, *prefix: str) -> subprocess.Comple
         "-k",
         "python3",
     ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("COURSE_LEDGER", "COURSE_SCRATCH")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("COURSE_LEDGER", "COURSE_SCRATCH")
+    }
     environment |= {"COURSE_PROFILE": "smoke"}
-    return subprocess.run([*prefix, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*prefix, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_a_cell_that_is_run_too_early_says_what_to_do(tmp_path):
@@ -394,8 +446,13 @@ def test_a_cell_that_is_run_too_early_says_what_to_do(tmp_path):
 
 
 # One chapter here; all of them, in ten minutes, with COURSE_READ_ONLY=all.
-UNWRITABLE = [c for c in CHAPTERS if c.number == "02" or os.environ.get("COURSE_READ_ONLY") == "all"]
-READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
+UNWRITABLE = [
+    c for c in CHAPTERS if c.number == "02" or os.environ.get("COURSE_READ_ONLY") == "all"
+]
+READ_ONLY = (
+    'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec'
+    ' "$@"'
+)
 
 
 @pytest.mark.parametrize("chapter", UNWRITABLE, ids=names(UNWRITABLE))
@@ -409,14 +466,20 @@ def test_a_checkout_that_cannot_be_written_is_enough(chapter, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-def test_a_chapter_that_gives_no_answer_is_run_once_more_and_then_given_up(house, tmp_path, monkeypatch):
+def test_a_chapter_that_gives_no_answer_is_run_once_more_and_then_given_up(
+    house, tmp_path, monkeypatch
+):
     count = tmp_path / "count"
-    source = MINI.replace('print("checked")', f'import time\nopen({str(count)!r}, "a").write("x")\ntime.sleep(WAIT)')
+    source = MINI.replace(
+        'print("checked")', f'import time\nopen({str(count)!r}, "a").write("x")\ntime.sleep(WAIT)'
+    )
     monkeypatch.setitem(run.CELL_SECONDS, "smoke", 3)
     chapter = house("97_mini", source.replace("WAIT", "60"))
     outcome = run.run_one(chapter, "smoke", "learner", tmp_path)
     assert outcome.error == "a cell took more than 3 s, in two attempts"
     assert count.read_text() == "xx"
-    chapter = house("97_mini", source.replace("WAIT", f"60 if len(open({str(count)!r}).read()) % 2 else 0"))
+    chapter = house(
+        "97_mini", source.replace("WAIT", f"60 if len(open({str(count)!r}).read()) % 2 else 0")
+    )
     assert run.run_one(chapter, "smoke", "learner", tmp_path).error == ""
     assert count.read_text() == "xxxx", "lost once, answered the second time"

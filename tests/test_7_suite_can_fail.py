@@ -1,4 +1,6 @@
-"""Proof that the suite can fail: each fault planted here must be found by the check that is there for it."""
+"""Proof that the suite can fail: each fault planted here must be found by the check that is there
+for it.
+"""
 
 import shutil
 import subprocess
@@ -46,7 +48,9 @@ def test_a_stale_notebook(chapter):
 
 def test_changed_prose_alone_is_found_too(chapter):
     edit(chapter.source, "# **Is it faster", "# **Was it faster")
-    assert shape.notebook_complaints(chapter) == ["source and notebook differ; run: course build 01"]
+    assert shape.notebook_complaints(chapter) == [
+        "source and notebook differ; run: course build 01"
+    ]
 
 
 def test_a_changed_claim_makes_the_outputs_stale(chapter):
@@ -56,10 +60,18 @@ def test_a_changed_claim_makes_the_outputs_stale(chapter):
 
 def test_an_edited_output(chapter):
     book = nbformat.read(chapter.learner, 4)
-    streams = [o for c in book.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream"]
+    streams = [
+        o
+        for c in book.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if o.output_type == "stream"
+    ]
     streams[-1].text += "and five times faster"
     nbformat.write(book, chapter.learner)
-    assert shape.notebook_complaints(chapter) == ["an output was edited by hand; run: course build 01"]
+    assert shape.notebook_complaints(chapter) == [
+        "an output was edited by hand; run: course build 01"
+    ]
 
 
 def test_nbval_finds_an_output_that_is_not_what_the_code_gives(tmp_path):
@@ -86,7 +98,9 @@ def test_nbval_finds_an_output_that_is_not_what_the_code_gives(tmp_path):
 def test_an_error_output_a_cell_that_never_ran_and_a_machine_path(chapter):
     book = nbformat.read(chapter.learner, 4)
     code = [c for c in book.cells if c.cell_type == "code"]
-    code[3].outputs.append(nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=[]))
+    code[3].outputs.append(
+        nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=[])
+    )
     code[4].execution_count = None
     code[5].outputs.append(nbformat.v4.new_output("stream", text="saved to /home/reader/model.bin"))
     nbformat.write(book, chapter.learner)
@@ -98,13 +112,21 @@ def test_an_error_output_a_cell_that_never_ran_and_a_machine_path(chapter):
 
 def test_a_figure_without_alternative_text(chapter):
     book = nbformat.read(chapter.learner, 4)
-    figure = next(o for c in book.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {}))
+    figure = next(
+        o
+        for c in book.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    )
     figure.metadata.clear()
     nbformat.write(book, chapter.learner)
     assert any("without an alternative text" in c for c in shape.notebook_complaints(chapter))
 
 
-@pytest.mark.parametrize("part", ["Predict", "From scratch", "If yours shows no gain", "Myth", "Break it", "Exit quiz"])
+@pytest.mark.parametrize(
+    "part", ["Predict", "From scratch", "If yours shows no gain", "Myth", "Break it", "Exit quiz"]
+)
 def test_a_missing_part(chapter, part):
     text = chapter.text().replace(f"## {part}", "## Something else")
     chapter.source.write_text(text, encoding="utf-8")
@@ -119,7 +141,8 @@ def test_a_broken_claim_id_and_a_claim_without_a_verdict(chapter):
 
 
 @pytest.mark.parametrize(
-    "sentence", ["It is 3x faster.", "It saves 40% of the time.", "It takes 12 ms.", "The file has 4.5 MB."]
+    "sentence",
+    ["It is 3x faster.", "It saves 40% of the time.", "It takes 12 ms.", "The file has 4.5 MB."],
 )
 def test_a_number_in_prose_without_a_source(chapter, sentence):
     edit(chapter.source, "# ## Predict\n", f"# {sentence}\n#\n# ## Predict\n")
@@ -127,7 +150,8 @@ def test_a_number_in_prose_without_a_source(chapter, sentence):
 
 
 @pytest.mark.parametrize(
-    "sentence", ["It is 3x faster (Somebody 2019).", "It is `3x` faster.", "It is $3×$ faster.", "In 3 steps."]
+    "sentence",
+    ["It is 3x faster (Somebody 2019).", "It is `3x` faster.", "It is $3×$ faster.", "In 3 steps."],
 )
 def test_a_number_with_its_source_or_a_definition_is_none_of_them(chapter, sentence):
     edit(chapter.source, "# ## Predict\n", f"# {sentence}\n#\n# ## Predict\n")
@@ -136,8 +160,12 @@ def test_a_number_with_its_source_or_a_definition_is_none_of_them(chapter, sente
 
 def test_a_broken_link_and_a_registry(chapter):
     host = "https://files." + "python" + "hosted.org/x"
-    edit(chapter.source, "# ## Predict\n", f"# [a](../nowhere.md) and [b]({host})\n#\n# ## Predict\n")
-    assert [c for c in shape.source_complaints(chapter) if "nowhere.md" in c or "registry" in c].__len__() == 2
+    edit(
+        chapter.source, "# ## Predict\n", f"# [a](../nowhere.md) and [b]({host})\n#\n# ## Predict\n"
+    )
+    assert [
+        c for c in shape.source_complaints(chapter) if "nowhere.md" in c or "registry" in c
+    ].__len__() == 2
 
 
 def test_an_exercise_without_solution_hint_or_enough_wrong_answers(chapter):
@@ -158,11 +186,16 @@ def test_a_wrong_answer_made_right(run_cell):
 
 
 def test_a_changed_constant_in_a_check(run_cell, monkeypatch):
-    """The percentile of 01.A's check turned from 99 to 90: the suite's own test of the solution must fail."""
+    """The percentile of 01.A's check turned from 99 to 90: the suite's own test of the solution
+    must fail.
+    """
     text = (ROOT / "course_utils" / "checks" / "ch01.py").read_text()
     assert "np.percentile(latencies, 99," in text
     module = types.ModuleType("damaged")
-    exec(text.replace("np.percentile(latencies, 99,", "np.percentile(latencies, 90,"), module.__dict__)
+    exec(
+        text.replace("np.percentile(latencies, 99,", "np.percentile(latencies, 90,"),
+        module.__dict__,
+    )
     monkeypatch.setattr(exercises, "registry", lambda: {"01.A": module.p99})
     exercise = next(e for i, e in exercise_tests.ALL if i == "01.A")
     with pytest.raises(AssertionError, match="not yet right"):

@@ -1,4 +1,6 @@
-"""The chapter as a reader meets it: JupyterLab in a browser, a fresh kernel, all cells run, no error."""
+"""The chapter as a reader meets it: JupyterLab in a browser, a fresh kernel, all cells run, no
+error.
+"""
 
 import os
 import re
@@ -11,8 +13,13 @@ import time
 import pytest
 from conftest import CHAPTERS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-READY = "() => window.jupyterapp && window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+READY = (
+    "() => window.jupyterapp &&"
+    " window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+)
 RUN = """async () => {
   const app = window.jupyterapp;
   await app.commands.execute('editmenu:clear-all');
@@ -30,7 +37,9 @@ STATE = """() => {
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a copy of the notebook, in smoke, at a port of its own; ended whatever happens."""
+    """JupyterLab on a copy of the notebook, in smoke, at a port of its own; ended whatever
+    happens.
+    """
     chapter = CHAPTERS[0] if len(CHAPTERS) == 1 else next(c for c in CHAPTERS if c.number == "01")
     shutil.copy(chapter.learner, tmp_path)
     token = secrets.token_hex(16)
@@ -51,7 +60,9 @@ def lab(tmp_path):
     log = (tmp_path / "lab.log").open("w+")
     server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
     try:
-        yield f"{_address(tmp_path / 'lab.log', server)}/lab/tree/{chapter.learner.name}?token={token}"
+        yield (
+            f"{_address(tmp_path / 'lab.log', server)}/lab/tree/{chapter.learner.name}?token={token}"
+        )
     finally:
         server.terminate()
         try:
@@ -69,13 +80,16 @@ def _address(log, server) -> str:
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="package: no Chromium on this machine (Debian: apt install chromium)")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="package: no Chromium on this machine (Debian: apt install chromium)"
+)
 def test_the_chapter_runs_in_jupyterlab(lab):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
         )
         try:
             page = browser.new_page()
@@ -83,7 +97,11 @@ def test_the_chapter_runs_in_jupyterlab(lab):
             page.wait_for_function(READY, timeout=120_000)
             page.evaluate(RUN)
             end = time.monotonic() + 240
-            while (state := page.evaluate(STATE))["left"] and not state["errors"] and time.monotonic() < end:
+            while (
+                (state := page.evaluate(STATE))["left"]
+                and not state["errors"]
+                and time.monotonic() < end
+            ):
                 time.sleep(1)
         finally:
             browser.close()

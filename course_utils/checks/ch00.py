@@ -16,9 +16,14 @@ def speedup(answer: Probe, rng: np.random.Generator) -> None:
     for old, new, want in cases:
         got = answer(old, new)
         if not isinstance(got, int | float | np.number):
-            raise Wrong(f"speedup({old:.3g}, {new:.3g}) must be a number; you returned a {type(got).__name__}.")
+            raise Wrong(
+                f"speedup({old:.3g}, {new:.3g}) must be a number; you returned a"
+                f" {type(got).__name__}."
+            )
         if not math.isclose(got, want, rel_tol=1e-9):
-            raise Wrong(f"speedup({old:.3g}, {new:.3g}) is {got:.4g}; a right answer is {want:.4g}.")
+            raise Wrong(
+                f"speedup({old:.3g}, {new:.3g}) is {got:.4g}; a right answer is {want:.4g}."
+            )
     old, half = 10.0, answer(10.0, 5.0)
     if not math.isclose(answer(old, 2.5), half * half):
         raise Wrong("two steps that each halve the time must multiply: 2 times 2 is 4.")

@@ -12,21 +12,29 @@ from course_utils.exercises import Probe, Wrong, exercise, shown
 
 @exercise("03.A")
 def importance(answer: Probe, rng: np.random.Generator) -> None:
-    """Each number is what a finite difference says: how fast the loss moves when that channel fades out."""
+    """Each number is what a finite difference says: how fast the loss moves when that channel fades
+    out.
+    """
     for shape in [(2, 1, 1, 1), (4, 3, 3, 3), (5, 6)]:
         weight, grad = (torch.tensor(rng.normal(size=shape)) for _ in range(2))
         got = _vector(answer, weight, grad)
         for c in range(shape[0]):
             faded = weight.clone()
             faded[c] = 0
-            change = abs(float(((faded - weight) * grad).sum()))  # exact: this loss is linear in the weights
+            change = abs(
+                float(((faded - weight) * grad).sum())
+            )  # exact: this loss is linear in the weights
             if abs(float(got[c]) - change) > 1e-9:
                 raise Wrong(
-                    f"for weights of shape {shape} and a loss that is linear in them, removing output channel {c} changes the "
-                    f"loss by {change:.4f}; you returned {float(got[c]):.4f}."
+                    f"for weights of shape {shape} and a loss that is linear in them, removing"
+                    f" output channel {c} changes the loss by {change:.4f}; you returned"
+                    f" {float(got[c]):.4f}."
                 )
     weight = torch.tensor(rng.normal(size=(3, 2, 3, 3)), requires_grad=True)
-    x, target = torch.tensor(rng.normal(size=(4, 2, 6, 6))), torch.tensor(rng.normal(size=(4, 3, 4, 4)))
+    x, target = (
+        torch.tensor(rng.normal(size=(4, 2, 6, 6))),
+        torch.tensor(rng.normal(size=(4, 3, 4, 4))),
+    )
     F.mse_loss(F.conv2d(x, weight), target).backward()
     got = _vector(answer, weight.detach(), weight.grad)
     for c in range(3):
@@ -38,16 +46,22 @@ def importance(answer: Probe, rng: np.random.Generator) -> None:
         slope = abs(loss[0] - loss[1]) / 2e-5
         if abs(float(got[c]) - slope) > 1e-6 * max(1, slope):
             raise Wrong(
-                f"on a real convolution the loss moves by {slope:.5f} per unit of channel {c}'s scale; you returned {float(got[c]):.5f}."
+                f"on a real convolution the loss moves by {slope:.5f} per unit of channel {c}'s"
+                f" scale; you returned {float(got[c]):.5f}."
             )
 
 
 def _vector(answer: Probe, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     got = answer(weight, grad)
     if not isinstance(got, torch.Tensor) or tuple(got.shape) != (weight.shape[0],):
-        what = f"a tensor of shape {tuple(got.shape)}" if isinstance(got, torch.Tensor) else f"a {type(got).__name__}"
+        what = (
+            f"a tensor of shape {tuple(got.shape)}"
+            if isinstance(got, torch.Tensor)
+            else f"a {type(got).__name__}"
+        )
         raise Wrong(
-            f"for weights of shape {tuple(weight.shape)} a tensor of shape ({weight.shape[0]},) was expected; you returned {what}."
+            f"for weights of shape {tuple(weight.shape)} a tensor of shape ({weight.shape[0]},) was"
+            f" expected; you returned {what}."
         )
     if bool((got < 0).any()):
         raise Wrong(f"an importance must not be negative; you returned {got.tolist()}.")
@@ -56,7 +70,9 @@ def _vector(answer: Probe, weight: torch.Tensor, grad: torch.Tensor) -> torch.Te
 
 @exercise("03.B")
 def shrink(answer: Probe, rng: np.random.Generator) -> None:
-    """The smaller chain equals the mask after BatchNorm within 1e-10, with and without bias, strides and padding."""
+    """The smaller chain equals the mask after BatchNorm within 1e-10, with and without bias,
+    strides and padding.
+    """
     cases = [
         {"bias": False, "stride": 1, "padding": 1, "eps": 1e-5},
         {"bias": True, "stride": 1, "padding": 1, "eps": 1e-5},
@@ -65,7 +81,9 @@ def shrink(answer: Probe, rng: np.random.Generator) -> None:
     for case in cases:
         chain = _chain(rng, **case)
         width = chain[0].out_channels
-        keep = torch.tensor(np.sort(rng.choice(width, size=int(rng.integers(1, width)), replace=False)))
+        keep = torch.tensor(
+            np.sort(rng.choice(width, size=int(rng.integers(1, width)), replace=False))
+        )
         if int(keep[-1]) == len(keep) - 1:  # the first few channels would let a wrong slice pass
             keep = keep + 1
         got = answer(*chain, keep)
@@ -80,11 +98,15 @@ def shrink(answer: Probe, rng: np.random.Generator) -> None:
             small = got[2](F.relu(got[1](got[0](x))))
         if small.shape != wanted.shape:
             raise Wrong(
-                f"the output has shape {tuple(small.shape)}, the masked chain's {tuple(wanted.shape)}: {where}."
+                f"the output has shape {tuple(small.shape)}, the masked chain's"
+                f" {tuple(wanted.shape)}: {where}."
             )
         apart = float((small - wanted).abs().max())
         if not apart <= 1e-10:
-            raise Wrong(f"your chain and the masked one differ by {apart:.2g} (allowed: 1e-10, in fp64): {where}.")
+            raise Wrong(
+                f"your chain and the masked one differ by {apart:.2g} (allowed: 1e-10, in fp64):"
+                f" {where}."
+            )
 
 
 def _chain(
@@ -117,13 +139,18 @@ def _layers(got: object, chain: tuple, keep: torch.Tensor, where: str) -> None:
         "conv1's weight": (got[0].weight.shape, (n, *chain[0].weight.shape[1:])),
         "the BatchNorm's weight": (got[1].weight.shape, (n,)),
         "the BatchNorm's running_var": (got[1].running_var.shape, (n,)),
-        "conv2's weight": (got[2].weight.shape, (chain[2].weight.shape[0], n, *chain[2].weight.shape[2:])),
+        "conv2's weight": (
+            got[2].weight.shape,
+            (chain[2].weight.shape[0], n, *chain[2].weight.shape[2:]),
+        ),
     }
     for name, (has, needs) in wanted.items():
         if tuple(has) != tuple(needs):
             raise Wrong(f"{name} has shape {tuple(has)}, not {tuple(needs)}: {where}.")
     if any(g.training for g in got):
-        raise Wrong(f"the layers you were given are in eval mode, and yours are in train mode: {where}.")
+        raise Wrong(
+            f"the layers you were given are in eval mode, and yours are in train mode: {where}."
+        )
 
 
 @exercise("03.C")
@@ -134,7 +161,9 @@ def design(answer: Probe, rng: np.random.Generator) -> None:
     _one(answer, [[0, 1.0], [0, 2.0]], [[5, 4], [5, 4]], 7)  # impossible
     for _ in range(60):
         layers, options = int(rng.integers(1, 5)), int(rng.integers(2, 5))
-        drop = [[0.0, *np.sort(rng.integers(1, 80, options - 1) / 10).tolist()] for _ in range(layers)]
+        drop = [
+            [0.0, *np.sort(rng.integers(1, 80, options - 1) / 10).tolist()] for _ in range(layers)
+        ]
         cost = rng.integers(2, 20, (layers, options)).tolist()
         least, most = sum(min(row) for row in cost), sum(row[0] for row in cost)
         _one(answer, drop, cost, int(rng.integers(min(least, most) - 1, max(least, most) + 1)))
@@ -144,15 +173,25 @@ def _one(answer: Probe, drop: list[list[float]], cost: list[list[int]], budget: 
     given = f"design({shown(drop, cost, budget)})"
     got = answer(drop, cost, budget)
     combinations = itertools.product(*(range(len(row)) for row in drop))
-    possible = [c for c in combinations if sum(row[j] for row, j in zip(cost, c, strict=True)) <= budget]
+    possible = [
+        c for c in combinations if sum(row[j] for row, j in zip(cost, c, strict=True)) <= budget
+    ]
     if not possible:
         if got is not None:
-            raise Wrong(f"{given}: no combination costs {budget} or less, so None was expected; you returned {got}.")
+            raise Wrong(
+                f"{given}: no combination costs {budget} or less, so None was expected; you"
+                f" returned {got}."
+            )
         return
     if got is None:
         raise Wrong(f"{given}: you returned None, and {list(possible[0])} is within the budget.")
-    if len(got) != len(drop) or any(int(j) != j or not 0 <= j < len(row) for j, row in zip(got, drop, strict=False)):
-        raise Wrong(f"{given}: one option a layer was expected, as a list of {len(drop)} indices; you returned {got}.")
+    if len(got) != len(drop) or any(
+        int(j) != j or not 0 <= j < len(row) for j, row in zip(got, drop, strict=False)
+    ):
+        raise Wrong(
+            f"{given}: one option a layer was expected, as a list of {len(drop)} indices; you"
+            f" returned {got}."
+        )
     spent = sum(row[int(j)] for row, j in zip(cost, got, strict=True))
     if spent > budget:
         raise Wrong(f"{given}: {list(got)} costs {spent}, more than the budget of {budget}.")
@@ -161,5 +200,6 @@ def _one(answer: Probe, drop: list[list[float]], cost: list[list[int]], budget: 
     least = sum(row[j] for row, j in zip(drop, best, strict=True))
     if lost > least + 1e-9:
         raise Wrong(
-            f"{given}: {list(got)} loses {lost:.1f} points; within the same budget one can lose only {least:.1f}."
+            f"{given}: {list(got)} loses {lost:.1f} points; within the same budget one can lose"
+            f" only {least:.1f}."
         )

@@ -13,23 +13,38 @@ from course_utils.exercises import Probe, Wrong, exercise
 
 @exercise("04.A")
 def soften(answer: Probe, rng: np.random.Generator) -> None:
-    """Probabilities over the last dimension, at any temperature, for logits of any size and shape."""
+    """Probabilities over the last dimension, at any temperature, for logits of any size and
+    shape.
+    """
     cases = [([0.0, 0.0], 3.0), ([2.0, 0.0], 2.0), ([1.0, 0.0, -1.0], 1.0), ([1000.0, 0.0], 2.0)]
-    cases += [(rng.normal(0, 4, shape).tolist(), float(rng.uniform(0.3, 20))) for shape in ((5, 3), (3, 3), (2, 4, 3))]
+    cases += [
+        (rng.normal(0, 4, shape).tolist(), float(rng.uniform(0.3, 20)))
+        for shape in ((5, 3), (3, 3), (2, 4, 3))
+    ]
     for values, T in cases:
         logits = torch.tensor(values)
-        where = f"logits {values if logits.numel() < 5 else f'of shape {tuple(logits.shape)}'} and T = {T:.3g}"
+        where = (
+            f"logits {values if logits.numel() < 5 else f'of shape {tuple(logits.shape)}'} and T ="
+            f" {T:.3g}"
+        )
         got = answer(logits, T)
         if not isinstance(got, torch.Tensor) or got.shape != logits.shape:
-            raise Wrong(f"{where}: a tensor of shape {tuple(logits.shape)} was expected; you returned {_what(got)}.")
+            raise Wrong(
+                f"{where}: a tensor of shape {tuple(logits.shape)} was expected; you returned"
+                f" {_what(got)}."
+            )
         if not torch.isfinite(got).all():
-            raise Wrong(f"{where}: {got.flatten()[0]} came out. An exponential of a large number overflows.")
+            raise Wrong(
+                f"{where}: {got.flatten()[0]} came out. An exponential of a large number overflows."
+            )
         total = got.sum(-1)
         if not torch.allclose(total, torch.ones_like(total), atol=1e-4):
             raise Wrong(
-                f"{where}: over the last dimension your probabilities add up to {float(total.flatten()[0]):.4g}, not 1."
+                f"{where}: over the last dimension your probabilities add up to"
+                f" {float(total.flatten()[0]):.4g}, not 1."
             )
-        # log(p_a / p_b) = (z_a − z_b) / T: a property of the softened probabilities, free of the softmax's formula
+        # log(p_a / p_b) = (z_a − z_b) / T: a property of the softened probabilities, free of the
+        # softmax's formula
         apart, due = (
             (got[..., :1].double() / got[..., 1:].double()).log(),
             (logits[..., :1] - logits[..., 1:]).double() / T,
@@ -37,12 +52,20 @@ def soften(answer: Probe, rng: np.random.Generator) -> None:
         known = torch.isfinite(apart) & (due.abs() < 60)
         if not torch.allclose(apart[known], due[known], atol=1e-3, rtol=1e-3):
             worst = int((apart - due)[known].abs().argmax())
-            raise Wrong(f"{where}: the log of the ratio of two probabilities is {float(apart[known][worst]):.4g}; their logits lie "
-                        f"{float(due[known][worst]) * T:.4g} apart, and divided by T that is {float(due[known][worst]):.4g}.")  # fmt: skip
+            raise Wrong(
+                f"{where}: the log of the ratio of two probabilities is"
+                f" {float(apart[known][worst]):.4g}; their logits lie"
+                f" {float(due[known][worst]) * T:.4g} apart, and divided by T that is"
+                f" {float(due[known][worst]):.4g}."
+            )
 
 
 def _what(value: object) -> str:
-    return f"one of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+    return (
+        f"one of shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else repr(value)[:80]
+    )
 
 
 def _by_hand(student: list, teacher: list, labels: list, T: float, alpha: float) -> float:
@@ -63,8 +86,13 @@ def _log_softmax(row: list, T: float) -> list:
 
 @exercise("04.B")
 def kd_loss(answer: Probe, rng: np.random.Generator) -> None:
-    """The loss to five digits, finite for a teacher that is sure, and no gradient into the teacher."""
-    cases = [([[1.0, 2.0]], [[1.0, 2.0]], [0], 4.0, 1.0), ([[0.0, 0.0]], [[2.0, 0.0]], [0], 2.0, 1.0)]
+    """The loss to five digits, finite for a teacher that is sure, and no gradient into the
+    teacher.
+    """
+    cases = [
+        ([[1.0, 2.0]], [[1.0, 2.0]], [0], 4.0, 1.0),
+        ([[0.0, 0.0]], [[2.0, 0.0]], [0], 2.0, 1.0),
+    ]
     cases += [
         ([[0.0, 0.0]], [[2.0, 0.0]], [1], 2.0, 0.0),
         ([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [3.0, 0.0]], [0, 1], 1.0, 0.5),
@@ -73,20 +101,32 @@ def kd_loss(answer: Probe, rng: np.random.Generator) -> None:
         batch, classes = int(rng.integers(1, 7)), int(rng.integers(2, 6))
         z, v = rng.normal(0, 2, (2, batch, classes)).round(2).tolist()
         cases.append(
-            (z, v, rng.integers(0, classes, batch).tolist(), float(rng.uniform(1, 8)), float(rng.uniform(0.1, 1)))
+            (
+                z,
+                v,
+                rng.integers(0, classes, batch).tolist(),
+                float(rng.uniform(1, 8)),
+                float(rng.uniform(0.1, 1)),
+            )
         )
     cases.append(([[0.0, 1.0]], [[1000.0, 0.0]], [0], 2.0, 0.9))
     for z, v, y, T, alpha in cases:
         where = f"student {z}, teacher {v}, labels {y}, T = {T:.3g}, alpha = {alpha:.3g}"
         got = answer(torch.tensor(z), torch.tensor(v), torch.tensor(y), T, alpha)
-        if not isinstance(got, torch.Tensor | float) or (isinstance(got, torch.Tensor) and got.numel() != 1):
+        if not isinstance(got, torch.Tensor | float) or (
+            isinstance(got, torch.Tensor) and got.numel() != 1
+        ):
             raise Wrong(f"{where}: one number was expected; you returned {_what(got)}.")
         got, due = float(got), _by_hand(z, v, y, T, alpha)
         if not math.isfinite(got):
-            raise Wrong(f"{where}: your loss is {got}; it should be {due:.5g}. What is 0 times the logarithm of 0?")
+            raise Wrong(
+                f"{where}: your loss is {got}; it should be {due:.5g}. What is 0 times the"
+                " logarithm of 0?"
+            )
         if abs(got - due) > 1e-4 * max(1, abs(due)):
             raise Wrong(
-                f"{where}: your loss is {got:.5g}; image by image it comes to {due:.5g}.{_guess(z, v, T, alpha, got, due)}"
+                f"{where}: your loss is {got:.5g}; image by image it comes to"
+                f" {due:.5g}.{_guess(z, v, T, alpha, got, due)}"
             )
     _graph(answer)
 
@@ -112,7 +152,9 @@ def _graph(answer: Probe) -> None:
     if student.grad is None or not bool(student.grad.abs().sum() > 0):
         raise Wrong("no gradient reaches the student.")
     if teacher.grad is not None and bool(teacher.grad.abs().sum() > 0):
-        raise Wrong("a gradient reaches the teacher: it would learn to please its student. Detach it.")
+        raise Wrong(
+            "a gradient reaches the teacher: it would learn to please its student. Detach it."
+        )
 
 
 NEEDED = 0.75
@@ -128,7 +170,9 @@ def distil(answer: Probe, rng: np.random.Generator) -> None:
     noisy[wrong] = torch.from_numpy(rng.integers(0, 10, int(wrong.sum())))
     teacher = training.predict(models.baseline(), pixels[chosen]).clone()
     unseen, truth = (t[:1000] for t in data.fashion_mnist("validation"))
-    with benchmark.set_torch_threads(1):  # a second thread that waits for a busy core makes steps erratic
+    with benchmark.set_torch_threads(
+        1
+    ):  # a second thread that waits for a busy core makes steps erratic
         smallest = measure.parameters(models.mini_resnet(6, seed=0))
         for budget in (smallest + int(rng.integers(0, 500)), int(rng.integers(21_000, 25_000))):
             net = answer(x, noisy, teacher, budget)
@@ -138,16 +182,21 @@ def distil(answer: Probe, rng: np.random.Generator) -> None:
             if size > budget:
                 raise Wrong(f"with a budget of {budget} parameters yours has {size}.")
             if any(m.training for m in net.modules()):
-                raise Wrong("the network came back in train mode: an image's answer would depend on its neighbours.")
+                raise Wrong(
+                    "the network came back in train mode: an image's answer would depend on its"
+                    " neighbours."
+                )
             logits = training.predict(net, unseen)
             if logits.shape != (1000, 10):
                 raise Wrong(
-                    f"logits of shape (1000, 10) were expected for 1000 images; yours gives {tuple(logits.shape)}."
+                    "logits of shape (1000, 10) were expected for 1000 images; yours gives"
+                    f" {tuple(logits.shape)}."
                 )
             reached = float((logits.argmax(1) == truth).float().mean())
             if reached < NEEDED:
                 alike = float(teacher.argmax(1).eq(noisy).float().mean())
                 raise Wrong(
-                    f"with a budget of {budget} parameters yours gets {reached:.1%} of unseen images right; {NEEDED:.0%} are "
-                    f"within reach. The teacher agrees with {alike:.0%} of the labels you got: whom do you follow?"
+                    f"with a budget of {budget} parameters yours gets {reached:.1%} of unseen"
+                    f" images right; {NEEDED:.0%} are within reach. The teacher agrees with"
+                    f" {alike:.0%} of the labels you got: whom do you follow?"
                 )

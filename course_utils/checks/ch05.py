@@ -21,14 +21,18 @@ def onnx_reference(operator: str, *inputs: np.ndarray) -> list[np.ndarray]:
         for n, a in zip(names, inputs, strict=True)
     ]
     results = [helper.make_tensor_value_info(n, 1, None) for n in outputs]
-    graph = helper.make_graph([helper.make_node(operator, names, outputs)], operator, values, results)
+    graph = helper.make_graph(
+        [helper.make_node(operator, names, outputs)], operator, values, results
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
 
 
 @exercise("05.A")
 def scale_and_zero_point(answer: Probe, rng: np.random.Generator) -> None:
-    """Zero has a code, both ends come back within half a step, and uint8 agrees with ONNX's DynamicQuantizeLinear."""
+    """Zero has a code, both ends come back within half a step, and uint8 agrees with ONNX's
+    DynamicQuantizeLinear.
+    """
     cases = [
         (-1.0, 3.0, -128, 127),
         (0.5, 1.0, 0, 255),
@@ -45,17 +49,26 @@ def scale_and_zero_point(answer: Probe, rng: np.random.Generator) -> None:
         given = f"for {shown(low, high, qmin, qmax)}"
         scale, zero = _pair(answer(low, high, qmin, qmax), given)
         if isinstance(zero, bool) or not isinstance(zero, int):
-            raise Wrong(f"zero_point must be an int, a code; {given} it is {zero!r} ({type(zero).__name__}).")
+            raise Wrong(
+                f"zero_point must be an int, a code; {given} it is {zero!r}"
+                f" ({type(zero).__name__})."
+            )
         if not (isinstance(scale, float) and math.isfinite(scale) and scale > 0):
             raise Wrong(f"scale must be a positive float; {given} it is {scale!r}.")
         if not qmin <= zero <= qmax:
-            raise Wrong(f"zero_point must be a code between {qmin} and {qmax}; {given} it is {zero}.")
+            raise Wrong(
+                f"zero_point must be a code between {qmin} and {qmax}; {given} it is {zero}."
+            )
         for name, end in (("low", min(low, 0.0)), ("high", max(high, 0.0))):
             back = scale * (min(max(round(end / scale) + zero, qmin), qmax) - zero)
-            # Both ends, after both roundings: half a step for the zero-point, a little slack for the float.
+            # Both ends, after both roundings: half a step for the zero-point, a little slack for
+            # the float.
             if abs(back - end) > scale * 0.5001:
-                raise Wrong(f"{given} the {name} end {end:.4g} comes back as {back:.4g}, off by {abs(back - end) / scale:.2f} steps; "
-                            f"you returned scale {scale:.4g}, zero_point {zero}.")  # fmt: skip
+                raise Wrong(
+                    f"{given} the {name} end {end:.4g} comes back as {back:.4g}, off by"
+                    f" {abs(back - end) / scale:.2f} steps; you returned scale {scale:.4g},"
+                    f" zero_point {zero}."
+                )
     x = rng.normal(size=20).astype(np.float32)
     _, their_scale, their_zero = onnx_reference("DynamicQuantizeLinear", x)
     low, high = float(x.min()), float(x.max())
@@ -64,13 +77,17 @@ def scale_and_zero_point(answer: Probe, rng: np.random.Generator) -> None:
     if abs(steps % 1 - 0.5) > 1e-3 and (
         zero != int(their_zero) or not math.isclose(scale, float(their_scale), rel_tol=1e-5)
     ):
-        raise Wrong(f"for {shown(low, high, 0, 255)} ONNX's DynamicQuantizeLinear has {float(their_scale):.6g} and {int(their_zero)}; "
-                    f"you have {scale:.6g} and {zero}.")  # fmt: skip
+        raise Wrong(
+            f"for {shown(low, high, 0, 255)} ONNX's DynamicQuantizeLinear has"
+            f" {float(their_scale):.6g} and {int(their_zero)}; you have {scale:.6g} and {zero}."
+        )
 
 
 def _pair(value: object, given: str) -> tuple:
     if not (isinstance(value, tuple | list) and len(value) == 2):
-        raise Wrong(f"two things were expected, as a tuple; {given} your function returned {shown(value)}.")
+        raise Wrong(
+            f"two things were expected, as a tuple; {given} your function returned {shown(value)}."
+        )
     return tuple(value)
 
 
@@ -82,7 +99,8 @@ class _IntegersOnly(TorchDispatchMode):
         for t in out if isinstance(out, tuple | list) else [out]:
             if isinstance(t, torch.Tensor) and t.is_floating_point():
                 raise Wrong(
-                    f"a floating-point tensor ({t.dtype}) appeared in {func.__name__.split('.')[0]}: this layer must use integers only."
+                    f"a floating-point tensor ({t.dtype}) appeared in"
+                    f" {func.__name__.split('.')[0]}: this layer must use integers only."
                 )
         return out
 
@@ -99,24 +117,37 @@ def _layer(answer: Probe, given: str, **inputs) -> tuple[torch.Tensor, torch.Ten
     n, m = inputs["qx"].shape[0], inputs["qw"].shape[1]
     for name, t, dtype in (("accumulator", acc, torch.int32), ("y", y, torch.uint8)):
         if not isinstance(t, torch.Tensor) or t.dtype != dtype or t.shape != (n, m):
-            what = f"{t.dtype}, {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+            what = (
+                f"{t.dtype}, {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+            )
             raise Wrong(f"{name} must be {dtype} of shape ({n}, {m}); {given} it is {what}.")
     return acc, y
 
 
 @exercise("05.B")
 def int8_linear(answer: Probe, rng: np.random.Generator) -> None:
-    """Integers only; the accumulators equal ONNX's MatMulInteger, the codes are within 1 of its QLinearMatMul."""
+    """Integers only; the accumulators equal ONNX's MatMulInteger, the codes are within 1 of its
+    QLinearMatMul.
+    """
     t = torch.tensor
     small = {
-        "qx": t([[130, 120]], dtype=torch.uint8), "zx": 128, "qw": t([[3], [-4]], dtype=torch.int8), "zw": t([1], dtype=torch.int32),
-        "bias": t([5], dtype=torch.int32), "m0": t([2**30]), "shift": t([31]), "zy": 10,
-    }  # fmt: skip
+        "qx": t([[130, 120]], dtype=torch.uint8),
+        "zx": 128,
+        "qw": t([[3], [-4]], dtype=torch.int8),
+        "zw": t([1], dtype=torch.int32),
+        "bias": t([5], dtype=torch.int32),
+        "m0": t([2**30]),
+        "shift": t([31]),
+        "zy": 10,
+    }
     acc, y = _layer(answer, "in the example of the text", **small)
     if int(acc) != 49:
         raise Wrong(f"in the example of the text the accumulator is 49; yours is {int(acc)}.")
     if int(y) != 35:
-        raise Wrong(f"in the example of the text y is 35 (49 / 2 = 24.5, rounded up, plus 10); yours is {int(y)}.")
+        raise Wrong(
+            "in the example of the text y is 35 (49 / 2 = 24.5, rounded up, plus 10); yours is"
+            f" {int(y)}."
+        )
     for n, k, m in ((1, 1, 1), (5, 3, 2), (17, 64, 9), (3, 4096, 4)):
         _random_layer(answer, rng, n, k, m)
 
@@ -134,9 +165,18 @@ def _random_layer(answer: Probe, rng: np.random.Generator, n: int, k: int, m: in
     sx, sy = np.float32(0.02), np.float32(0.05)
     sw = (rng.uniform(150, 600, m) / spread * sy / sx).astype(np.float32)
     m0, shift = _fixed_point(sx.astype(float) * sw / sy)
-    given = f"for random codes of shapes ({n}, {k}) and ({k}, {m}), zx={zx}, zw={zw.tolist()}, zy={zy}"
-    common = {"qx": torch.from_numpy(qx), "zx": zx, "qw": torch.from_numpy(qw), "zw": torch.from_numpy(zw.astype(np.int32)),
-              "m0": m0, "shift": shift, "zy": zy}  # fmt: skip
+    given = (
+        f"for random codes of shapes ({n}, {k}) and ({k}, {m}), zx={zx}, zw={zw.tolist()}, zy={zy}"
+    )
+    common = {
+        "qx": torch.from_numpy(qx),
+        "zx": zx,
+        "qw": torch.from_numpy(qw),
+        "zw": torch.from_numpy(zw.astype(np.int32)),
+        "m0": m0,
+        "shift": shift,
+        "zy": zy,
+    }
 
     acc, y = _layer(answer, given, bias=torch.zeros(m, dtype=torch.int32), **common)
     reference = onnx_reference("MatMulInteger", qx, qw, np.array(zx, np.uint8), zw)[0]
@@ -147,17 +187,32 @@ def _random_layer(answer: Probe, rng: np.random.Generator, n: int, k: int, m: in
             f"at [{i}, {j}] it has {reference[i, j]}, you have {int(acc[i, j])}."
         )
     theirs = onnx_reference(
-        "QLinearMatMul", qx, np.array(sx), np.array(zx, np.uint8), qw, sw, zw, np.array(sy), np.array(zy, np.uint8)
+        "QLinearMatMul",
+        qx,
+        np.array(sx),
+        np.array(zx, np.uint8),
+        qw,
+        sw,
+        zw,
+        np.array(sy),
+        np.array(zy, np.uint8),
     )[0]
     _codes(y.numpy(), theirs, given + ", without bias,", "QLinearMatMul")
 
     bias = rng.integers(-int(spread) // 2 - 3, int(spread) // 2 + 3, m).astype(np.int32)
     acc, y = _layer(answer, given, bias=torch.from_numpy(bias), **common)
     if not np.array_equal(acc.numpy(), reference + bias):
-        raise Wrong(f"{given} a bias of {bias.tolist()} must be added to the accumulators; that is not what came out.")
-    wide = (reference + bias).astype(object) * m0.numpy().astype(object)  # Python's integers: no overflow
+        raise Wrong(
+            f"{given} a bias of {bias.tolist()} must be added to the accumulators; that is not what"
+            " came out."
+        )
+    wide = (reference + bias).astype(object) * m0.numpy().astype(
+        object
+    )  # Python's integers: no overflow
     halves = np.array([1 << (int(s) - 1) for s in shift], dtype=object)
-    exact_codes = np.vectorize(lambda v: min(max(v, 0), 255), otypes=[np.int64])((wide + halves) // (2 * halves) + zy)
+    exact_codes = np.vectorize(lambda v: min(max(v, 0), 255), otypes=[np.int64])(
+        (wide + halves) // (2 * halves) + zy
+    )
     _codes(y.numpy(), exact_codes, given + ", with a bias,", "exact rounding", allowed=0)
 
 
@@ -168,13 +223,16 @@ def _codes(ours: np.ndarray, theirs: np.ndarray, given: str, judge: str, allowed
         raise Wrong(f"{given} y[{i}, {j}] is {ours[i, j]} and {judge} gives {theirs[i, j]}.")
     if (apart > 0).sum() > max(1, 0.02 * apart.size):
         raise Wrong(
-            f"{given} {(apart > 0).sum()} of {apart.size} codes are one off from {judge}: too many for ties. Do you round to the nearest?"
+            f"{given} {(apart > 0).sum()} of {apart.size} codes are one off from {judge}: too many"
+            " for ties. Do you round to the nearest?"
         )
 
 
 @exercise("05.C")
 def choose_clip(answer: Probe, rng: np.random.Generator) -> None:
-    """Within 5% of the best squared error for light and heavy tails, with at most 40 looks at the error."""
+    """Within 5% of the best squared error for light and heavy tails, with at most 40 looks at the
+    error.
+    """
     n = 20_000
     tails = [
         ("all zeros", np.zeros(50), 8),
@@ -196,21 +254,29 @@ def choose_clip(answer: Probe, rng: np.random.Generator) -> None:
             calls += 1
             return error(clip)
 
-        # The function itself counts: Probe hands over copies, and a copied function is the same function.
+        # The function itself counts: Probe hands over copies, and a copied function is the same
+        # function.
         clip = answer(x, bits, counted)
         given = f"for {name} in {bits} bits"
         if calls > 40:
             raise Wrong(f"{given} error was called {calls} times; the budget is 40.")
-        if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip <= 0:
+        if (
+            isinstance(clip, bool)
+            or not isinstance(clip, int | float)
+            or not math.isfinite(clip)
+            or clip <= 0
+        ):
             raise Wrong(f"{given} a positive float was expected; you returned {shown(clip)}.")
         top = float(x.abs().max())
         if top == 0:
             continue
         best_clip = min(np.geomspace(top / 100, top * 1.02, 240), key=error)
         if error(clip) > 1.05 * error(best_clip):
-            raise Wrong(f"{given} your clip {clip:.4g} has the squared error {error(clip):.3g}; "
+            raise Wrong(
+                f"{given} your clip {clip:.4g} has the squared error {error(clip):.3g}; "
                 f"{best_clip:.4g} would have {error(best_clip):.3g}. "
-                        f"The largest size is {top:.4g}.")  # fmt: skip
+                f"The largest size is {top:.4g}."
+            )
 
 
 def _squared_error(x: torch.Tensor, clip: float, bits: int) -> float:

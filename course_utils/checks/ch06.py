@@ -23,17 +23,23 @@ def worst_layer(answer: Probe, rng: np.random.Generator) -> None:
 
         def evaluate(layers: set, loss: dict = loss, asked: list = asked) -> float:
             if not isinstance(layers, set | frozenset | list | tuple):
-                raise Wrong(f"evaluate takes a set of layer names; you gave it a {type(layers).__name__}.")
+                raise Wrong(
+                    f"evaluate takes a set of layer names; you gave it a {type(layers).__name__}."
+                )
             asked.append(set(layers))
             return 0.6 - sum(loss[name] for name in layers)
 
         got, want = answer(evaluate, list(names)), max(names, key=lambda n: loss[n])
         if got != want:
             raise Wrong(
-                f"accuracy lost by quantizing one layer alone: {_show(loss)}. The worst is {want!r}; you returned {got!r}."
+                f"accuracy lost by quantizing one layer alone: {_show(loss)}. The worst is"
+                f" {want!r}; you returned {got!r}."
             )
         if any(len(layers) > 1 for layers in asked):
-            raise Wrong(f"you quantized {max(asked, key=len)} at once: then nobody knows whose fault the loss is.")
+            raise Wrong(
+                f"you quantized {max(asked, key=len)} at once: then nobody knows whose fault the"
+                " loss is."
+            )
 
 
 def _show(loss: dict) -> str:
@@ -49,7 +55,9 @@ def straight_through(answer: Probe, rng: np.random.Generator) -> None:
     for low, high, spread in ((-8, 7, 0.3), (-128, 127, 1.0), (-2, 1, 4.0)):
         scale = float(rng.uniform(0.05, 0.3))
         w = torch.from_numpy(rng.normal(0, spread, 400)).float()
-        w = w[(w / scale - torch.floor(w / scale) - 0.5).abs() > 1e-3]  # no ties: conventions differ there
+        w = w[
+            (w / scale - torch.floor(w / scale) - 0.5).abs() > 1e-3
+        ]  # no ties: conventions differ there
         weights = torch.from_numpy(rng.normal(0, 1, len(w))).float()
         ours, theirs = w.clone().requires_grad_(), w.clone().requires_grad_()
         try:
@@ -62,7 +70,8 @@ def straight_through(answer: Probe, rng: np.random.Generator) -> None:
         if not torch.allclose(value, wanted, atol=1e-5):
             i = int((value - wanted).abs().argmax())
             raise Wrong(
-                f"with scale {scale:.3f} and integers {low} … {high}, {w[i]:.3f} becomes {value[i]:.3f}; torch gives {wanted[i]:.3f}."
+                f"with scale {scale:.3f} and integers {low} … {high}, {w[i]:.3f} becomes"
+                f" {value[i]:.3f}; torch gives {wanted[i]:.3f}."
             )
         _compare_gradients(value, wanted, ours, theirs, weights, (scale, low, high))
 
@@ -80,20 +89,23 @@ def _compare_gradients(
         (value * weights).sum().backward()
     except Exception as error:
         raise Wrong(
-            f"backward raised {type(error).__name__}: {error}\nIt returns one gradient for each input of forward."
+            f"backward raised {type(error).__name__}: {error}\nIt returns one gradient for each"
+            " input of forward."
         ) from error
     (wanted * weights).sum().backward()
     if ours.grad is None or not ours.grad.abs().any():
         raise Wrong(
-            "the gradient is zero everywhere: rounding is flat, and training would never move. Pass the gradient straight on."
+            "the gradient is zero everywhere: rounding is flat, and training would never move. Pass"
+            " the gradient straight on."
         )
     if not torch.allclose(ours.grad, theirs.grad, atol=1e-6):
         i = int((ours.grad - theirs.grad).abs().argmax())
         w = float(ours.detach()[i])
         where = "inside" if low <= round(w / scale) <= high else "outside"
         raise Wrong(
-            f"for w = {w:.3f}, {where} the range {low * scale:.2f} … {high * scale:.2f}, the gradient that arrives is "
-            f"{weights[i]:.3f}; you passed on {ours.grad[i]:.3f}, and {theirs.grad[i]:.3f} is right."
+            f"for w = {w:.3f}, {where} the range {low * scale:.2f} … {high * scale:.2f}, the"
+            f" gradient that arrives is {weights[i]:.3f}; you passed on {ours.grad[i]:.3f}, and"
+            f" {theirs.grad[i]:.3f} is right."
         )
 
 
@@ -127,21 +139,37 @@ def _judge_bits(got: object, weights: dict, hurt: dict, floor: float, calls: int
     def reached(bits: dict) -> float:
         return 0.9 - sum(hurt[n, b] for n, b in bits.items())
 
-    choices = [dict(zip(weights, combo, strict=True)) for combo in itertools.product(BITS, repeat=len(weights))]
+    choices = [
+        dict(zip(weights, combo, strict=True))
+        for combo in itertools.product(BITS, repeat=len(weights))
+    ]
     valid = [c for c in choices if reached(c) >= floor]
     if not valid:
         if got is not None:
             raise Wrong(
-                f"even 8 bits everywhere give 0.9 where the floor is {floor}; None is due, and you returned {got!r}."
+                f"even 8 bits everywhere give 0.9 where the floor is {floor}; None is due, and you"
+                f" returned {got!r}."
             )
         return
-    if not isinstance(got, dict) or got.keys() != weights.keys() or not set(got.values()) <= set(BITS):
-        raise Wrong(f"a dict from every layer to 2, 3, 4 or 8 bits was expected; you returned {got!r}.")
+    if (
+        not isinstance(got, dict)
+        or got.keys() != weights.keys()
+        or not set(got.values()) <= set(BITS)
+    ):
+        raise Wrong(
+            f"a dict from every layer to 2, 3, 4 or 8 bits was expected; you returned {got!r}."
+        )
     if reached(got) < floor:
         raise Wrong(f"your choice {got} reaches {reached(got):.3f}, below the floor of {floor}.")
     best = min(map(size, valid))
     if size(got) > 1.1 * best:
-        raise Wrong(f"your choice {got} takes {size(got) / 8e3:.1f} kB; {best / 8e3:.1f} kB are possible above the floor, "
-                    "and up to a tenth more would pass. Which layer saves most for the accuracy it costs?")  # fmt: skip
+        raise Wrong(
+            f"your choice {got} takes {size(got) / 8e3:.1f} kB; {best / 8e3:.1f} kB are possible"
+            " above the floor, and up to a tenth more would pass. Which layer saves most for the"
+            " accuracy it costs?"
+        )
     if calls > 250:
-        raise Wrong(f"you evaluated {calls} choices; 250 are allowed. On a real network each one costs a second.")
+        raise Wrong(
+            f"you evaluated {calls} choices; 250 are allowed. On a real network each one costs a"
+            " second."
+        )

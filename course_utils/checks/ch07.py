@@ -13,7 +13,14 @@ from course_utils.exercises import Probe, Wrong, exercise
 @exercise("07.A")
 def ruler(answer: Probe, rng: np.random.Generator) -> None:
     """Compared with every number of a format, written down one by one."""
-    cases = [(1.0, 5, 10), (3.0, 8, 7), (1.75, 5, 10), (2.0**-15, 5, 10), (2.0**-24, 5, 10), (0.75, 3, 2)]
+    cases = [
+        (1.0, 5, 10),
+        (3.0, 8, 7),
+        (1.75, 5, 10),
+        (2.0**-15, 5, 10),
+        (2.0**-24, 5, 10),
+        (0.75, 3, 2),
+    ]
     for _ in range(60):
         e, m = int(rng.integers(2, 7)), int(rng.integers(1, 6))
         numbers = _numbers(e, m)
@@ -26,20 +33,27 @@ def ruler(answer: Probe, rng: np.random.Generator) -> None:
             raise Wrong(f"two numbers were expected, (smallest normal, ulp); you returned {got!r}.")
         numbers = _numbers(e, m)
         i = int(np.searchsorted(numbers, x, side="right"))
-        normal = next(n for k, n in enumerate(numbers) if k >= 2**m)  # after zero and 2^m − 1 subnormals
+        normal = next(
+            n for k, n in enumerate(numbers) if k >= 2**m
+        )  # after zero and 2^m − 1 subnormals
         if got[0] != normal:
             raise Wrong(
-                f"{e} exponent and {m} mantissa bits: the smallest normal number is {normal:g}, not {got[0]:g}."
+                f"{e} exponent and {m} mantissa bits: the smallest normal number is {normal:g}, not"
+                f" {got[0]:g}."
             )
         want = numbers[i] - numbers[i - 1]
         if got[1] != want:
             kind = "subnormal" if x < normal else "normal"
-            raise Wrong(f"x = {x:g} ({kind}) with {e} exponent and {m} mantissa bits lies between {numbers[i - 1]:g} and "
-                        f"{numbers[i]:g}: the distance is {want:g}, not {got[1]:g}.")  # fmt: skip
+            raise Wrong(
+                f"x = {x:g} ({kind}) with {e} exponent and {m} mantissa bits lies between"
+                f" {numbers[i - 1]:g} and {numbers[i]:g}: the distance is {want:g}, not {got[1]:g}."
+            )
 
 
 def _numbers(e: int, m: int) -> np.ndarray:
-    """All non-negative finite numbers of the format, ascending: from each exponent's and mantissa's integers."""
+    """All non-negative finite numbers of the format, ascending: from each exponent's and mantissa's
+    integers.
+    """
     bias, steps = 2 ** (e - 1) - 1, np.arange(2**m) / 2.0**m
     octaves = [(1 + steps) * 2.0 ** (k - bias) for k in range(1, 2**e - 1)]
     return np.concatenate([steps * 2.0 ** (1 - bias), *octaves])
@@ -47,7 +61,9 @@ def _numbers(e: int, m: int) -> np.ndarray:
 
 @exercise("07.B")
 def my_scaler(answer: Probe, rng: np.random.Generator) -> None:
-    """Step for step what torch.amp.GradScaler does: the same scales, the same skips, the same weights."""
+    """Step for step what torch.amp.GradScaler does: the same scales, the same skips, the same
+    weights.
+    """
     cls = answer.answer
     if not isinstance(cls, type):
         raise Wrong("a class was expected.")
@@ -55,22 +71,44 @@ def my_scaler(answer: Probe, rng: np.random.Generator) -> None:
     one_bad = [("good", "good", False), ("inf", "good", False), *plain]
     _follow(cls, rng, 2, plain, "two optimizers, every gradient finite")
     _follow(cls, rng, 2, one_bad, "an infinity in the first of two optimizers' gradients")
-    _follow(cls, rng, 2, [("nan", "good", False), *plain], "a NaN in the first optimizer's gradients")
+    _follow(
+        cls, rng, 2, [("nan", "good", False), *plain], "a NaN in the first optimizer's gradients"
+    )
     _follow(cls, rng, 3, [("good", "good", True)] * 4, "unscale and clip before step")
-    _follow(cls, rng, 3, [("inf", "good", True), ("good", "nan", True), *plain], "an infinity, then a clip")
-    _follow(cls, rng, 1, [("none", "good", False), ("good", "inf", False)], "a gradient that is None")
+    _follow(
+        cls,
+        rng,
+        3,
+        [("inf", "good", True), ("good", "nan", True), *plain],
+        "an infinity, then a clip",
+    )
+    _follow(
+        cls, rng, 1, [("none", "good", False), ("good", "inf", False)], "a gradient that is None"
+    )
     kinds = ["good"] * 5 + ["inf", "nan", "none"]
     for _ in range(6):
-        plan = [(str(rng.choice(kinds)), str(rng.choice(kinds)), bool(rng.random() < 0.4)) for _ in range(30)]
+        plan = [
+            (str(rng.choice(kinds)), str(rng.choice(kinds)), bool(rng.random() < 0.4))
+            for _ in range(30)
+        ]
         _follow(cls, rng, int(rng.integers(1, 5)), plan, "thirty mixed steps")
     _twice(cls)
 
 
-def _follow(cls: type, rng: np.random.Generator, interval: int, plan: list[tuple], what: str) -> None:
-    """Both scalers on the same gradients; `plan` says for each step what the two optimizers meet and whether one clips."""
+def _follow(
+    cls: type, rng: np.random.Generator, interval: int, plan: list[tuple], what: str
+) -> None:
+    """Both scalers on the same gradients; `plan` says for each step what the two optimizers meet
+    and whether one clips.
+    """
     scale, growth, backoff = 1024.0, 2.0, 0.5
-    theirs = torch.amp.GradScaler("cpu", init_scale=scale, growth_factor=growth, backoff_factor=backoff,
-                                  growth_interval=interval)  # fmt: skip
+    theirs = torch.amp.GradScaler(
+        "cpu",
+        init_scale=scale,
+        growth_factor=growth,
+        backoff_factor=backoff,
+        growth_interval=interval,
+    )
     mine = _do(
         lambda: cls(scale, growth, backoff, interval),
         f"{what}: making MyScaler({scale:g}, {growth:g}, {backoff}, {interval})",
@@ -95,15 +133,23 @@ def _follow(cls: type, rng: np.random.Generator, interval: int, plan: list[tuple
                     stepped.append(result)
             _do(scaler.update, f"{where}: update")
         for k, (a, b) in enumerate(zip(*sides, strict=True)):
-            _same_weights(a, b, f"{where}, optimizer {k + 1} ({kinds[k]}{', clipped' if clip and k == 0 else ''})")
+            _same_weights(
+                a,
+                b,
+                f"{where}, optimizer {k + 1} ({kinds[k]}{', clipped' if clip and k == 0 else ''})",
+            )
             fine = kinds[k] in ("good", "none")
             if stepped[k] is not fine and stepped[k] != fine:
                 raise Wrong(
-                    f"{where}: step returned {stepped[k]!r} for optimizer {k + 1}; it {'did' if fine else 'must not'} step."
+                    f"{where}: step returned {stepped[k]!r} for optimizer {k + 1}; it"
+                    f" {'did' if fine else 'must not'} step."
                 )
         if mine.scale != theirs.get_scale():
-            raise Wrong(f"{where}: the scale was {before:g}; after update GradScaler has {theirs.get_scale():g}, yours is {mine.scale!r}. "
-                        f"The optimizers met: {kinds[0]}, {kinds[1]}.")  # fmt: skip
+            raise Wrong(
+                f"{where}: the scale was {before:g}; after update GradScaler has"
+                f" {theirs.get_scale():g}, yours is {mine.scale!r}. The optimizers met: {kinds[0]},"
+                f" {kinds[1]}."
+            )
 
 
 def _pair() -> tuple[nn.Parameter, nn.Parameter, torch.optim.Optimizer]:
@@ -112,9 +158,16 @@ def _pair() -> tuple[nn.Parameter, nn.Parameter, torch.optim.Optimizer]:
 
 
 def _gradients(
-    weights: nn.Parameter, spare: nn.Parameter, kind: str, value: torch.Tensor, scaled: object, where: str
+    weights: nn.Parameter,
+    spare: nn.Parameter,
+    kind: str,
+    value: torch.Tensor,
+    scaled: object,
+    where: str,
 ) -> None:
-    """Backward of a scaled loss whose gradient is `value`, spoiled as `kind` says. `scaled` scales a loss."""
+    """Backward of a scaled loss whose gradient is `value`, spoiled as `kind` says. `scaled` scales
+    a loss.
+    """
     weights.grad = spare.grad = None
     loss = _do(lambda: scaled((weights * value).sum()), f"{where}: scaled")
     if not isinstance(loss, torch.Tensor):
@@ -129,7 +182,9 @@ def _gradients(
 def _same_weights(theirs: tuple, mine: tuple, where: str) -> None:
     for a, b in zip(theirs[:2], mine[:2], strict=True):
         if not torch.equal(a, b):
-            raise Wrong(f"{where}: GradScaler leaves the weights at {_round(a)}, yours at {_round(b)}.")
+            raise Wrong(
+                f"{where}: GradScaler leaves the weights at {_round(a)}, yours at {_round(b)}."
+            )
 
 
 def _round(t: torch.Tensor) -> list[float]:
@@ -140,7 +195,10 @@ def _twice(cls: type) -> None:
     scaler, (weights, _, optimizer) = cls(8.0, 2.0, 0.5, 2), _pair()
     loss = _do(lambda: scaler.scaled(weights.sum()), "scaled")
     if not isinstance(loss, torch.Tensor) or float(loss.detach()) != 32.0:
-        raise Wrong(f"scaled(loss) of a loss of 4 with scale 8 must be a tensor of 32; you returned {loss!r}.")
+        raise Wrong(
+            "scaled(loss) of a loss of 4 with scale 8 must be a tensor of 32; you returned"
+            f" {loss!r}."
+        )
     loss.backward()
     _do(lambda: scaler.unscale(optimizer), "unscale")
     if weights.grad.tolist() != [1.0] * 4:
@@ -150,7 +208,10 @@ def _twice(cls: type) -> None:
     except RuntimeError:
         pass
     else:
-        raise Wrong("unscale was called twice before update() and raised nothing; a RuntimeError was asked for.")
+        raise Wrong(
+            "unscale was called twice before update() and raised nothing; a RuntimeError was asked"
+            " for."
+        )
     _do(lambda: scaler.step(optimizer), "step")
     _do(scaler.update, "update")
     weights.sum().backward()
@@ -166,7 +227,9 @@ def _do(call: object, what: str) -> object:
 
 @exercise("07.C")
 def keep_alive(answer: Probe, rng: np.random.Generator) -> None:
-    """Real fp16, broken batches alone and in bursts: the weights stayed finite, within the budget, and it learnt."""
+    """Real fp16, broken batches alone and in bursts: the weights stayed finite, within the budget,
+    and it learnt.
+    """
     function = answer.answer
     if not callable(function):
         raise Wrong(f"a function was expected; this is a {type(function).__name__}.")
@@ -183,7 +246,9 @@ def keep_alive(answer: Probe, rng: np.random.Generator) -> None:
         _survive(function, name, pattern, kind, rng)
 
 
-def _survive(function: object, name: str, pattern: list[bool], kind: str, rng: np.random.Generator) -> None:
+def _survive(
+    function: object, name: str, pattern: list[bool], kind: str, rng: np.random.Generator
+) -> None:
     torch.manual_seed(int(rng.integers(0, 2**31)))
     truth = torch.randn(20, 4)
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -213,18 +278,26 @@ def _survive(function: object, name: str, pattern: list[bool], kind: str, rng: n
     if watch.on_broken:
         raise Wrong(f"{name}: {watch.on_broken} updates were made on broken batches.")
     if len(watch.updated) < 0.9 * len(good):
-        raise Wrong(f"{name}: {len(good) - len(watch.updated)} of {len(good)} good batches went without an update; at most "
-                    f"{len(good) // 10} may.")  # fmt: skip
+        raise Wrong(
+            f"{name}: {len(good) - len(watch.updated)} of {len(good)} good batches went without an"
+            f" update; at most {len(good) // 10} may."
+        )
     if not after < before / 2:
-        raise Wrong(f"{name}: the loss on the good batches went from {before:.3f} to {after:.3f}; less than half was asked for. "
-                    "Are the gradients of the good batches still different from zero?")  # fmt: skip
+        raise Wrong(
+            f"{name}: the loss on the good batches went from {before:.3f} to {after:.3f}; less than"
+            " half was asked for. Are the gradients of the good batches still different from zero?"
+        )
 
 
 class _Watch:
-    """The loss the reader is given; it notes the batch, the layers' formats, and which batches led to an update."""
+    """The loss the reader is given; it notes the batch, the layers' formats, and which batches led
+    to an update.
+    """
 
     def __init__(self, model: nn.Module, batches: list, pattern: list[bool]) -> None:
-        self.broken = {hash(x.numpy().tobytes()): b for (x, _), b in zip(batches, pattern, strict=True)}
+        self.broken = {
+            hash(x.numpy().tobytes()): b for (x, _), b in zip(batches, pattern, strict=True)
+        }
         self.formats: set = set()
         self.updated: set = set()
         self.on_broken, self.current, self.listening = 0, None, False

@@ -13,19 +13,30 @@ from course_utils.exercises import Probe, Wrong, exercise
 def mlp_bytes(answer: Probe, rng: np.random.Generator) -> None:
     """Counted on real networks: parameters, Adam's state, and every tensor that autograd kept."""
     cases = [([4, 8, 2], 3), ([5, 3], 2), ([6, 9, 9, 4], 2)]
-    cases += [([int(w) for w in rng.integers(2, 40, rng.integers(3, 7))], int(rng.integers(1, 30))) for _ in range(4)]
+    cases += [
+        ([int(w) for w in rng.integers(2, 40, rng.integers(3, 7))], int(rng.integers(1, 30)))
+        for _ in range(4)
+    ]
     for widths, batch in cases:
         got, want = answer(list(widths), batch), _alive(widths, batch)
         if not isinstance(got, int | float | np.number) or isinstance(got, bool):
             raise Wrong(f"a number of bytes was expected; you returned {got!r}.")
         if got != want:
-            raise Wrong(f"widths {widths} and a batch of {batch}: torch holds {want} bytes, you say {got:g}, "
-                        f"{abs(got - want) / 4:g} numbers too {'many' if got > want else 'few'}.")  # fmt: skip
+            raise Wrong(
+                f"widths {widths} and a batch of {batch}: torch holds {want} bytes, you say"
+                f" {got:g}, {abs(got - want) / 4:g} numbers too {'many' if got > want else 'few'}."
+            )
 
 
 def _alive(widths: list[int], batch: int) -> int:
-    """Bytes that a real MLP and its Adam hold between forward and backward, from autograd's own saved tensors."""
-    layers = [f(i) for i in range(len(widths) - 1) for f in (lambda i: nn.Linear(widths[i], widths[i + 1]), _relu)]
+    """Bytes that a real MLP and its Adam hold between forward and backward, from autograd's own
+    saved tensors.
+    """
+    layers = [
+        f(i)
+        for i in range(len(widths) - 1)
+        for f in (lambda i: nn.Linear(widths[i], widths[i + 1]), _relu)
+    ]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.Adam(model.parameters())
     x = torch.randn(batch, widths[0])
@@ -87,7 +98,9 @@ def my_checkpoint(answer: Probe, rng: np.random.Generator) -> None:
         _compare(cls, name, function, inputs, needs, [*linear.parameters(), *words.parameters()])
 
 
-def _compare(cls: type, name: str, function: object, inputs: list, needs: list[int], own: list) -> None:
+def _compare(
+    cls: type, name: str, function: object, inputs: list, needs: list[int], own: list
+) -> None:
     seed = int(torch.randint(0, 2**31, ()))
     results = {}
     for which in ("plain", "yours"):
@@ -106,7 +119,9 @@ def _compare(cls: type, name: str, function: object, inputs: list, needs: list[i
         try:
             y = watched(*given) if which == "plain" else cls.apply(watched, *given)
             if not isinstance(y, torch.Tensor):
-                raise Wrong(f"with {name}: forward returned a {type(y).__name__}, not function's tensor.")
+                raise Wrong(
+                    f"with {name}: forward returned a {type(y).__name__}, not function's tensor."
+                )
             _ = torch.rand(2)  # what a program draws between its passes
             state = torch.get_rng_state()
             (y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
@@ -115,32 +130,51 @@ def _compare(cls: type, name: str, function: object, inputs: list, needs: list[i
         except Exception as error:
             raise Wrong(f"with {name}: your code raised {type(error).__name__}: {error}") from error
         tensors = [given[i].grad for i in needs] + [p.grad for p in own]
-        results[which] = (y.detach(), tensors, torch.equal(state, torch.get_rng_state()), watched.recorded)
+        results[which] = (
+            y.detach(),
+            tensors,
+            torch.equal(state, torch.get_rng_state()),
+            watched.recorded,
+        )
     (y, wanted, _, _), (mine, got, in_place, recorded) = results["plain"], results["yours"]
     if not torch.equal(y, mine):
         raise Wrong(f"with {name}: the value differs from function(*inputs).")
     if recorded and recorded[0]:
         raise Wrong(
-            f"with {name}: autograd was on in the first run, so everything inside is kept and no byte is saved."
+            f"with {name}: autograd was on in the first run, so everything inside is kept and no"
+            " byte is saved."
         )
     if len(recorded) != 2:
-        raise Wrong(f"with {name}: function ran {len(recorded)} times; once forwards and once backwards were expected.")
+        raise Wrong(
+            f"with {name}: function ran {len(recorded)} times; once forwards and once backwards"
+            " were expected."
+        )
     for mine_, theirs in zip(got, wanted, strict=True):
         if (mine_ is None) != (theirs is None):
-            raise Wrong(f"with {name}: a gradient is {'missing' if mine_ is None else 'there and should not be'}.")
+            raise Wrong(
+                f"with {name}: a gradient is"
+                f" {'missing' if mine_ is None else 'there and should not be'}."
+            )
         if theirs is not None and not torch.equal(mine_, theirs):
-            raise Wrong(f"with {name}: a gradient differs from the plain one by up to {float((mine_ - theirs).abs().max()):.2g}; "
-                        "it must be equal bit for bit. Does the second run see the same random numbers?")  # fmt: skip
+            raise Wrong(
+                f"with {name}: a gradient differs from the plain one by up to"
+                f" {float((mine_ - theirs).abs().max()):.2g}; it must be equal bit for bit. Does"
+                " the second run see the same random numbers?"
+            )
     if not in_place:
-        raise Wrong(f"with {name}: after backward the random generator stands elsewhere than before it; "
-                    "every later random number of the program changes.")  # fmt: skip
+        raise Wrong(
+            f"with {name}: after backward the random generator stands elsewhere than before it; "
+            "every later random number of the program changes."
+        )
 
 
 @exercise("08.C")
 def plan(answer: Probe, rng: np.random.Generator) -> None:
     """Within the budget to the byte, and no set that fits takes less time."""
     cases = [([(10, 1, 3.0), (10, 1, 2.0)], budget) for budget in (20, 12, 11, 10)]
-    cases.append(([(20, 1, 9.0), (10, 1, 1.0), (5, 1, 1.0)], 31))  # most bytes for its time, not most bytes
+    cases.append(
+        ([(20, 1, 9.0), (10, 1, 1.0), (5, 1, 1.0)], 31)
+    )  # most bytes for its time, not most bytes
     for trial in range(14):
         blocks = [
             (int(rng.integers(5, 60)), int(rng.integers(1, 6)), float(rng.integers(1, 20)))
@@ -163,11 +197,20 @@ def _judge(got: object, blocks: list[tuple], budget: int) -> None:
     fastest = min(sum(blocks[i][2] for i in c) for c in fitting)
     if got is None:
         raise Wrong(f"{where}: a set fits, at {fastest:g} s more; you returned None.")
-    if not isinstance(got, list) or got != sorted(set(got)) or not set(got) <= set(range(len(blocks))):
-        raise Wrong(f"{where}: a sorted list of different indices was expected; you returned {got!r}.")
+    if (
+        not isinstance(got, list)
+        or got != sorted(set(got))
+        or not set(got) <= set(range(len(blocks)))
+    ):
+        raise Wrong(
+            f"{where}: a sorted list of different indices was expected; you returned {got!r}."
+        )
     peak, time = _peak(blocks, got), sum(blocks[i][2] for i in got)
     if peak > budget:
-        raise Wrong(f"{where}: your set {got} has a peak of {peak}. What is held while a block is computed again?")
+        raise Wrong(
+            f"{where}: your set {got} has a peak of {peak}. What is held while a block is computed"
+            " again?"
+        )
     if time > fastest + 1e-9:
         raise Wrong(f"{where}: your set {got} takes {time:g} s more; {fastest:g} s are enough.")
 
@@ -177,7 +220,9 @@ def _sets(n: int) -> list[tuple[int, ...]]:
 
 
 def _peak(blocks: list[tuple], chosen: object) -> int:
-    """A replay of the step: forward fills, backward works on the last block that is left, then frees it."""
+    """A replay of the step: forward fills, backward works on the last block that is left, then
+    frees it.
+    """
     held = [blocks[i][1 if i in chosen else 0] for i in range(len(blocks))]
     peak = sum(held)
     while held:

@@ -15,21 +15,30 @@ from course_utils.exercises import Probe, Wrong, exercise
 def bytes_per_rank(answer: Probe, rng: np.random.Generator) -> None:
     """Counted on tensors that were really padded and cut."""
     cases = [(10, 4, stage) for stage in range(4)] + [(8, 1, 3), (3, 8, 3), (8, 4, 2)]
-    cases += [(int(rng.integers(1, 5000)), int(rng.integers(1, 40)), int(rng.integers(0, 4))) for _ in range(12)]
+    cases += [
+        (int(rng.integers(1, 5000)), int(rng.integers(1, 40)), int(rng.integers(0, 4)))
+        for _ in range(12)
+    ]
     for numbers, n, stage in cases:
         got, want = answer(numbers, n, stage), _held(numbers, n, stage)
         if not isinstance(got, int | float | np.number) or isinstance(got, bool):
             raise Wrong(f"a number of bytes was expected; you returned {got!r}.")
         if got != want:
             raise Wrong(
-                f"{numbers} parameters on {n} workers, stage {stage}: each worker holds {want} bytes; you say {got:g}."
+                f"{numbers} parameters on {n} workers, stage {stage}: each worker holds {want}"
+                f" bytes; you say {got:g}."
             )
 
 
 def _held(numbers: int, n: int, stage: int) -> int:
     """Bytes of worker 0's tensors, each cut by torch after padding to a multiple of n."""
     total = 0
-    for sharded in (stage >= 3, stage >= 2, stage >= 1, stage >= 1):  # weights, gradients, Adam's two numbers
+    for sharded in (
+        stage >= 3,
+        stage >= 2,
+        stage >= 1,
+        stage >= 1,
+    ):  # weights, gradients, Adam's two numbers
         whole = torch.zeros(numbers)
         if sharded:
             whole = torch.nn.functional.pad(whole, (0, -numbers % n)).view(n, -1)[0].clone()
@@ -49,7 +58,8 @@ class _Ring:
 
     def run(self, answer: object, vectors: list[torch.Tensor]) -> None:
         threads = [
-            threading.Thread(target=self._worker, args=(answer, vectors, r), daemon=True) for r in range(len(vectors))
+            threading.Thread(target=self._worker, args=(answer, vectors, r), daemon=True)
+            for r in range(len(vectors))
         ]
         for thread in threads:
             thread.start()
@@ -70,7 +80,9 @@ class _Ring:
             try:
                 return self.boxes[rank].get(timeout=1.5)
             except queue.Empty:
-                raise Wrong(f"with p = {p}: worker {rank} waits for a message that nobody sends.") from None
+                raise Wrong(
+                    f"with p = {p}: worker {rank} waits for a message that nobody sends."
+                ) from None
 
         def stop(*_: object) -> object:
             if self.over.is_set():
@@ -103,44 +115,84 @@ def ring(answer: Probe, rng: np.random.Generator) -> None:
         for rank, (got, sent) in enumerate(zip(workers.results, workers.sent, strict=True)):
             if not isinstance(got, torch.Tensor) or got.shape != total.shape:
                 raise Wrong(
-                    f"{where}: worker {rank} returned {got!r}; a tensor of shape {tuple(total.shape)} was expected."
+                    f"{where}: worker {rank} returned {got!r}; a tensor of shape"
+                    f" {tuple(total.shape)} was expected."
                 )
             if not torch.equal(got, total):
-                raise Wrong(f"{where}: worker {rank} has {got.tolist()[:8]}; the sum begins {total.tolist()[:8]}.")
+                raise Wrong(
+                    f"{where}: worker {rank} has {got.tolist()[:8]}; the sum begins"
+                    f" {total.tolist()[:8]}."
+                )
             if len(sent) != 2 * (p - 1):
                 raise Wrong(f"{where}: worker {rank} sent {len(sent)} messages, not {2 * (p - 1)}.")
             if sent and max(sent) > -(-length // p):
-                raise Wrong(f"{where}: a message of {max(sent)} numbers; a p-th of the vector is {-(-length // p)}.")
+                raise Wrong(
+                    f"{where}: a message of {max(sent)} numbers; a p-th of the vector is"
+                    f" {-(-length // p)}."
+                )
 
 
 @exercise("09.C")
 def layout(answer: Probe, rng: np.random.Generator) -> None:
     """Every GPU used, nothing over the budget, and no allowed plan is faster."""
-    cases = [(1, 8, 4, 4), (8, 8, 8, 8), (12, 6, 30, 12), (6, 3, 9, 6), (4, 2, 4, 1), (16, 4, 12, 8)]
-    cases += [(int(rng.choice([2, 4, 6, 8, 12, 24])), int(rng.choice([2, 3, 4, 6, 8])), int(rng.integers(2, 33)),
-               int(rng.choice([1, 6, 8, 24]))) for _ in range(10)]  # fmt: skip
+    cases = [
+        (1, 8, 4, 4),
+        (8, 8, 8, 8),
+        (12, 6, 30, 12),
+        (6, 3, 9, 6),
+        (4, 2, 4, 1),
+        (16, 4, 12, 8),
+    ]
+    cases += [
+        (
+            int(rng.choice([2, 4, 6, 8, 12, 24])),
+            int(rng.choice([2, 3, 4, 6, 8])),
+            int(rng.integers(2, 33)),
+            int(rng.choice([1, 6, 8, 24])),
+        )
+        for _ in range(10)
+    ]
     for case in cases:
         a, b, c = rng.uniform(1, 9, 3)
         weights, rows = int(rng.integers(40, 900)), int(rng.integers(10, 300))
 
-        def need(data: int, tensor: int, pipe: int, weights: int = weights, rows: int = rows) -> int:
+        def need(
+            data: int, tensor: int, pipe: int, weights: int = weights, rows: int = rows
+        ) -> int:
             return -(-weights // (tensor * pipe)) + -(-rows // (data * tensor))
 
-        def seconds(data: int, tensor: int, pipe: int, a: float = a, b: float = b, c: float = c) -> float:
-            return 100 / (data * tensor * pipe) + a * (1 - 1 / data) + b * (tensor - 1) + c * (1 - 1 / pipe)
+        def seconds(
+            data: int, tensor: int, pipe: int, a: float = a, b: float = b, c: float = c
+        ) -> float:
+            return (
+                100 / (data * tensor * pipe)
+                + a * (1 - 1 / data)
+                + b * (tensor - 1)
+                + c * (1 - 1 / pipe)
+            )
 
         fitting = sorted({need(*plan) for plan in _plans(*case)})
-        for budget in {fitting[0] - 1, fitting[0], fitting[len(fitting) // 2], fitting[-1]} if fitting else {10}:
+        for budget in (
+            {fitting[0] - 1, fitting[0], fitting[len(fitting) // 2], fitting[-1]}
+            if fitting
+            else {10}
+        ):
             _judge(answer(*case, budget, need, seconds), case, budget, need, seconds)
 
 
 def _plans(gpus: int, per_node: int, layers: int, batch: int) -> list[tuple[int, int, int]]:
     every = itertools.product(range(1, gpus + 1), repeat=3)
-    return [(d, t, p) for d, t, p in every if d * t * p == gpus and not (per_node % t or layers % p or batch % d)]
+    return [
+        (d, t, p)
+        for d, t, p in every
+        if d * t * p == gpus and not (per_node % t or layers % p or batch % d)
+    ]
 
 
 def _judge(got: object, case: tuple, budget: int, need: object, seconds: object) -> None:
-    names = dict(zip(("gpus", "per_node", "layers", "batch"), case, strict=True)) | {"budget": budget}
+    names = dict(zip(("gpus", "per_node", "layers", "batch"), case, strict=True)) | {
+        "budget": budget
+    }
     where = ", ".join(f"{k} = {v}" for k, v in names.items())
     allowed = [plan for plan in _plans(*case) if need(*plan) <= budget]
     if not allowed:
@@ -154,7 +206,8 @@ def _judge(got: object, case: tuple, budget: int, need: object, seconds: object)
         raise Wrong(f"{where}: a tuple (data, tensor, pipe) was expected; you returned {got!r}.")
     if got not in _plans(*case):
         raise Wrong(
-            f"{where}: {got} breaks a rule: the product must be all GPUs, tensor divide per_node, pipe the layers, data the batch."
+            f"{where}: {got} breaks a rule: the product must be all GPUs, tensor divide per_node,"
+            " pipe the layers, data the batch."
         )
     if need(*got) > budget:
         raise Wrong(f"{where}: {got} needs {need(*got)} bytes.")

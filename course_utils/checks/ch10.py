@@ -24,20 +24,31 @@ def folded_bias(answer: Probe, rng: np.random.Generator) -> None:
         conv, bn = _pair(rng, **how)
         got = answer(conv, bn)
         if not isinstance(got, torch.Tensor) or got.shape != (conv.out_channels,):
-            raise Wrong(f"{name}: a tensor of {conv.out_channels} numbers was expected; you returned {got!r}.")
+            raise Wrong(
+                f"{name}: a tensor of {conv.out_channels} numbers was expected; you returned"
+                f" {got!r}."
+            )
         one = copy.deepcopy(conv)
         gamma = bn.weight if bn.affine else torch.ones_like(bn.running_var)
-        one.weight.data = conv.weight * (gamma / torch.sqrt(bn.running_var + bn.eps))[:, None, None, None]
+        one.weight.data = (
+            conv.weight * (gamma / torch.sqrt(bn.running_var + bn.eps))[:, None, None, None]
+        )
         one.bias = nn.Parameter(got.detach())
         x = torch.from_numpy(rng.normal(size=(2, conv.in_channels, 5, 5)))
         with torch.no_grad():
             apart = float((one(x) - bn(conv(x))).abs().max())
         if not apart < 1e-9:
-            raise Wrong(f"{name}: with your bias the folded convolution is off by up to {apart:.3g}.")
+            raise Wrong(
+                f"{name}: with your bias the folded convolution is off by up to {apart:.3g}."
+            )
 
 
 def _pair(
-    rng: np.random.Generator, bias: bool, affine: bool = True, var: float | None = None, groups: int = 1
+    rng: np.random.Generator,
+    bias: bool,
+    affine: bool = True,
+    var: float | None = None,
+    groups: int = 1,
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     channels = 2 * int(rng.integers(2, 5))
     conv = nn.Conv2d(4, channels, 3, padding=1, bias=bias, groups=groups).double()
@@ -58,12 +69,17 @@ def _shake(bn: nn.BatchNorm2d, rng: np.random.Generator) -> None:
 
 
 class _Net(nn.Module):
-    """One small network for each situation; `folds` says how many of its BatchNorms may disappear."""
+    """One small network for each situation; `folds` says how many of its BatchNorms may
+    disappear.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.a, self.b = (nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False))
+        self.a, self.b = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
+        )
         self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.relu = nn.ReLU()
 
@@ -80,7 +96,9 @@ class _Net(nn.Module):
             return self.m(self.b(self.n(self.relu(self.a(x)))))
         if self.kind == "a function between convolution and BatchNorm":
             return self.m(self.b(self.n(F.relu(self.a(x)))))
-        return self.n(x[:, :1].expand(-1, 4, -1, -1)) + self.m(self.b(self.a(x)))  # a BatchNorm on the input
+        return self.n(x[:, :1].expand(-1, 4, -1, -1)) + self.m(
+            self.b(self.a(x))
+        )  # a BatchNorm on the input
 
 
 _FOLDS = {
@@ -107,7 +125,9 @@ def fold_legal(answer: Probe, rng: np.random.Generator) -> None:
         with torch.no_grad():
             apart = float((got(x) - net(x)).abs().max())
         if not apart < 1e-9:
-            raise Wrong(f"{kind}: the outputs differ by up to {apart:.3g}. That fold was not legal.")
+            raise Wrong(
+                f"{kind}: the outputs differ by up to {apart:.3g}. That fold was not legal."
+            )
         left = _calls(got)
         if left != 2 - folds:
             raise Wrong(f"{kind}: {left} of 2 BatchNorms are still called; {folds} can be folded.")
@@ -118,13 +138,19 @@ def fold_legal(answer: Probe, rng: np.random.Generator) -> None:
         if "ValueError" in str(error):
             return
         raise
-    raise Wrong("a network in train mode: there BatchNorm uses the batch's statistics; a ValueError is due.")
+    raise Wrong(
+        "a network in train mode: there BatchNorm uses the batch's statistics; a ValueError is due."
+    )
 
 
 def _calls(net: nn.Module) -> int:
     """How many BatchNorms a forward pass really runs."""
     seen: list[object] = []
-    hooks = [m.register_forward_hook(lambda *_: seen.append(1)) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [
+        m.register_forward_hook(lambda *_: seen.append(1))
+        for m in net.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     with torch.no_grad():
         net(torch.zeros(1, 3, 6, 6, dtype=torch.float64))
     for hook in hooks:
@@ -146,15 +172,25 @@ def cuts(answer: Probe, rng: np.random.Generator) -> None:
             lengths = [int(k) for k in lengths]
             gain = float(gain)
         except (TypeError, ValueError):
-            raise Wrong(f"{where}: two things were expected, a list of lengths and the gain.") from None
+            raise Wrong(
+                f"{where}: two things were expected, a list of lengths and the gain."
+            ) from None
         if sum(lengths) != len(sizes) - 1 or min(lengths) < 1 or max(lengths) > limit:
-            raise Wrong(f"{where}: {lengths} does not cut {len(sizes) - 1} operations into groups of 1 to {limit}.")
+            raise Wrong(
+                f"{where}: {lengths} does not cut {len(sizes) - 1} operations into groups of 1 to"
+                f" {limit}."
+            )
         least = min(_moved(sizes, c) for c in _ways(len(sizes) - 1, limit))
         if _moved(sizes, lengths) > least:
-            raise Wrong(f"{where}: {lengths} moves {_moved(sizes, lengths)} bytes; {least} are possible.")
+            raise Wrong(
+                f"{where}: {lengths} moves {_moved(sizes, lengths)} bytes; {least} are possible."
+            )
         wanted = _moved(sizes, [1] * (len(sizes) - 1)) / least
         if abs(gain - wanted) > 1e-9 * wanted:
-            raise Wrong(f"{where}: one kernel an operation moves {wanted:.4g} times as many bytes; you say {gain:.4g}.")
+            raise Wrong(
+                f"{where}: one kernel an operation moves {wanted:.4g} times as many bytes; you say"
+                f" {gain:.4g}."
+            )
 
 
 def _ways(n: int, limit: int) -> list[list[int]]:

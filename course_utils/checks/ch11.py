@@ -12,8 +12,21 @@ from course_utils.exercises import Probe, Wrong, exercise
 @exercise("11.A")
 def fused_away(answer: Probe, rng: np.random.Generator) -> None:
     """For each kind of node, how many the optimiser took away."""
-    kinds = ["Conv", "Relu", "Add", "BatchNormalization", "Clip", "Gemm", "ReorderOutput", "FusedConv"]
-    cases = [(["Conv", "Relu", "Conv", "Relu"], ["Conv", "Conv", "Relu"]), (["Conv", "Relu"], ["FusedConv"]), ([], [])]
+    kinds = [
+        "Conv",
+        "Relu",
+        "Add",
+        "BatchNormalization",
+        "Clip",
+        "Gemm",
+        "ReorderOutput",
+        "FusedConv",
+    ]
+    cases = [
+        (["Conv", "Relu", "Conv", "Relu"], ["Conv", "Conv", "Relu"]),
+        (["Conv", "Relu"], ["FusedConv"]),
+        ([], []),
+    ]
     cases += [
         (
             [kinds[i] for i in rng.integers(0, 8, rng.integers(0, 14))],
@@ -29,8 +42,11 @@ def fused_away(answer: Probe, rng: np.random.Generator) -> None:
         for kind in sorted(set(before) | set(after) | set(got)):
             lost = max(a[kind] - b[kind], 0)
             if got.get(kind, 0) != lost or (kind in got and lost == 0):
-                raise Wrong(f"before {before}, after {after}: of {kind} {lost} were taken away; you say {got.get(kind, 'nothing')}. "
-                            "A kind of which nothing was taken away does not belong into the dict.")  # fmt: skip
+                raise Wrong(
+                    f"before {before}, after {after}: of {kind} {lost} were taken away; you say"
+                    f" {got.get(kind, 'nothing')}. A kind of which nothing was taken away does not"
+                    " belong into the dict."
+                )
 
 
 class _Runtime:
@@ -77,7 +93,8 @@ def first_bad_batch(answer: Probe, rng: np.random.Generator) -> None:
         got = answer(model, _Runtime(model, fault), (width,), list(batches), 1e-5)
         if got != wanted:
             raise Wrong(
-                f"a runtime with this fault: {fault}. Over the batch sizes {batches} the answer is {wanted}; you returned {got!r}."
+                f"a runtime with this fault: {fault}. Over the batch sizes {batches} the answer is"
+                f" {wanted}; you returned {got!r}."
             )
 
 
@@ -90,8 +107,16 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
         {"name": "c", "batch": 8, "milliseconds": [4.0] * 200, "accuracy": 0.80},
         {"name": "d", "batch": 4, "milliseconds": [3.0] * 200, "accuracy": 0.90},
     ]
-    cases = [(fixed, 10.0, 0.9), (fixed, 0.5, 0.9), (fixed, 3.0, 0.9), (fixed, 10.0, 0.99), ([], 1.0, 0.0)]
-    cases += [(_configs(rng), float(rng.uniform(2, 20)), float(rng.uniform(0.8, 0.95))) for _ in range(12)]
+    cases = [
+        (fixed, 10.0, 0.9),
+        (fixed, 0.5, 0.9),
+        (fixed, 3.0, 0.9),
+        (fixed, 10.0, 0.99),
+        ([], 1.0, 0.0),
+    ]
+    cases += [
+        (_configs(rng), float(rng.uniform(2, 20)), float(rng.uniform(0.8, 0.95))) for _ in range(12)
+    ]
     for configs, slo, floor in cases:
         valid = {
             c["name"]: c["batch"] / float(np.mean(c["milliseconds"]))
@@ -99,8 +124,11 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
             if float(np.percentile(c["milliseconds"], 99)) <= slo and c["accuracy"] >= floor
         }
         got = answer([dict(c) for c in configs], slo, floor)
-        short = [{k: v for k, v in c.items() if k != "milliseconds"} | {"p99": round(float(np.percentile(c["milliseconds"], 99)), 2)}
-                 for c in configs]  # fmt: skip
+        short = [
+            {k: v for k, v in c.items() if k != "milliseconds"}
+            | {"p99": round(float(np.percentile(c["milliseconds"], 99)), 2)}
+            for c in configs
+        ]
         where = f"p99 at most {slo:.3g} ms and accuracy at least {floor:.3g}, of {short}"
         if not valid:
             if got is not None:
@@ -109,7 +137,8 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
             raise Wrong(f"{where}: {got!r} does not keep both.")
         elif valid[got] < max(valid.values()) * (1 - 1e-9):
             raise Wrong(
-                f"{where}: {got!r} serves {1000 * valid[got]:.0f} a second, {1000 * max(valid.values()):.0f} are possible."
+                f"{where}: {got!r} serves {1000 * valid[got]:.0f} a second,"
+                f" {1000 * max(valid.values()):.0f} are possible."
             )
 
 
@@ -118,7 +147,9 @@ def _configs(rng: np.random.Generator) -> list[dict]:
         {
             "name": f"config {i}",
             "batch": int(rng.choice([1, 2, 4, 8])),
-            "milliseconds": [float(v) for v in rng.uniform(0.5, 6) * (1 + rng.exponential(0.3, 120))],
+            "milliseconds": [
+                float(v) for v in rng.uniform(0.5, 6) * (1 + rng.exponential(0.3, 120))
+            ],
             "accuracy": float(rng.uniform(0.75, 1)),
         }
         for i in range(int(rng.integers(1, 7)))

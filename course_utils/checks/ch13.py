@@ -18,7 +18,9 @@ def mean_inside(answer: Probe, rng: np.random.Generator) -> None:
     for arrived, finished in cases:
         got = answer(list(arrived), list(finished))
         want = _counted(arrived, finished)
-        if not isinstance(got, int | float | np.floating) or not abs(got - want) <= 1e-6 * max(want, 1):
+        if not isinstance(got, int | float | np.floating) or not abs(got - want) <= 1e-6 * max(
+            want, 1
+        ):
             few = (
                 f"arrivals {arrived}, answers {finished}"
                 if len(arrived) < 4
@@ -42,8 +44,12 @@ def _counted(arrived: list[float], finished: list[float]) -> float:
 _UNIT = 0.06  # seconds: long against the scheduler's delays of a busy machine
 
 
-async def _timetable(collect, arrivals: list[float], max_batch: int, max_wait: float) -> tuple[list[int], float, int]:
-    """One call of collect while requests arrive at these times (in units): what it returned, when, and how many are left."""
+async def _timetable(
+    collect, arrivals: list[float], max_batch: int, max_wait: float
+) -> tuple[list[int], float, int]:
+    """One call of collect while requests arrive at these times (in units): what it returned, when,
+    and how many are left.
+    """
     queue: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -52,8 +58,10 @@ async def _timetable(collect, arrivals: list[float], max_batch: int, max_wait: f
     try:
         batch = await asyncio.wait_for(collect(queue.get, max_batch, max_wait * _UNIT), 12 * _UNIT)
     except TimeoutError:
-        raise Wrong(f"requests arrive at {arrivals}, max_batch is {max_batch}, max_wait {max_wait} (the unit is {_UNIT} s): your "
-                    "collect never returns.") from None  # fmt: skip
+        raise Wrong(
+            f"requests arrive at {arrivals}, max_batch is {max_batch}, max_wait {max_wait} (the"
+            f" unit is {_UNIT} s): your collect never returns."
+        ) from None
     took = (loop.time() - start) / _UNIT
     if not isinstance(batch, list):
         raise Wrong(f"a list of requests was expected; you return a {type(batch).__name__}.")
@@ -77,7 +85,10 @@ def collect(answer: Probe, rng: np.random.Generator) -> None:
         ([3, 4, 9], 8, 2, [0, 1], 5),
     ]
     for arrivals, max_batch, max_wait, wanted, when in cases:
-        where = f"requests arrive at {arrivals}, max_batch is {max_batch}, max_wait {max_wait} (the unit is {_UNIT} s)"
+        where = (
+            f"requests arrive at {arrivals}, max_batch is {max_batch}, max_wait {max_wait} (the"
+            f" unit is {_UNIT} s)"
+        )
         for attempt in range(3):  # a busy machine may be late once
             try:
                 batch, took, lost = asyncio.run(_timetable(function, arrivals, max_batch, max_wait))
@@ -88,17 +99,25 @@ def collect(answer: Probe, rng: np.random.Generator) -> None:
             if batch == wanted and abs(took - when) < 0.7 and lost <= 0:
                 break
             if attempt == 2 and batch != wanted:
-                raise Wrong(f"{where}: the batch must be the requests {wanted}; yours is {batch}, after {took:.1f}.")
+                raise Wrong(
+                    f"{where}: the batch must be the requests {wanted}; yours is {batch}, after"
+                    f" {took:.1f}."
+                )
             if attempt == 2 and lost > 0:
-                raise Wrong(f"{where}: {lost} requests were taken from the queue and are not in your batch.")
+                raise Wrong(
+                    f"{where}: {lost} requests were taken from the queue and are not in your batch."
+                )
             if attempt == 2:
                 raise Wrong(
-                    f"{where}: the batch is right, and must be there after {when}; yours came after {took:.1f}."
+                    f"{where}: the batch is right, and must be there after {when}; yours came after"
+                    f" {took:.1f}."
                 )
 
 
 class _Minute:
-    """A machine whose batch of b takes alpha + beta·b ms, under Poisson arrivals: p99 and the share of time it computes."""
+    """A machine whose batch of b takes alpha + beta·b ms, under Poisson arrivals: p99 and the share
+    of time it computes.
+    """
 
     def __init__(self, rng: np.random.Generator, calls: int) -> None:
         self.rng, self.calls = rng, calls
@@ -132,15 +151,22 @@ class _Minute:
 
 @exercise("13.C")
 def choose(answer: Probe, rng: np.random.Generator) -> None:
-    """The promise holds on arrivals you have not seen, with hardly more work than the least that is possible."""
+    """The promise holds on arrivals you have not seen, with hardly more work than the least that is
+    possible.
+    """
     for promise in (float(rng.uniform(45, 60)), float(rng.uniform(70, 90)), 2.0):
         world = _Minute(rng, 150)
         got = answer.answer(world, promise)
-        where = (f"a batch takes {world.alpha:.1f} + {world.beta:.2f}·b ms, {1000 * world.rate:.0f} requests a second come, "
-                 f"p99 at most {promise:.0f} ms")  # fmt: skip
+        where = (
+            f"a batch takes {world.alpha:.1f} + {world.beta:.2f}·b ms, {1000 * world.rate:.0f}"
+            f" requests a second come, p99 at most {promise:.0f} ms"
+        )
         if promise < world.alpha:
             if got is not None:
-                raise Wrong(f"{where}: even a batch of one takes longer, so None is due; you return {got!r}.")
+                raise Wrong(
+                    f"{where}: even a batch of one takes longer, so None is due; you return"
+                    f" {got!r}."
+                )
             continue
         if got is None:
             raise Wrong(f"{where}: there are policies that keep the promise; you return None.")
@@ -150,16 +176,26 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
         except (TypeError, ValueError):
             valid = False
         if not valid:
-            raise Wrong(f"a pair (max_batch from 1 to 64, wait_ms from 0 to 100) was expected; you return {got!r}.")
-        tail, work = np.median([world.play(int(batch), float(wait), 20_000) for _ in range(3)], axis=0)
+            raise Wrong(
+                "a pair (max_batch from 1 to 64, wait_ms from 0 to 100) was expected; you return"
+                f" {got!r}."
+            )
+        tail, work = np.median(
+            [world.play(int(batch), float(wait), 20_000) for _ in range(3)], axis=0
+        )
         if tail > promise:
             raise Wrong(f"{where}: with {got} p99 is {tail:.1f} ms on new arrivals.")
         least = min(
             w
-            for t, w in (world.play(64, float(x), 20_000) for x in np.linspace(0, 0.95, 12) * promise if x <= 100)
+            for t, w in (
+                world.play(64, float(x), 20_000)
+                for x in np.linspace(0, 0.95, 12) * promise
+                if x <= 100
+            )
             if t <= promise
         )
         if work > 1.1 * least:
             raise Wrong(
-                f"{where}: with {got} the machine computes {100 * work:.0f}% of the time, and {100 * least:.0f}% would do."
+                f"{where}: with {got} the machine computes {100 * work:.0f}% of the time, and"
+                f" {100 * least:.0f}% would do."
             )

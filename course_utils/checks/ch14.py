@@ -12,12 +12,16 @@ from course_utils.exercises import Probe, Wrong, exercise
 
 @exercise("14.A")
 def kv_bytes(answer: Probe, rng: np.random.Generator) -> None:
-    """Counted on real tensors: one key and one value a layer, text and position, of key heads only, down to 4 bits."""
+    """Counted on real tensors: one key and one value a layer, text and position, of key heads only,
+    down to 4 bits.
+    """
     cases = [(1, 1, 1, 8, 1, 1, 16), (2, 4, 2, 32, 10, 1, 16), (1, 2, 2, 16, 3, 2, 4)]
     for _ in range(8):
         kv, group, d = int(rng.integers(1, 5)), int(rng.integers(1, 5)), 2 * int(rng.integers(2, 9))
         layers, length, batch = (int(n) for n in rng.integers(1, 9, 3))
-        cases.append((layers, kv * group, kv, kv * group * d, length, batch, int(rng.choice([4, 8, 16, 32]))))
+        cases.append(
+            (layers, kv * group, kv, kv * group * d, length, batch, int(rng.choice([4, 8, 16, 32])))
+        )
     for case in cases:
         layers, heads, kv_heads, width, length, batch, bits = case
         got = answer(*case)
@@ -33,9 +37,21 @@ def kv_bytes(answer: Probe, rng: np.random.Generator) -> None:
 
 @exercise("14.B")
 def cached_attention(answer: Probe, rng: np.random.Generator) -> None:
-    """Equal to torch's causal attention over the whole, however the sequence is cut and the heads are shared."""
-    cases = [(1, 1, [1]), (1, 1, [2]), (1, 1, [1, 1]), (1, 1, [2, 2]), (2, 2, [1, 1, 1]), (2, 2, [3, 2, 1])]
-    cases += [(int(rng.integers(1, 4)), int(rng.integers(1, 4)), rng.integers(1, 6, 4).tolist()) for _ in range(5)]
+    """Equal to torch's causal attention over the whole, however the sequence is cut and the heads
+    are shared.
+    """
+    cases = [
+        (1, 1, [1]),
+        (1, 1, [2]),
+        (1, 1, [1, 1]),
+        (1, 1, [2, 2]),
+        (2, 2, [1, 1, 1]),
+        (2, 2, [3, 2, 1]),
+    ]
+    cases += [
+        (int(rng.integers(1, 4)), int(rng.integers(1, 4)), rng.integers(1, 6, 4).tolist())
+        for _ in range(5)
+    ]
     for kv, group, pieces in cases:
         batch, d, length = int(rng.integers(1, 3)), 4, sum(pieces)
         q = torch.from_numpy(rng.normal(size=(batch, kv * group, length, d)))
@@ -47,16 +63,24 @@ def cached_attention(answer: Probe, rng: np.random.Generator) -> None:
             piece = slice(start, start + n)
             value = answer(q[:, :, piece], k[:, :, piece], v[:, :, piece], past)
             if not isinstance(value, tuple) or len(value) != 2:
-                raise Wrong(f"a pair (out, past) was expected; you returned a {type(value).__name__}.")
+                raise Wrong(
+                    f"a pair (out, past) was expected; you returned a {type(value).__name__}."
+                )
             out, past = value
             if not isinstance(out, torch.Tensor) or out.shape != q[:, :, piece].shape:
                 shape = tuple(getattr(out, "shape", ()))
-                raise Wrong(f"{where}: out must have q's shape {tuple(q[:, :, piece].shape)}; it has {shape}.")
+                raise Wrong(
+                    f"{where}: out must have q's shape {tuple(q[:, :, piece].shape)}; it has"
+                    f" {shape}."
+                )
             apart = (out - want[:, :, piece]).abs().amax((0, 1, 3))
             if not bool((apart < 1e-9).all()):
                 first = start + int((~(apart < 1e-9)).nonzero()[0])
-                raise Wrong(f"{where}: position {first} differs from attention over the whole by {float(apart.max()):.2g}. "
-                            "Which keys may it see, and which key head is its own?")  # fmt: skip
+                raise Wrong(
+                    f"{where}: position {first} differs from attention over the whole by"
+                    f" {float(apart.max()):.2g}. Which keys may it see, and which key head is its"
+                    " own?"
+                )
             start += n
 
 
@@ -71,7 +95,10 @@ def allocate(answer: Probe, rng: np.random.Generator) -> None:
     cases.append(([[(8, 0.0), (4, 0.1)], [(8, 0.0), (4, 0.9)]], 12))
     for _ in range(12):
         options = [
-            [(int(rng.integers(2, 30)), float(rng.integers(0, 40)) / 8) for _ in range(int(rng.integers(2, 4)))]
+            [
+                (int(rng.integers(2, 30)), float(rng.integers(0, 40)) / 8)
+                for _ in range(int(rng.integers(2, 4)))
+            ]
             for _ in range(int(rng.integers(2, 5)))
         ]
         sums = sorted({sum(o[0] for o in pick) for pick in itertools.product(*options)})

@@ -20,20 +20,33 @@ def binding(answer: Probe, rng: np.random.Generator) -> None:
     ]
     for _ in range(12):
         kinds = rng.choice(["at most", "at least"], rng.integers(2, 6))
-        cases.append([(f"r{i}", float(rng.uniform(1, 99)), float(rng.uniform(1, 99)), str(k)) for i, k in enumerate(kinds)])  # fmt: skip
+        cases.append(
+            [
+                (f"r{i}", float(rng.uniform(1, 99)), float(rng.uniform(1, 99)), str(k))
+                for i, k in enumerate(kinds)
+            ]
+        )
     for requirements in cases:
         got = answer(list(requirements))
         if not (isinstance(got, tuple | list) and len(got) == 2):
             raise Wrong(f"a name and a share were expected; you returned {got!r}.")
-        used = {name: _used(measured, target, kind) for name, measured, target, kind in requirements}
+        used = {
+            name: _used(measured, target, kind) for name, measured, target, kind in requirements
+        }
         if got[0] not in used:
             raise Wrong(f"{got[0]!r} is none of the requirements {sorted(used)}.")
         most = max(used.values())
         if used[got[0]] != most:
-            raise Wrong(f"of {requirements}, the shares of the budgets are { {n: round(u, 2) for n, u in used.items()} }; "
-                        f"you say that it hangs on {got[0]}.")  # fmt: skip
+            raise Wrong(
+                f"of {requirements}, the shares of the budgets are"
+                f" { {n: round(u, 2) for n, u in used.items()} }; you say that it hangs on"
+                f" {got[0]}."
+            )
         if not math.isclose(float(got[1]), most, rel_tol=1e-9):
-            raise Wrong(f"of {requirements}, {got[0]} uses {most:.3g} of its budget; you say {float(got[1]):.3g}.")
+            raise Wrong(
+                f"of {requirements}, {got[0]} uses {most:.3g} of its budget; you say"
+                f" {float(got[1]):.3g}."
+            )
 
 
 def _used(measured: float, target: float, kind: str) -> float:
@@ -58,7 +71,9 @@ def front(answer: Probe, rng: np.random.Generator) -> None:
     ]
     for _ in range(20):
         n = int(rng.integers(2, 9))
-        cases.append([(f"m{i}", int(rng.integers(1, 5)), int(rng.integers(1, 5)) / 10) for i in range(n)])
+        cases.append(
+            [(f"m{i}", int(rng.integers(1, 5)), int(rng.integers(1, 5)) / 10) for i in range(n)]
+        )
     for points in cases:
         got = answer(list(points))
         if not isinstance(got, list | tuple) or any(g not in [p[0] for p in points] for g in got):
@@ -66,12 +81,20 @@ def front(answer: Probe, rng: np.random.Generator) -> None:
         for name, ms, right in points:
             better = [n for n, m, r in points if m <= ms and r >= right and (m, r) != (ms, right)]
             if better and name in got:
-                raise Wrong(f"of {points}, {name!r} is dominated by {better[0]!r} and does not belong to the front.")
+                raise Wrong(
+                    f"of {points}, {name!r} is dominated by {better[0]!r} and does not belong to"
+                    " the front."
+                )
             if not better and name not in got:
-                raise Wrong(f"of {points}, nothing dominates {name!r}, and it is missing from {list(got)}.")
+                raise Wrong(
+                    f"of {points}, nothing dominates {name!r}, and it is missing from {list(got)}."
+                )
         times = {n: (m, i) for i, (n, m, _) in enumerate(points)}
         if len(set(got)) != len(got) or [times[n] for n in got] != sorted(times[n] for n in got):
-            raise Wrong(f"of {points}, the names are right; the order {list(got)} is not: fastest first, each once.")
+            raise Wrong(
+                f"of {points}, the names are right; the order {list(got)} is not: fastest first,"
+                " each once."
+            )
 
 
 @exercise("15.C")
@@ -82,32 +105,58 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
         order = rng.permutation(len(candidates))
         candidates = [candidates[i] for i in order]
         got = answer([dict(c) for c in candidates], dict(brief))
-        table = "; ".join(f"{c['name']}: {c['fixed_ms']:.3g} + {c['image_ms']:.3g} n ms, {c['kb']:g} kB, right {c['right']}"
-                          for c in candidates)  # fmt: skip
+        table = "; ".join(
+            f"{c['name']}: {c['fixed_ms']:.3g} + {c['image_ms']:.3g} n ms, {c['kb']:g} kB, right"
+            f" {c['right']}"
+            for c in candidates
+        )
         asked = f"for {table}, under {brief}"
         if got is None:
             if wanted is not None:
                 raise Wrong(f"you say that nothing fits, {asked}; {wanted} does.")
             continue
-        if not (isinstance(got, tuple | list) and len(got) == 3 and got[0] in {c["name"] for c in candidates}):
-            raise Wrong(f"(name, max_batch, max_wait_ms) or None was expected; you returned {got!r}.")
+        if not (
+            isinstance(got, tuple | list)
+            and len(got) == 3
+            and got[0] in {c["name"] for c in candidates}
+        ):
+            raise Wrong(
+                f"(name, max_batch, max_wait_ms) or None was expected; you returned {got!r}."
+            )
         chosen = next(c for c in candidates if c["name"] == got[0])
-        for key, bad in (("kb", chosen["kb"] > brief["kb"]), ("right", chosen["right"] < brief["right"])):
+        for key, bad in (
+            ("kb", chosen["kb"] > brief["kb"]),
+            ("right", chosen["right"] < brief["right"]),
+        ):
             if bad:
-                raise Wrong(f"{got[0]} has {key} {chosen[key]}, and the brief asks for {brief[key]}; {asked}.")
+                raise Wrong(
+                    f"{got[0]} has {key} {chosen[key]}, and the brief asks for {brief[key]};"
+                    f" {asked}."
+                )
         if int(got[1]) < 1 or float(got[2]) < 0:
-            raise Wrong(f"max_batch {got[1]} and max_wait_ms {got[2]}: at least 1 and at least 0 are needed.")
+            raise Wrong(
+                f"max_batch {got[1]} and max_wait_ms {got[2]}: at least 1 and at least 0 are"
+                " needed."
+            )
         p99 = _simulate(chosen, brief, int(got[1]), float(got[2]), rng)
         if p99 > brief["p99_ms"]:
-            raise Wrong(f"{got[0]} with max_batch {got[1]} and max_wait_ms {got[2]:g} has a p99 of {p99:.3g} ms in the "
-                        f"simulation, and {brief['p99_ms']:.3g} are allowed; {asked}.")  # fmt: skip
+            raise Wrong(
+                f"{got[0]} with max_batch {got[1]} and max_wait_ms {got[2]:g} has a p99 of"
+                f" {p99:.3g} ms in the simulation, and {brief['p99_ms']:.3g} are allowed; {asked}."
+            )
         if wanted != got[0]:
-            better = "nothing fits" if wanted is None else f"{wanted} fits, too, and its file is smaller"
+            better = (
+                "nothing fits" if wanted is None else f"{wanted} fits, too, and its file is smaller"
+            )
             raise Wrong(f"{got[0]} was chosen, and {better}; {asked}.")
 
 
-def _simulate(candidate: dict, brief: dict, max_batch: int, max_wait_ms: float, rng: np.random.Generator) -> float:
-    """p99 in ms of one service under 6,000 Poisson arrivals; a batch starts when it is full or its oldest has waited enough."""
+def _simulate(
+    candidate: dict, brief: dict, max_batch: int, max_wait_ms: float, rng: np.random.Generator
+) -> float:
+    """p99 in ms of one service under 6,000 Poisson arrivals; a batch starts when it is full or its
+    oldest has waited enough.
+    """
     due = np.cumsum(rng.exponential(1e3 / brief["rate"], 6000))
     free, i, waited = 0.0, 0, []
     while i < len(due):
@@ -125,7 +174,13 @@ def _candidate(name: str, fixed: float, image: float, kb: float, right: float = 
 
 
 def _brief(rng: np.random.Generator, **changes: float) -> dict:
-    return {"rate": 100.0, "images": int(rng.integers(3, 6)), "p99_ms": 80.0, "kb": 200.0, "right": 0.9} | changes
+    return {
+        "rate": 100.0,
+        "images": int(rng.integers(3, 6)),
+        "p99_ms": 80.0,
+        "kb": 200.0,
+        "right": 0.9,
+    } | changes
 
 
 def _single(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
@@ -133,25 +188,43 @@ def _single(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
 
 
 def _queue(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
-    """The small file takes 30 ms an order alone, well within 80, and gets 100 a second: no batch helps it."""
+    """The small file takes 30 ms an order alone, well within 80, and gets 100 a second: no batch
+    helps it.
+    """
     brief = _brief(rng)
-    return [_candidate("slow", 1, 29 / brief["images"], 60), _candidate("quick", 0.5, 0.3, 150)], brief, "quick"
+    return (
+        [_candidate("slow", 1, 29 / brief["images"], 60), _candidate("quick", 0.5, 0.3, 150)],
+        brief,
+        "quick",
+    )
 
 
 def _wait(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
     """So few orders that a full batch never comes."""
-    return [_candidate("quick", 2, 0.5, 90), _candidate("large", 1, 0.4, 190)], _brief(rng, rate=20.0), "quick"
+    return (
+        [_candidate("quick", 2, 0.5, 90), _candidate("large", 1, 0.4, 190)],
+        _brief(rng, rate=20.0),
+        "quick",
+    )
 
 
 def _needs_batches(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
     """20 ms a call whatever is in it: 50 orders a second one by one, thousands together."""
     brief = _brief(rng)
-    return [_candidate("fixed", 20, 0.4 / brief["images"], 80), _candidate("large", 0.5, 0.3, 190)], brief, "fixed"
+    return (
+        [_candidate("fixed", 20, 0.4 / brief["images"], 80), _candidate("large", 0.5, 0.3, 190)],
+        brief,
+        "fixed",
+    )
 
 
 def _nothing(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
     brief = _brief(rng)
-    return [_candidate("slow", 1, 25 / brief["images"], 60), _candidate("large", 0.5, 0.3, 400)], brief, None
+    return (
+        [_candidate("slow", 1, 25 / brief["images"], 60), _candidate("large", 0.5, 0.3, 400)],
+        brief,
+        None,
+    )
 
 
 def _accuracy(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
@@ -162,5 +235,8 @@ def _accuracy(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
 def _crowd(rng: np.random.Generator) -> tuple[list[dict], dict, str | None]:
     """Several fit: the smallest counts, not the fastest or the most accurate."""
     sizes = np.sort(rng.choice(np.arange(50, 190), 4, replace=False))
-    out = [_candidate(f"m{i}", 0.5, 0.5 - 0.1 * i, float(kb), 0.91 + 0.01 * i) for i, kb in enumerate(sizes)]
+    out = [
+        _candidate(f"m{i}", 0.5, 0.5 - 0.1 * i, float(kb), 0.91 + 0.01 * i)
+        for i, kb in enumerate(sizes)
+    ]
     return out, _brief(rng), "m0"

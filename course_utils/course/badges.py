@@ -12,14 +12,22 @@ BINDER = "https://mybinder.org/v2/gh/{repo}/HEAD?urlpath=lab/tree/notebooks/{nam
 
 
 def stamp(repo: str) -> None:
-    """Write `repo` into pyproject.toml, the links into README.md, and rebuild the notebooks with their outputs kept."""
+    """Write `repo` into pyproject.toml, the links into README.md, and rebuild the notebooks with
+    their outputs kept.
+    """
     if repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UsageError(f"--repo is {repo!r}; it must be OWNER/NAME, as GitHub spells it, or '' for none.")
+        raise UsageError(
+            f"--repo is {repo!r}; it must be OWNER/NAME, as GitHub spells it, or '' for none."
+        )
     settings = ROOT / "pyproject.toml"
     text = settings.read_text(encoding="utf-8")
-    settings.write_text(re.sub(r'(?m)^repository = ".*"$', f'repository = "{repo}"', text), encoding="utf-8")
+    settings.write_text(
+        re.sub(r'(?m)^repository = ".*"$', f'repository = "{repo}"', text), encoding="utf-8"
+    )
     readme = ROOT / "README.md"
-    parts = re.split(f"({re.escape(START)}.*?{re.escape(END)})", readme.read_text(encoding="utf-8"), flags=re.S)
+    parts = re.split(
+        f"({re.escape(START)}.*?{re.escape(END)})", readme.read_text(encoding="utf-8"), flags=re.S
+    )
     if len(parts) != 3:
         raise UsageError(f"README.md must hold {START} … {END} once.")
     readme.write_text(parts[0] + START + links(repo) + END + parts[2], encoding="utf-8")

@@ -1,7 +1,9 @@
-"""One source, three editions: notebooks/source/NN_name.py → learner, instructor and student notebooks.
+"""One source, three editions: notebooks/source/NN_name.py → learner, instructor and student
+notebooks.
 
-The way is one-way and repeatable: cell ids come from the chapter and the cell's position, outputs carry no
-times, no execution metadata and no paths. What was executed is stored as a hash in the notebook's metadata.
+The way is one-way and repeatable: cell ids come from the chapter and the cell's position, outputs
+carry no times, no execution metadata and no paths. What was executed is stored as a hash in the
+notebook's metadata.
 """
 
 import contextlib
@@ -85,10 +87,14 @@ def _edition(chapter: Chapter, edition: str) -> Iterator[NotebookNode]:
                 yield _folded("One solution", f"```python\n{cell.source}\n```", cell_id)
         elif "wrong" in kind:
             if edition == "instructor":
-                yield _folded("A wrong answer you will meet", f"```python\n{cell.source}\n```", cell_id)
+                yield _folded(
+                    "A wrong answer you will meet", f"```python\n{cell.source}\n```", cell_id
+                )
         elif "instructor" in kind:
             if edition == "instructor":
-                yield new_markdown_cell(f"> **For the teacher.** {cell.source}".replace("\n", "\n> "), id=cell_id)
+                yield new_markdown_cell(
+                    f"> **For the teacher.** {cell.source}".replace("\n", "\n> "), id=cell_id
+                )
         elif cell.cell_type == "markdown":
             yield new_markdown_cell(cell.source, id=cell_id)
         else:
@@ -109,7 +115,9 @@ def _code(source: str, cell_id: str, cell_tags: list[str]) -> NotebookNode:
 
 
 def _folded(summary: str, text: str, cell_id: str) -> NotebookNode:
-    return new_markdown_cell(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>", id=cell_id)
+    return new_markdown_cell(
+        f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>", id=cell_id
+    )
 
 
 def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
@@ -121,14 +129,21 @@ def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
         built.cells[0].source += f"\n\n{badges}"
     metadata = {"tags": ["start"], "jupyter": {"source_hidden": True}}
     built.cells.insert(
-        first, new_code_cell(START.format(repository=repository()), id=f"c{chapter.number}-start", metadata=metadata)
+        first,
+        new_code_cell(
+            START.format(repository=repository()), id=f"c{chapter.number}-start", metadata=metadata
+        ),
     )
 
 
 def code_hash(chapter: Chapter, built: NotebookNode) -> str:
-    """SHA-256 of everything whose change makes the stored outputs stale: the code that ran and the chapter's claims."""
+    """SHA-256 of everything whose change makes the stored outputs stale: the code that ran and the
+    chapter's claims.
+    """
     ran = [c.source for c in built.cells if c.cell_type == "code" and "start" not in tags(c)]
-    claims = chapter.claims_file.read_text(encoding="utf-8") if chapter.claims_file.is_file() else ""
+    claims = (
+        chapter.claims_file.read_text(encoding="utf-8") if chapter.claims_file.is_file() else ""
+    )
     return hashlib.sha256(json.dumps([ran, claims]).encode()).hexdigest()
 
 
@@ -144,34 +159,48 @@ def write(chapter: Chapter, edition: str, folder: Path) -> Path:
     return path
 
 
-def write_learner(chapter: Chapter, profile: str, *, keep_outputs: bool = False, folder: Path | None = None) -> Path:
-    """Write the executed learner edition; with `keep_outputs`, reuse the stored outputs if the code is unchanged."""
+def write_learner(
+    chapter: Chapter, profile: str, *, keep_outputs: bool = False, folder: Path | None = None
+) -> Path:
+    """Write the executed learner edition; with `keep_outputs`, reuse the stored outputs if the code
+    is unchanged.
+    """
     built, path = notebook(chapter), folder / f"{chapter.name}.ipynb" if folder else chapter.learner
     wanted = code_hash(chapter, built)
     if keep_outputs and path.is_file():
         stored = nbformat.read(path, as_version=4)
         if stored.metadata.get("course", {}).get("code_sha256") == wanted:
             old = [c for c in stored.cells if c.cell_type == "code"]
-            for new, before in zip((c for c in built.cells if c.cell_type == "code"), old, strict=True):
+            for new, before in zip(
+                (c for c in built.cells if c.cell_type == "code"), old, strict=True
+            ):
                 new.outputs, new.execution_count = before.outputs, before.execution_count
             return _finish(built, path, wanted, stored.metadata["course"]["profile"])
     return _finish(execute(built, profile), path, wanted, profile)
 
 
 def _finish(built: NotebookNode, path: Path, code_sha256: str, profile: str) -> Path:
-    built.metadata["course"] |= {"profile": profile, "code_sha256": code_sha256, "output_sha256": output_hash(built)}
+    built.metadata["course"] |= {
+        "profile": profile,
+        "code_sha256": code_sha256,
+        "output_sha256": output_hash(built),
+    }
     _save(built, path)
     return path
 
 
 def execute(built: NotebookNode, profile: str) -> NotebookNode:
-    """Run a notebook by papermill in a scratch folder and return it with clean outputs. Errors are papermill's own."""
+    """Run a notebook by papermill in a scratch folder and return it with clean outputs. Errors are
+    papermill's own.
+    """
     import papermill
 
     with tempfile.TemporaryDirectory(prefix="course-build-") as folder:
         before, after = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
         nbformat.write(built, before)
-        (Path(folder) / "ledger.jsonl").write_text(_earlier(built.metadata["course"]["chapter"]), encoding="utf-8")
+        (Path(folder) / "ledger.jsonl").write_text(
+            _earlier(built.metadata["course"]["chapter"]), encoding="utf-8"
+        )
         with environment(folder, profile):
             papermill.execute_notebook(
                 before, after, cwd=folder, kernel_name=KERNEL["name"], progress_bar=False, **QUIET
@@ -184,14 +213,17 @@ def execute(built: NotebookNode, profile: str) -> NotebookNode:
 
 
 def _earlier(chapter: str) -> str:
-    """The verdicts of earlier chapters from the last `course run` on this machine, as a reader's ledger would hold them."""
+    """The verdicts of earlier chapters from the last `course run` on this machine, as a reader's
+    ledger would hold them.
+    """
     path = ROOT / "build" / "run" / "ledger.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     own = machine.card()
     return "".join(
         json.dumps({"event": "verdict", **row}) + "\n"
         for row in rows
-        if row["chapter"] < chapter[:2] and (row["machine"]["cpu"], tuple(row["machine"]["isa"])) == (own.cpu, own.isa)
+        if row["chapter"] < chapter[:2]
+        and (row["machine"]["cpu"], tuple(row["machine"]["isa"])) == (own.cpu, own.isa)
     )
 
 
@@ -216,12 +248,18 @@ def environment(scratch: str, profile: str) -> Iterator[None]:
 
 
 def _clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without what changes from run to run for no reason: widgets' random ids, the way a stream was cut."""
+    """Outputs without what changes from run to run for no reason: widgets' random ids, the way a
+    stream was cut.
+    """
     kept: list[NotebookNode] = []
     for output in outputs:
         if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
             continue
-        same_stream = kept and output.output_type == "stream" == kept[-1].output_type and output.name == kept[-1].name
+        same_stream = (
+            kept
+            and output.output_type == "stream" == kept[-1].output_type
+            and output.name == kept[-1].name
+        )
         if same_stream:
             kept[-1].text += output.text
         else:

@@ -59,7 +59,8 @@ def chapters(wanted: list[str] | None = None, folder: Path = SOURCES) -> list[Ch
             near = difflib.get_close_matches(key, by_key, 1, 0.3)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UsageError(
-                f"there is no chapter {key!r}; there are {', '.join(c.name for c in known) or 'none yet'}.{hint}"
+                f"there is no chapter {key!r}; there are"
+                f" {', '.join(c.name for c in known) or 'none yet'}.{hint}"
             )
     return sorted({by_key[key] for key in wanted}, key=lambda c: c.name)
 
@@ -71,7 +72,9 @@ def one_of(value: str, allowed: tuple[str, ...], what: str) -> str:
 
 
 def writable(folder: Path) -> Path:
-    """`folder`, made if needed and tried by writing into it; UsageError with the system's reason otherwise."""
+    """`folder`, made if needed and tried by writing into it; UsageError with the system's reason
+    otherwise.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -83,6 +86,8 @@ def writable(folder: Path) -> Path:
 
 
 def repository() -> str:
-    """The one setting from which Colab and Binder links are made: [tool.course] repository in pyproject.toml."""
+    """The one setting from which Colab and Binder links are made: [tool.course] repository in
+    pyproject.toml.
+    """
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return settings["tool"]["course"]["repository"]

@@ -7,12 +7,24 @@ import sys
 from pathlib import Path
 
 from course_utils import ROOT
-from course_utils.course.chapters import EDITIONS, NOTEBOOKS, PROFILES, UsageError, chapters, one_of, writable
+from course_utils.course.chapters import (
+    EDITIONS,
+    NOTEBOOKS,
+    PROFILES,
+    UsageError,
+    chapters,
+    one_of,
+    writable,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 something failed, 2 something asked for does not exist, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="course", description="Efficient Deep Learning, Measured.")
+    """Exit status: 0 done, 1 something failed, 2 something asked for does not exist, 130
+    interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="course", description="Efficient Deep Learning, Measured."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_doctor, _lab, _build, _run, _report, _data, _badges):
         add(commands)
@@ -26,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"course {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"course {options.command}: interrupted; what was finished is whole.", file=sys.stderr)
+        print(
+            f"course {options.command}: interrupted; what was finished is whole.", file=sys.stderr
+        )
         return 130
 
 
@@ -38,7 +52,9 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
         print(json.dumps(found, indent=2) if options.json else doctor.text(found))
         return 1 if found["problems"] else 0
 
-    parser = commands.add_parser("doctor", help="what this machine can do, what will be skipped, what is broken")
+    parser = commands.add_parser(
+        "doctor", help="what this machine can do, what will be skipped, what is broken"
+    )
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(do=do)
 
@@ -48,14 +64,23 @@ def _lab(commands: argparse._SubParsersAction) -> None:
         first = next(iter(sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))), None)
         if first is None:
             raise UsageError("notebooks/ is empty; build the chapters with: course build")
-        command = [sys.executable, "-m", "jupyter", "lab", "--ip=127.0.0.1", f"--ServerApp.root_dir={ROOT}"]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "lab",
+            "--ip=127.0.0.1",
+            f"--ServerApp.root_dir={ROOT}",
+        ]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--allow-root")
         os.chdir(ROOT)
         command.append(f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}")
         os.execv(sys.executable, [*command, *options.rest])
 
-    parser = commands.add_parser("lab", help="open the first chapter in JupyterLab (further options go to jupyter lab)")
+    parser = commands.add_parser(
+        "lab", help="open the first chapter in JupyterLab (further options go to jupyter lab)"
+    )
     parser.set_defaults(do=do)
 
 
@@ -70,17 +95,25 @@ def _build(commands: argparse._SubParsersAction) -> None:
         folder = writable(Path(options.out) if options.out else default)
         for chapter in wanted:
             if edition == "learner":
-                path = build.write_learner(chapter, profile, keep_outputs=options.keep_outputs, folder=folder)
+                path = build.write_learner(
+                    chapter, profile, keep_outputs=options.keep_outputs, folder=folder
+                )
             else:
                 path = build.write(chapter, edition, folder)
             print(path)
         return 0
 
-    parser = commands.add_parser("build", help="make an edition of the notebooks from their sources")
+    parser = commands.add_parser(
+        "build", help="make an edition of the notebooks from their sources"
+    )
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
     parser.add_argument("--edition", default="learner", help=", ".join(EDITIONS))
-    parser.add_argument("--profile", default="fast", help="of the learner edition, which is executed")
-    parser.add_argument("--keep-outputs", action="store_true", help="execute only chapters whose code changed")
+    parser.add_argument(
+        "--profile", default="fast", help="of the learner edition, which is executed"
+    )
+    parser.add_argument(
+        "--keep-outputs", action="store_true", help="execute only chapters whose code changed"
+    )
     parser.add_argument("--out", metavar="DIR")
     parser.set_defaults(do=do)
 
@@ -98,10 +131,16 @@ def _run(commands: argparse._SubParsersAction) -> None:
         print(run.table(outcomes))
         return 1 if any(o.error for o in outcomes) else 0
 
-    parser = commands.add_parser("run", help="execute chapters from end to end; writes notebooks and ledger.json")
+    parser = commands.add_parser(
+        "run", help="execute chapters from end to end; writes notebooks and ledger.json"
+    )
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
-    parser.add_argument("--profile", default=os.environ.get("COURSE_PROFILE", "fast"), help=", ".join(PROFILES))
-    parser.add_argument("--edition", default="instructor", help="instructor (exercises solved), learner or student")
+    parser.add_argument(
+        "--profile", default=os.environ.get("COURSE_PROFILE", "fast"), help=", ".join(PROFILES)
+    )
+    parser.add_argument(
+        "--edition", default="instructor", help="instructor (exercises solved), learner or student"
+    )
     parser.add_argument("--out", default=str(ROOT / "build" / "run"), metavar="DIR")
     parser.set_defaults(do=do)
 
@@ -114,7 +153,9 @@ def _report(commands: argparse._SubParsersAction) -> None:
             print(path)
         return 0
 
-    parser = commands.add_parser("report", help="one page and one picture from the ledgers of one or many machines")
+    parser = commands.add_parser(
+        "report", help="one page and one picture from the ledgers of one or many machines"
+    )
     parser.add_argument("ledgers", nargs="+", metavar="LEDGER")
     parser.add_argument("--out", default=str(ROOT / "build" / "report"), metavar="DIR")
     parser.set_defaults(do=do)
@@ -125,7 +166,10 @@ def _data(commands: argparse._SubParsersAction) -> None:
         from course_utils import data
 
         if not options.full:
-            raise UsageError("the embedded data need no fetching; the whole data set comes with: course data --full")
+            raise UsageError(
+                "the embedded data need no fetching; the whole data set comes with: course data"
+                " --full"
+            )
         try:
             added = data.fetch_full()
         except (data.DataError, OSError) as error:
@@ -150,9 +194,14 @@ def _badges(commands: argparse._SubParsersAction) -> None:
         badges.stamp(options.repo)
         return 0
 
-    parser = commands.add_parser("badges", help="stamp Colab and Binder links into README and notebooks")
+    parser = commands.add_parser(
+        "badges", help="stamp Colab and Binder links into README and notebooks"
+    )
     parser.add_argument(
-        "--repo", required=True, metavar="OWNER/NAME", help="the repository on GitHub; '' removes the links"
+        "--repo",
+        required=True,
+        metavar="OWNER/NAME",
+        help="the repository on GitHub; '' removes the links",
     )
     parser.set_defaults(do=do)
 

@@ -42,7 +42,10 @@ def examine() -> dict:
             importlib.import_module(name)
         except Exception as error:
             problems.append(
-                {"what": f"{name} cannot be imported ({type(error).__name__}: {error})", "remedy": "make setup"}
+                {
+                    "what": f"{name} cannot be imported ({type(error).__name__}: {error})",
+                    "remedy": "make setup",
+                }
             )
     for name in _data_files(problems):
         try:
@@ -55,7 +58,14 @@ def examine() -> dict:
     for what, part in PARTS.items():
         answer = machine.can(what)
         if answer is not True:
-            skips.append({"part": part, "kind": answer.kind, "reason": answer.reason, "remedy": answer.remedy})
+            skips.append(
+                {
+                    "part": part,
+                    "kind": answer.kind,
+                    "reason": answer.reason,
+                    "remedy": answer.remedy,
+                }
+            )
     return {"card": machine.card().as_dict(), "skips": skips, "problems": problems}
 
 
@@ -63,12 +73,19 @@ def _data_files(problems: list[dict]) -> list[str]:
     try:
         return list(json.loads((data.DATASETS / "SHA256.json").read_text()))
     except (OSError, ValueError) as error:
-        problems.append({"what": f"datasets/SHA256.json: {error}", "remedy": "git checkout -- datasets"})
+        problems.append(
+            {"what": f"datasets/SHA256.json: {error}", "remedy": "git checkout -- datasets"}
+        )
         return []
 
 
 def text(found: dict) -> str:
     lines = [] if found["card"] is None else [repr(machine.Card(**found["card"])), ""]
-    lines += [f"will skip   {s['part']} ({s['kind']}): {s['reason']} {s['remedy']}".rstrip() for s in found["skips"]]
+    lines += [
+        f"will skip   {s['part']} ({s['kind']}): {s['reason']} {s['remedy']}".rstrip()
+        for s in found["skips"]
+    ]
     lines += [f"PROBLEM     {p['what']}\n  remedy    {p['remedy']}" for p in found["problems"]]
-    return "\n".join(lines or ["nothing to report"]) + ("" if found["problems"] else "\nNothing needed is missing.")
+    return "\n".join(lines or ["nothing to report"]) + (
+        "" if found["problems"] else "\nNothing needed is missing."
+    )

@@ -1,7 +1,9 @@
-"""Resolve the pinned requirements again: `make lock`. Needs uv on the PATH; nothing else of the course.
+"""Resolve the pinned requirements again: `make lock`. Needs uv on the PATH; nothing else of the
+course.
 
-Two files come out, both universal and hashed, with no address in them. torch, torchvision and what only they need
-stay out: a lock that holds their registry hashes could not use a machine's own build (README, "Another torch").
+Two files come out, both universal and hashed, with no address in them. torch, torchvision and what
+only they need stay out: a lock that holds their registry hashes could not use a machine's own build
+(README, "Another torch").
 """
 
 import re
@@ -12,15 +14,37 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOR_TORCH_ONLY = re.compile(r"^(torch|torchvision|triton|nvidia-(?!modelopt|ml-py)[\w-]+|cuda-[\w-]+)==")
+FOR_TORCH_ONLY = re.compile(
+    r"^(torch|torchvision|triton|nvidia-(?!modelopt|ml-py)[\w-]+|cuda-[\w-]+)=="
+)
 
 
 def compile_lock(*arguments: str) -> list[str]:
-    """One entry a requirement (its pin and all its hashes), as uv resolves pyproject.toml with these arguments."""
+    """One entry a requirement (its pin and all its hashes), as uv resolves pyproject.toml with
+    these arguments.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lock.txt"
-        command = ["uv", "pip", "compile", "-q", "--universal", "--python-version", "3.11", "--generate-hashes"]
-        command += ["--no-annotate", "--no-header", "--group", "models", "--extra", "all", "--extra", "dev"]
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            "-q",
+            "--universal",
+            "--python-version",
+            "3.11",
+            "--generate-hashes",
+        ]
+        command += [
+            "--no-annotate",
+            "--no-header",
+            "--group",
+            "models",
+            "--extra",
+            "all",
+            "--extra",
+            "dev",
+        ]
         subprocess.run([*command, *arguments, "pyproject.toml", "-o", out], cwd=ROOT, check=True)
         entries = re.split(r"\n(?=\S)", out.read_text().strip())
     return [entry for entry in entries if not FOR_TORCH_ONLY.match(entry)]
@@ -28,7 +52,9 @@ def compile_lock(*arguments: str) -> list[str]:
 
 def write(path: Path, title: str, entries: list[str]) -> None:
     path.write_text(
-        f"# {title}\n# Made by `make lock`; installed by `make setup` with --no-deps.\n" + "\n".join(entries) + "\n"
+        f"# {title}\n# Made by `make lock`; installed by `make setup` with --no-deps.\n"
+        + "\n".join(entries)
+        + "\n"
     )
     print(f"{path.name}: {len(entries)} packages")
 
@@ -44,8 +70,14 @@ def main() -> int:
         constraints.flush()
         base = compile_lock("-c", constraints.name)
     write(ROOT / "requirements.lock", "What the course uses on a CPU, and its tests.", base)
-    extra = [entry for entry in everything if entry.split("==")[0] not in {b.split("==")[0] for b in base}]
-    write(ROOT / "requirements-extended.lock", "In addition: TVM, DeepSpeed, Model Optimizer.", extra)
+    extra = [
+        entry
+        for entry in everything
+        if entry.split("==")[0] not in {b.split("==")[0] for b in base}
+    ]
+    write(
+        ROOT / "requirements-extended.lock", "In addition: TVM, DeepSpeed, Model Optimizer.", extra
+    )
     return 0
 
 

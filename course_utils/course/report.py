@@ -10,7 +10,18 @@ from course_utils import claims as registry
 from course_utils.claims import LOOK
 from course_utils.course.chapters import UsageError
 
-FIELDS = {"claim", "chapter", "statement", "value", "low", "high", "unit", "verdict", "reason", "machine"}
+FIELDS = {
+    "claim",
+    "chapter",
+    "statement",
+    "value",
+    "low",
+    "high",
+    "unit",
+    "verdict",
+    "reason",
+    "machine",
+}
 
 
 def read(path: Path) -> list[dict]:
@@ -21,10 +32,13 @@ def read(path: Path) -> list[dict]:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except ValueError:
         raise UsageError(
-            f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run` writes."
+            f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run`"
+            " writes."
         ) from None
     if not isinstance(rows, list) or not rows:
-        raise UsageError(f"{path} is no ledger, or an empty one: it must be a list with at least one verdict.")
+        raise UsageError(
+            f"{path} is no ledger, or an empty one: it must be a list with at least one verdict."
+        )
     for row in rows:
         if not isinstance(row, dict) or not row.keys() >= FIELDS:
             missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else "every field"
@@ -35,8 +49,9 @@ def read(path: Path) -> list[dict]:
 
 
 def report(paths: list[Path], folder: Path) -> list[Path]:
-    """Write report.html (self-contained) and report.png into `folder`, and for a single ledger techniques.html, which
-    technique when; each whole or not at all. One ledger is drawn by chapter, several as claims × machines.
+    """Write report.html (self-contained) and report.png into `folder`, and for a single ledger
+    techniques.html, which technique when; each whole or not at all. One ledger is drawn by chapter,
+    several as claims × machines.
     """
     ledgers = [read(path) for path in paths]
     names = [machine_name(rows[0]["machine"]) for rows in ledgers]
@@ -45,10 +60,15 @@ def report(paths: list[Path], folder: Path) -> list[Path]:
     claims.sort(key=lambda row: row["claim"])
     by_machine = [{row["claim"]: row for row in rows} for rows in ledgers]
     picture = draw(claims, names, by_machine) if len(ledgers) > 1 else overview(ledgers[0])
-    files = {"report.html": render(claims, names, by_machine, picture).encode(), "report.png": picture}
+    files = {
+        "report.html": render(claims, names, by_machine, picture).encode(),
+        "report.png": picture,
+    }
     if len(ledgers) == 1:
         table = registry.techniques(ledgers[0])._repr_html_()
-        files["techniques.html"] = page("Which technique when", f"<p>{html.escape(names[0])}.</p>{table}").encode()
+        files["techniques.html"] = page(
+            "Which technique when", f"<p>{html.escape(names[0])}.</p>{table}"
+        ).encode()
     for name, content in files.items():
         part = folder / f"{name}.part"
         part.write_bytes(content)
@@ -60,7 +80,9 @@ def overview(rows: list[dict]) -> bytes:
     from course_utils import plots
 
     buffer = io.BytesIO()
-    plots.verdicts(rows).savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    plots.verdicts(rows).savefig(
+        buffer, format="png", bbox_inches="tight", metadata={"Software": None}
+    )
     return buffer.getvalue()
 
 
@@ -75,7 +97,9 @@ def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(6.5 + 1.1 * len(names), 0.3 * len(claims) + 1.2), layout="constrained", dpi=110)
+    figure = Figure(
+        figsize=(6.5 + 1.1 * len(names), 0.3 * len(claims) + 1.2), layout="constrained", dpi=110
+    )
     ax = figure.subplots()
     for column, rows in enumerate(by_machine):
         for row, claim in enumerate(claims):
@@ -91,7 +115,9 @@ def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
         fontsize=8,
     )
     ax.set_xticks(
-        [i + 0.47 for i in range(len(names))], [n.replace(", ", "\n").replace("=", "\n= ") for n in names], fontsize=7
+        [i + 0.47 for i in range(len(names))],
+        [n.replace(", ", "\n").replace("=", "\n= ") for n in names],
+        fontsize=7,
     )
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
@@ -139,8 +165,14 @@ def _cell(row: dict | None) -> str:
         return "<td></td>"
     measured = html.escape(row["reason"])
     if row["value"] is not None:
-        measured = html.escape(f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] {row['unit']}")
-    stand_in = f"<br><small>on a stand-in: {html.escape(row['stand_in'])}</small>" if row.get("stand_in") else ""
+        measured = html.escape(
+            f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] {row['unit']}"
+        )
+    stand_in = (
+        f"<br><small>on a stand-in: {html.escape(row['stand_in'])}</small>"
+        if row.get("stand_in")
+        else ""
+    )
     return f"<td style='background:{LOOK[row['verdict']][0]}'><b>{row['verdict']}</b><br>{measured}{stand_in}</td>"
 
 

@@ -1,4 +1,6 @@
-"""Execute chapters from end to end, watch their memory, and collect what they said into one ledger."""
+"""Execute chapters from end to end, watch their memory, and collect what they said into one
+ledger.
+"""
 
 import contextlib
 import json
@@ -20,8 +22,9 @@ from course_utils.course import build
 from course_utils.course.chapters import Chapter
 
 CELL_SECONDS = {"smoke": 300, "fast": 900, "full": None}
-"""Longer than any cell. A message between papermill and a kernel can get lost (see plots.explore): the kernel is idle,
-papermill waits for ever. So a chapter that gives no answer is run once more."""
+"""Longer than any cell. A message between papermill and a kernel can get lost (see plots.explore):
+the kernel is idle, papermill waits for ever. So a chapter that gives no answer is run once more.
+"""
 
 
 @dataclass
@@ -39,7 +42,9 @@ class Outcome:
 
 
 def run(chapters: list[Chapter], profile: str, edition: str, folder: Path) -> list[Outcome]:
-    """Run each chapter by papermill into `folder`, going on after a failing one. Ctrl-C stops every process started."""
+    """Run each chapter by papermill into `folder`, going on after a failing one. Ctrl-C stops every
+    process started.
+    """
     from tqdm import tqdm
 
     outcomes: list[Outcome] = []
@@ -51,13 +56,21 @@ def run(chapters: list[Chapter], profile: str, edition: str, folder: Path) -> li
     return outcomes
 
 
-def run_one(chapter: Chapter, profile: str, edition: str, folder: Path, earlier: Sequence[dict] = ()) -> Outcome:
-    """Run one chapter; it finds the `earlier` chapters' verdicts in its ledger, as a reader's last chapter would."""
+def run_one(
+    chapter: Chapter, profile: str, edition: str, folder: Path, earlier: Sequence[dict] = ()
+) -> Outcome:
+    """Run one chapter; it finds the `earlier` chapters' verdicts in its ledger, as a reader's last
+    chapter would.
+    """
     return execute(build.notebook(chapter, edition), chapter.name, profile, folder, earlier)
 
 
-def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: Sequence[dict] = ()) -> Outcome:
-    """Run a notebook that is not executed yet in an empty working folder; its copy with outputs goes to `folder`."""
+def execute(
+    book: NotebookNode, name: str, profile: str, folder: Path, earlier: Sequence[dict] = ()
+) -> Outcome:
+    """Run a notebook that is not executed yet in an empty working folder; its copy with outputs
+    goes to `folder`.
+    """
     import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError
@@ -88,11 +101,19 @@ def execute(book: NotebookNode, name: str, profile: str, folder: Path, earlier: 
                 )
             except CellTimeoutError:
                 outcome.error = f"a cell took more than {CELL_SECONDS[profile]} s, in two attempts"
-                print(f"{name}: no answer for {CELL_SECONDS[profile]} s in attempt {attempt}", file=sys.stderr)
+                print(
+                    f"{name}: no answer for {CELL_SECONDS[profile]} s in attempt {attempt}",
+                    file=sys.stderr,
+                )
                 continue
             except PapermillExecutionError as error:
-                outcome.error = f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}: {error.evalue}"
-            except Exception as error:  # a kernel that died, a disk that is full: the next chapter still runs
+                outcome.error = (
+                    f"cell {error.cell_index} ({_first_line(error.source)}): {error.ename}:"
+                    f" {error.evalue}"
+                )
+            except (
+                Exception
+            ) as error:  # a kernel that died, a disk that is full: the next chapter still runs
                 outcome.error = f"{type(error).__name__}: {error}"
             break
         if watch.interrupted:
@@ -117,13 +138,18 @@ def ledger(outcomes: list[Outcome]) -> list[dict]:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    head = f"{'chapter':24} {'seconds':>8} {'peak MB':>8} {'checks':>8} {'verdicts':>9} {'skips':>6}"
+    head = (
+        f"{'chapter':24} {'seconds':>8} {'peak MB':>8} {'checks':>8} {'verdicts':>9} {'skips':>6}"
+    )
     lines = [head, "-" * len(head)]
     for o in outcomes:
         checks = o.counts("check", "status")
         verdicts, skips = len(o.counts("verdict", "claim")), sum(o.counts("skip", "kind").values())
         passed = f"{checks['passed']}/{sum(checks.values())}"
-        lines.append(f"{o.chapter:24} {o.seconds:8.1f} {o.peak_bytes / 1e6:8.0f} {passed:>8} {verdicts:9} {skips:6}")
+        lines.append(
+            f"{o.chapter:24} {o.seconds:8.1f} {o.peak_bytes / 1e6:8.0f} {passed:>8} {verdicts:9}"
+            f" {skips:6}"
+        )
     lines += [f"FAILED {o.chapter}: {o.error}" for o in outcomes if o.error]
     return "\n".join(lines)
 
@@ -131,9 +157,10 @@ def table(outcomes: list[Outcome]) -> str:
 class Watch:
     """Peak memory of the processes this one starts, and their end.
 
-    Memory is the proportional set size (shared pages divided among those who share them) where the system tells it.
-    Ctrl-C is an exception that can arrive in a callback of zmq or of the garbage collector, where it is printed and
-    dropped. So it is noted as well, and two seconds later what was started is killed: nothing is left to wait for.
+    Memory is the proportional set size (shared pages divided among those who share them) where the
+    system tells it. Ctrl-C is an exception that can arrive in a callback of zmq or of the garbage
+    collector, where it is printed and dropped. So it is noted as well, and two seconds later what
+    was started is killed: nothing is left to wait for.
     """
 
     def __init__(self, every: float = 0.2) -> None:

@@ -1,7 +1,9 @@
-"""Make .venv and install the course into it: `make setup`, or `python3 course_utils/course/setup.py`.
+"""Make .venv and install the course into it: `make setup`, or `python3
+course_utils/course/setup.py`.
 
-Standard library only, because it runs before anything is installed. A second call installs nothing unless
-pyproject.toml or a lock changed; a call that follows an interrupted one repairs what it left.
+Standard library only, because it runs before anything is installed. A second call installs nothing
+unless pyproject.toml or a lock changed; a call that follows an interrupted one repairs what it
+left.
 """
 
 import argparse
@@ -25,7 +27,9 @@ def venv_python() -> Path:
 
 
 def digest(*names: str) -> str:
-    """What the installed state depends on: the files named, this Python, and where the course lies."""
+    """What the installed state depends on: the files named, this Python, and where the course
+    lies.
+    """
     h = hashlib.sha256(f"{sys.version_info[:3]} {ROOT}".encode())
     for name in names:
         h.update((ROOT / name).read_bytes())
@@ -41,14 +45,23 @@ def torch_requirements() -> list[str]:
 
 def pip(*arguments: str) -> None:
     subprocess.run(
-        [venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments], check=True, cwd=ROOT
+        [venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments],
+        check=True,
+        cwd=ROOT,
     )
 
 
 def works(python: Path) -> bool:
-    """Whether the environment's own Python and pip start: an interrupted `venv` leaves one that does not."""
+    """Whether the environment's own Python and pip start: an interrupted `venv` leaves one that
+    does not.
+    """
     try:
-        return subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=120).returncode == 0
+        return (
+            subprocess.run(
+                [python, "-m", "pip", "--version"], capture_output=True, timeout=120
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -63,7 +76,9 @@ def installed() -> dict[str, str]:
 def install(extended: bool) -> None:
     wanted = {"base": digest("pyproject.toml", "requirements.lock")}
     if extended:
-        wanted["extended"] = digest("pyproject.toml", "requirements.lock", "requirements-extended.lock")
+        wanted["extended"] = digest(
+            "pyproject.toml", "requirements.lock", "requirements-extended.lock"
+        )
     have = installed()
     if all(have.get(part) == value for part, value in wanted.items()) and venv_python().exists():
         return
@@ -74,7 +89,10 @@ def install(extended: bool) -> None:
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     STAMP.unlink(missing_ok=True)
     if have.get("base") != wanted["base"]:
-        print("Installing torch and torchvision (with CUDA's libraries, several GB on Linux) …", flush=True)
+        print(
+            "Installing torch and torchvision (with CUDA's libraries, several GB on Linux) …",
+            flush=True,
+        )
         pip(*torch_requirements())
         print("Installing what the chapters use …", flush=True)
         pip("--no-deps", "--require-hashes", "-r", "requirements.lock")
@@ -82,25 +100,39 @@ def install(extended: bool) -> None:
     if extended and have.get("extended") != wanted["extended"]:
         print("Installing TVM, DeepSpeed and Model Optimizer …", flush=True)
         os.environ["DS_BUILD_OPS"] = "0"  # DeepSpeed's own operators stay uncompiled: none is used
-        pip("--no-deps", "--no-build-isolation", "--require-hashes", "-r", "requirements-extended.lock")
+        pip(
+            "--no-deps",
+            "--no-build-isolation",
+            "--require-hashes",
+            "-r",
+            "requirements-extended.lock",
+        )
     STAMP.write_text(json.dumps(have | wanted))
     print(f"Set up in {time.monotonic() - start:.0f} s.", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extended", action="store_true", help="also TVM, DeepSpeed and Model Optimizer")
+    parser.add_argument(
+        "--extended", action="store_true", help="also TVM, DeepSpeed and Model Optimizer"
+    )
     extended = parser.parse_args().extended
     if sys.version_info < OLDEST:
         have = ".".join(map(str, sys.version_info[:3]))
-        print(f"The course needs Python 3.11 or newer; this is {have}. "
-              "Install a newer one and run: make PYTHON=python3.12 lab", file=sys.stderr)  # fmt: skip
+        print(
+            f"The course needs Python 3.11 or newer; this is {have}. "
+            "Install a newer one and run: make PYTHON=python3.12 lab",
+            file=sys.stderr,
+        )
         return 2
     try:
         install(extended)
     except subprocess.CalledProcessError as error:
-        print(f"Set-up stopped: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}. "
-              "Its own message stands above; the next call goes on from here.", file=sys.stderr)  # fmt: skip
+        print(
+            f"Set-up stopped: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}. "
+            "Its own message stands above; the next call goes on from here.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("Set-up interrupted; the next call goes on from here.", file=sys.stderr)

@@ -1,6 +1,8 @@
-"""What every chapter must have, checked on its source and on its built notebook: fast, nothing is executed.
+"""What every chapter must have, checked on its source and on its built notebook: fast, nothing is
+executed.
 
-Each check returns a list of complaints; an empty list is a pass. Sizes are printed by `sizes`, not judged.
+Each check returns a list of complaints; an empty list is a pass. Sizes are printed by `sizes`, not
+judged.
 """
 
 import ast
@@ -15,13 +17,32 @@ from course_utils import ROOT, claims
 from course_utils.course import build
 from course_utils.course.chapters import Chapter
 
-PARTS = ("Recall", "Predict", "From scratch", "Measure", "Explain", "If yours shows no gain", "Myth", "Exercise A", "Exercise B",
-         "Exercise C", "The tool of the field", "Break it", "Exit quiz", "Key points", "Sources")  # fmt: skip
-OTHER_SHAPE = ("00", "15")  # the door and the capstone are built differently; the rest of the checks hold for them
+PARTS = (
+    "Recall",
+    "Predict",
+    "From scratch",
+    "Measure",
+    "Explain",
+    "If yours shows no gain",
+    "Myth",
+    "Exercise A",
+    "Exercise B",
+    "Exercise C",
+    "The tool of the field",
+    "Break it",
+    "Exit quiz",
+    "Key points",
+    "Sources",
+)
+OTHER_SHAPE = (
+    "00",
+    "15",
+)  # the door and the capstone are built differently; the rest of the checks hold for them
 MACHINE_PATH = re.compile(r"/(home|root|Users|work|farm|tmp|private/var)/[\w.-]+")
 REGISTRY = re.compile(r"https?://[^/\s]*(py[p]i|npm[j]s|pyth[o]nhosted|deb[.]deb)")
 _UNITS = (
-    r"%|×|x\b|ms\b|µs\b|ns\b|[GMkK]B\b|[MG]iB\b|GHz\b|dB\b|GFLOP|percent\b|seconds?\b|times (faster|slower|smaller)"
+    r"%|×|x\b|ms\b|µs\b|ns\b|[GMkK]B\b|[MG]iB\b|GHz\b|dB\b|GFLOP|percent\b|seconds?\b|times"
+    r" (faster|slower|smaller)"
 )
 _NUMBER = re.compile(rf"(?<![\w.])\d[\d.,]*\s?({_UNITS})(?!\d)")
 _NOT_PROSE = r"<details>.*?</details>|```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|<!--.*?-->"
@@ -41,7 +62,9 @@ class Exercise:
 
 
 def exercises(chapter: Chapter) -> list[Exercise]:
-    """The exercises of a source in order. Raises ValueError where a stub is not followed by its check."""
+    """The exercises of a source in order. Raises ValueError where a stub is not followed by its
+    check.
+    """
     found: list[Exercise] = []
     cells = build.cells(chapter)
     for i, cell in enumerate(cells):
@@ -73,7 +96,11 @@ def source_complaints(chapter: Chapter) -> list[str]:
         if c.cell_type == "code" and (n := len(c.source.splitlines())) > 40
     ]
     out += (
-        _parts(chapter, cells) + _exercises(chapter) + _claims(chapter, cells) + _prose(cells) + _links(chapter, cells)
+        _parts(chapter, cells)
+        + _exercises(chapter)
+        + _claims(chapter, cells)
+        + _prose(cells)
+        + _links(chapter, cells)
     )
     if "parameters" not in build.tags(next(c for c in cells if c.cell_type == "code")):
         out.append('the first code cell must be tagged "parameters" and set PROFILE')
@@ -84,9 +111,16 @@ def _parts(chapter: Chapter, cells: list[NotebookNode]) -> list[str]:
     if chapter.number in OTHER_SHAPE:
         return []
     text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-    marks = {m.group(1).strip(): m.start() for m in re.finditer(r"^(?:## |\*\*)([^*\n]+?)(?:\*\*.*)?$", text, re.M)}
+    marks = {
+        m.group(1).strip(): m.start()
+        for m in re.finditer(r"^(?:## |\*\*)([^*\n]+?)(?:\*\*.*)?$", text, re.M)
+    }
     wanted = [p for p in PARTS if not (p == "Recall" and chapter.number == "01")]
-    return [f"the part {part!r} is missing" for part in wanted if not any(m.startswith(part) for m in marks)]
+    return [
+        f"the part {part!r} is missing"
+        for part in wanted
+        if not any(m.startswith(part) for m in marks)
+    ]
 
 
 def _exercises(chapter: Chapter) -> list[str]:
@@ -99,8 +133,12 @@ def _exercises(chapter: Chapter) -> list[str]:
         if not 1 <= len(e.hints) <= 3:
             out.append(f"exercise {e.id} has {len(e.hints)} hints, not one to three")
         if len(set(e.wrong)) < 3:
-            out.append(f"exercise {e.id} has {len(set(e.wrong))} different wrong answers, fewer than three")
-    if chapter.number not in OTHER_SHAPE and not any("instructor" in build.tags(c) for c in build.cells(chapter)):
+            out.append(
+                f"exercise {e.id} has {len(set(e.wrong))} different wrong answers, fewer than three"
+            )
+    if chapter.number not in OTHER_SHAPE and not any(
+        "instructor" in build.tags(c) for c in build.cells(chapter)
+    ):
         out.append("there is no note for the teacher")
     return out
 
@@ -110,22 +148,30 @@ def _claims(chapter: Chapter, cells: list[NotebookNode]) -> list[str]:
     used = set(re.findall(r'claims\.verdict\(\s*"([^"]+)"', code))
     known = {i for i in claims.registry() if i.startswith(f"{chapter.number}.")}
     return [
-        f"verdict on {i!r}, which notebooks/claims/ does not have" for i in sorted(used - set(claims.registry()))
+        f"verdict on {i!r}, which notebooks/claims/ does not have"
+        for i in sorted(used - set(claims.registry()))
     ] + [f"claim {i!r} never gets a verdict" for i in sorted(known - used)]
 
 
 def _prose(cells: list[NotebookNode]) -> list[str]:
-    """A number with %, × or a unit is either measured by a cell or carries the source it comes from."""
+    """A number with %, × or a unit is either measured by a cell or carries the source it comes
+    from.
+    """
     out = []
     for cell in cells:
-        if cell.cell_type != "markdown" or {"solution", "hint", "instructor"} & set(build.tags(cell)):
+        if cell.cell_type != "markdown" or {"solution", "hint", "instructor"} & set(
+            build.tags(cell)
+        ):
             continue
         # A quiz may say wrong things: that is what it is for.
         text = re.sub(r"## Exit quiz.*?(?=\*\*Key points|\Z)", " ", cell.source, flags=re.S)
         text = re.sub(_NOT_PROSE, " ", text, flags=re.S)
         for block in re.split(r"\n\s*\n|\n(?=[|*-] ?)", text):
             if (found := _NUMBER.search(block)) and not _SOURCE.search(block):
-                out.append(f"a number without a source: “{found.group(0)}” in “{' '.join(block.split())[:90]}”")
+                out.append(
+                    f"a number without a source: “{found.group(0)}” in"
+                    f" “{' '.join(block.split())[:90]}”"
+                )
     return out
 
 
@@ -143,7 +189,9 @@ def broken_links(text: str, folder: Path) -> list[str]:
 
 
 def notebook_complaints(chapter: Chapter) -> list[str]:
-    """Whether the committed learner edition is what its source builds, and was executed by today's code."""
+    """Whether the committed learner edition is what its source builds, and was executed by today's
+    code.
+    """
     if not chapter.learner.is_file():
         return [f"{chapter.learner.name} was never built: course build {chapter.number}"]
     stored, wanted = nbformat.read(chapter.learner, as_version=4), build.notebook(chapter)
@@ -159,10 +207,18 @@ def notebook_complaints(chapter: Chapter) -> list[str]:
     for cell in (c for c in stored.cells if c.cell_type == "code"):
         if cell.execution_count is None:
             out.append(f"cell {cell.id} never ran")
-        out += [f"cell {cell.id} ended in {o.ename}" for o in cell.outputs if o.output_type == "error"]
-        out += [f"cell {cell.id} shows a figure without an alternative text" for o in cell.outputs if _no_alt(o)]
+        out += [
+            f"cell {cell.id} ended in {o.ename}" for o in cell.outputs if o.output_type == "error"
+        ]
+        out += [
+            f"cell {cell.id} shows a figure without an alternative text"
+            for o in cell.outputs
+            if _no_alt(o)
+        ]
     whole = chapter.learner.read_text(encoding="utf-8")
-    out += [f"it shows a path of the machine: {m.group(0)}" for m in [MACHINE_PATH.search(whole)] if m]
+    out += [
+        f"it shows a path of the machine: {m.group(0)}" for m in [MACHINE_PATH.search(whole)] if m
+    ]
     if str(ROOT) in whole:
         out.append(f"it shows the course's own folder, {ROOT}")
     return out
@@ -173,7 +229,9 @@ def _texts(book: NotebookNode) -> list[tuple]:
 
 
 def _no_alt(output: NotebookNode) -> bool:
-    return "image/png" in output.get("data", {}) and not output.get("metadata", {}).get("image/png", {}).get("alt")
+    return "image/png" in output.get("data", {}) and not output.get("metadata", {}).get(
+        "image/png", {}
+    ).get("alt")
 
 
 def sizes(chapter: Chapter) -> str:
@@ -184,4 +242,7 @@ def sizes(chapter: Chapter) -> str:
     ]
     lines = sorted(len(c.splitlines()) for c in code)
     size = chapter.learner.stat().st_size / 1e3 if chapter.learner.is_file() else 0
-    return f"{chapter.name}: {len(code)} code cells, median {lines[len(lines) // 2]} lines, longest {lines[-1]}; notebook {size:.0f} kB"
+    return (
+        f"{chapter.name}: {len(code)} code cells, median {lines[len(lines) // 2]} lines, longest"
+        f" {lines[-1]}; notebook {size:.0f} kB"
+    )

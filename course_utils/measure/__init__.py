@@ -1,9 +1,9 @@
 """Measuring: time with its uncertainty, size, work, memory and energy.
 
 measure.compare(lambda: slow(x), lambda: fast(x))   # a speed-up with its interval and a verdict
-measure.latency(call), measure.throughput(call, batch)
-measure.saved_bytes(model), measure.macs(model, x), measure.parameters(model), measure.peak_memory(call)
-measure.roofline(), measure.energy(call), measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
+measure.latency(call), measure.throughput(call, batch) measure.saved_bytes(model),
+measure.macs(model, x), measure.parameters(model), measure.peak_memory(call) measure.roofline(),
+measure.energy(call), measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
 """
 
 from course_utils.measure.children import Child, child, turns

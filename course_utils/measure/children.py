@@ -1,4 +1,6 @@
-"""Processes of their own: for another instruction set, another runtime, or a peak memory that nothing else shares."""
+"""Processes of their own: for another instruction set, another runtime, or a peak memory that
+nothing else shares.
+"""
 
 import contextlib
 import json
@@ -18,7 +20,9 @@ from course_utils.measure.resources import release
 
 @dataclass(frozen=True)
 class Child:
-    """What a child process gave: its last line as JSON, its peak memory, and what it wrote to the error stream."""
+    """What a child process gave: its last line as JSON, its peak memory, and what it wrote to the
+    error stream.
+    """
 
     result: object
     peak_bytes: int
@@ -28,11 +32,14 @@ class Child:
 def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.0) -> Child:
     """Run Python source in a process of its own and read the last line it prints as JSON.
 
-    For what cannot share a process: another ISA cap (`env={"ONEDNN_MAX_CPU_ISA": "AVX2"}`), another runtime, a peak
-    memory. Raises RuntimeError with the child's own traceback if it fails, TimeoutError after `timeout` seconds.
+    For what cannot share a process: another ISA cap (`env={"ONEDNN_MAX_CPU_ISA": "AVX2"}`), another
+    runtime, a peak memory. Raises RuntimeError with the child's own traceback if it fails,
+    TimeoutError after `timeout` seconds.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=err, env=os.environ | (env or {}))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=out, stderr=err, env=os.environ | (env or {})
+        )
         try:
             peak = _wait(process, timeout)
         finally:
@@ -47,15 +54,21 @@ def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.
     try:
         return Child(json.loads(last), peak, errors)
     except json.JSONDecodeError:
-        raise RuntimeError(f"the child's last line must be JSON; it printed {last[:200]!r}.") from None
+        raise RuntimeError(
+            f"the child's last line must be JSON; it printed {last[:200]!r}."
+        ) from None
 
 
 def _wait(process: subprocess.Popen, timeout: float) -> int:
-    """Wait for the process; return its peak resident memory in bytes, as last seen before it ended (read every 5 ms)."""
+    """Wait for the process; return its peak resident memory in bytes, as last seen before it ended
+    (read every 5 ms).
+    """
     peak, end = 0, time.monotonic() + timeout
     while process.poll() is None:
         if time.monotonic() > end:
-            raise TimeoutError(f"the child process did not end within {timeout:.0f} s and was stopped.")
+            raise TimeoutError(
+                f"the child process did not end within {timeout:.0f} s and was stopped."
+            )
         peak = max(peak, _resident_peak(process.pid))
         time.sleep(0.005)
     return peak
@@ -78,13 +91,15 @@ def _resident_peak(pid: int) -> int:
 def turns(
     code: str, arms: Mapping[str, dict[str, str]], *, rounds: int, timeout: float = 120.0
 ) -> dict[str, list[object]]:
-    """One child an arm, all alive at once and asked in turn: `rounds` results of each, the k-th ones of one round.
+    """One child an arm, all alive at once and asked in turn: `rounds` results of each, the k-th
+    ones of one round.
 
-    `code` defines `sample()`, which returns what JSON can hold; an arm is the environment its child gets. For arms that
-    can't share a process (`{"ONEDNN_MAX_CPU_ISA": "AVX2"}`) and must share the machine's moods: two children that run
-    one after the other are as bad a comparison as two loops. The order changes every round, the first answer is thrown
-    away. Raises RuntimeError with a child's own traceback if it fails, TimeoutError after `timeout` seconds; no child
-    outlives the call.
+    `code` defines `sample()`, which returns what JSON can hold; an arm is the environment its child
+    gets. For arms that can't share a process (`{"ONEDNN_MAX_CPU_ISA": "AVX2"}`) and must share the
+    machine's moods: two children that run one after the other are as bad a comparison as two loops.
+    The order changes every round, the first answer is thrown away. Raises RuntimeError with a
+    child's own traceback if it fails, TimeoutError after `timeout` seconds; no child outlives the
+    call.
     """
     results: dict[str, list[object]] = {name: [] for name in arms}
     release()  # the children are about to need what this process holds free
@@ -108,7 +123,9 @@ def turns(
                         results[name].append(answer)
         except RuntimeError:
             if late.is_set():
-                raise TimeoutError(f"the children did not end within {timeout:.0f} s and were stopped.") from None
+                raise TimeoutError(
+                    f"the children did not end within {timeout:.0f} s and were stopped."
+                ) from None
             raise
     return results
 
@@ -133,7 +150,12 @@ class _Turn:
     def __enter__(self) -> "_Turn":
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, "-c", _TURN.replace("{code}", self.code)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": self.errors,
+            "text": True,
+        }
         self.process = subprocess.Popen(command, env=os.environ | self.env, **pipes)
         return self
 
@@ -148,7 +170,8 @@ class _Turn:
             self.process.wait()
             self.errors.seek(0)
             raise RuntimeError(
-                f"the child {self.name!r} ended with {self.process.returncode}:\n{self.errors.read()[-3000:]}"
+                f"the child {self.name!r} ended with"
+                f" {self.process.returncode}:\n{self.errors.read()[-3000:]}"
             )
         return json.loads(line)
 

@@ -1,4 +1,6 @@
-"""What a model costs besides time: bytes, multiply–accumulates, memory, energy; and what this machine could do at best."""
+"""What a model costs besides time: bytes, multiply–accumulates, memory, energy; and what this
+machine could do at best.
+"""
 
 import contextlib
 import ctypes
@@ -25,7 +27,9 @@ def parameters(model: nn.Module) -> int:
 
 
 def saved_bytes(model: nn.Module | dict[str, Tensor]) -> int:
-    """Bytes of the file that safetensors writes for the model's state, buffers and header included."""
+    """Bytes of the file that safetensors writes for the model's state, buffers and header
+    included.
+    """
     from safetensors.torch import save_file
 
     state = model if isinstance(model, dict) else model.state_dict()
@@ -36,10 +40,12 @@ def saved_bytes(model: nn.Module | dict[str, Tensor]) -> int:
 
 
 def macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply–accumulates of `model(x)`, counted by torch's FlopCounterMode (two floating-point operations each).
+    """Multiply–accumulates of `model(x)`, counted by torch's FlopCounterMode (two floating-point
+    operations each).
 
-    It counts matrix products, convolutions and attention only; additions, activations and normalisation are free to
-    it, and so is a fused operator it does not know: nn.TransformerEncoderLayer's fast path counts 0.
+    It counts matrix products, convolutions and attention only; additions, activations and
+    normalisation are free to it, and so is a fused operator it does not know:
+    nn.TransformerEncoderLayer's fast path counts 0.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,8 +57,8 @@ def macs(model: nn.Module, x: Tensor) -> int:
 def peak_memory(call: Callable[[], object]) -> int:
     """Most bytes torch held at once during `call()` on the CPU, beyond what it held before.
 
-    Summed from the profiler's allocation events: exact for torch's tensors and blind to every other library. For
-    another runtime use `child`, which reads a process's peak.
+    Summed from the profiler's allocation events: exact for torch's tensors and blind to every other
+    library. For another runtime use `child`, which reads a process's peak.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -72,7 +78,9 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def release() -> None:
-    """Hand memory that is free inside this process back to the system (glibc keeps it otherwise): for small machines."""
+    """Hand memory that is free inside this process back to the system (glibc keeps it otherwise):
+    for small machines.
+    """
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
@@ -81,25 +89,33 @@ def release() -> None:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The two ceilings of this machine: operations a second, and bytes a second from memory (Williams et al. 2009)."""
+    """The two ceilings of this machine: operations a second, and bytes a second from memory
+    (Williams et al. 2009).
+    """
 
     gflops: float  # 10⁹ floating-point operations a second, a multiply–accumulate being two
     gbytes: float  # 10⁹ bytes a second
     threads: int
 
     def bound(self, intensity: float) -> float:
-        """Highest attainable GFLOP/s at `intensity` operations a byte: min(compute, bandwidth · intensity)."""
+        """Highest attainable GFLOP/s at `intensity` operations a byte: min(compute, bandwidth ·
+        intensity).
+        """
         return min(self.gflops, self.gbytes * intensity)
 
     @property
     def ridge(self) -> float:
-        """Operations a byte at which the two ceilings meet: below, memory limits; above, arithmetic does."""
+        """Operations a byte at which the two ceilings meet: below, memory limits; above, arithmetic
+        does.
+        """
         return self.gflops / self.gbytes
 
 
 @functools.cache
 def roofline(threads: int | None = None) -> Roofline:
-    """Measure both ceilings in fp32, about one second: a 1024³ matrix product, and a copy far larger than the caches."""
+    """Measure both ceilings in fp32, about one second: a 1024³ matrix product, and a copy far
+    larger than the caches.
+    """
     threads = threads or torch.get_num_threads()
     n = 1024
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
@@ -112,7 +128,9 @@ def roofline(threads: int | None = None) -> Roofline:
 
 
 def _best(call: Callable[[], object], repeat: int = 9) -> float:
-    """A ceiling is a best case, so the fastest of several calls is the right summary here, and only here."""
+    """A ceiling is a best case, so the fastest of several calls is the right summary here, and only
+    here.
+    """
     call()
     times = []
     for _ in range(repeat):
@@ -123,7 +141,9 @@ def _best(call: Callable[[], object], repeat: int = 9) -> float:
 
 
 def energy(call: Callable[[], object], *, seconds: float = 2.0) -> "Interval | machine.Skip":
-    """Joules a call, from the processor's own counter (RAPL): the whole package, idle power included. A Skip elsewhere."""
+    """Joules a call, from the processor's own counter (RAPL): the whole package, idle power
+    included. A Skip elsewhere.
+    """
     answer = machine.can("energy")
     if answer is not True:
         return answer
@@ -134,7 +154,9 @@ def energy(call: Callable[[], object], *, seconds: float = 2.0) -> "Interval | m
     end = time.perf_counter() + seconds
     while len(joules) < 12 or time.perf_counter() < end:
         before, calls, start = int(counter.read_text()), 0, time.perf_counter()
-        while time.perf_counter() - start < max(seconds / 24, 0.05):  # the counter moves once a millisecond
+        while time.perf_counter() - start < max(
+            seconds / 24, 0.05
+        ):  # the counter moves once a millisecond
             call()
             calls += 1
         joules.append((int(counter.read_text()) - before) % wrap / 1e6 / calls)

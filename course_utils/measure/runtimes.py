@@ -1,4 +1,6 @@
-"""ONNX Runtime as an arm of a comparison: the same threads as torch, and no thread that spins while the other arm runs."""
+"""ONNX Runtime as an arm of a comparison: the same threads as torch, and no thread that spins while
+the other arm runs.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +14,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-def onnx_session(model: str | Path | bytes, *, threads: int | None = None) -> "onnxruntime.InferenceSession":
-    """An InferenceSession on the CPU with `threads` threads (torch's number by default), spinning switched off.
+def onnx_session(
+    model: str | Path | bytes, *, threads: int | None = None
+) -> "onnxruntime.InferenceSession":
+    """An InferenceSession on the CPU with `threads` threads (torch's number by default), spinning
+    switched off.
 
-    Left on, ONNX Runtime's waiting threads keep a core busy between calls and slow whatever else is measured.
+    Left on, ONNX Runtime's waiting threads keep a core busy between calls and slow whatever else is
+    measured.
     """
     import onnxruntime
 
@@ -27,7 +33,10 @@ def onnx_session(model: str | Path | bytes, *, threads: int | None = None) -> "o
 
 
 def onnx_arm(
-    session: "onnxruntime.InferenceSession", x: torch.Tensor | np.ndarray, label: str, dtype: str = "float32"
+    session: "onnxruntime.InferenceSession",
+    x: torch.Tensor | np.ndarray,
+    label: str,
+    dtype: str = "float32",
 ) -> Arm:
     """`session` on the one input `x` as an Arm that says its own threads."""
     array = x.numpy() if isinstance(x, torch.Tensor) else x

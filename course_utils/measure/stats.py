@@ -1,4 +1,6 @@
-"""Intervals and verdicts for paired timings: no torch, no clock, so that the statistics can be tested alone."""
+"""Intervals and verdicts for paired timings: no torch, no clock, so that the statistics can be
+tested alone.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +11,9 @@ import numpy as np
 BLOCKS = 12
 MIN_ROUNDS = 8
 SAME = 0.03  # two arms within ±3% count as the same
-LOOKS = tuple(round(24 * 1.5**k) for k in range(16))  # the rounds after which the width is looked at: 24, 36, 54, …
+LOOKS = tuple(
+    round(24 * 1.5**k) for k in range(16)
+)  # the rounds after which the width is looked at: 24, 36, 54, …
 
 
 @dataclass(frozen=True)
@@ -26,29 +30,38 @@ class Interval:
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
-    """The median of a series and a 95% interval for it that holds under autocorrelation and heavy tails.
+    """The median of a series and a 95% interval for it that holds under autocorrelation and heavy
+    tails.
 
-    The series is cut into twelve consecutive blocks; the interval reaches from the second smallest to the second
-    largest block median. For independent blocks the true median lies outside with probability 2·(1+12)/2¹² = 0.6%
-    (sign test; Conover 1999, §3.2). The slack pays for what remains of the correlation between neighbouring blocks and
-    for looking several times while sampling: tests/test_2_stats.py measures what is left, at most 5%.
-    With fewer than twelve samples the interval is their whole range. Raises ValueError below eight.
+    The series is cut into twelve consecutive blocks; the interval reaches from the second smallest
+    to the second largest block median. For independent blocks the true median lies outside with
+    probability 2·(1+12)/2¹² = 0.6% (sign test; Conover 1999, §3.2). The slack pays for what remains
+    of the correlation between neighbouring blocks and for looking several times while sampling:
+    tests/test_2_stats.py measures what is left, at most 5%. With fewer than twelve samples the
+    interval is their whole range. Raises ValueError below eight.
     """
     x = np.asarray(samples, dtype=float)
     if len(x) < MIN_ROUNDS or not np.isfinite(x).all():
         raise ValueError(
-            f"an interval needs at least {MIN_ROUNDS} finite samples; got {len(x)}, {np.isfinite(x).sum()} finite."
+            f"an interval needs at least {MIN_ROUNDS} finite samples; got {len(x)},"
+            f" {np.isfinite(x).sum()} finite."
         )
     medians = np.sort([np.median(block) for block in np.array_split(x, min(len(x), BLOCKS))])
     trim = 1 if len(medians) == BLOCKS else 0
     middle = float(np.median(x))
-    return Interval(middle, min(middle, float(medians[trim])), max(middle, float(medians[-1 - trim])))
+    return Interval(
+        middle, min(middle, float(medians[trim])), max(middle, float(medians[-1 - trim]))
+    )
 
 
 def speedup(ratios: Sequence[float], spread: float = 0.0) -> Interval:
-    """Median of per-round speed-ups with its interval, widened by `spread`, the A/A error in log units."""
+    """Median of per-round speed-ups with its interval, widened by `spread`, the A/A error in log
+    units.
+    """
     log = median_interval(np.log(ratios))
-    return Interval(math.exp(log.value), math.exp(log.low - spread), math.exp(log.high + spread), "x")
+    return Interval(
+        math.exp(log.value), math.exp(log.low - spread), math.exp(log.high + spread), "x"
+    )
 
 
 def decide(low: float, high: float) -> str:
@@ -68,10 +81,11 @@ def narrow_enough(interval: Interval, precision: float) -> bool:
 
 
 def paired_t(differences: Sequence[float], unit: str = "") -> Interval:
-    """Mean of paired differences (one a seed) with its 95% t-interval, for training results over seeds.
+    """Mean of paired differences (one a seed) with its 95% t-interval, for training results over
+    seeds.
 
-    Five seeds are the course's habit: a bootstrap of so few covers far too little, the t-interval covers 95% when
-    the differences are roughly normal. Raises ValueError for fewer than three.
+    Five seeds are the course's habit: a bootstrap of so few covers far too little, the t-interval
+    covers 95% when the differences are roughly normal. Raises ValueError for fewer than three.
     """
     from scipy.stats import t
 
@@ -83,14 +97,21 @@ def paired_t(differences: Sequence[float], unit: str = "") -> Interval:
 
 
 def paired_share(baseline: Sequence[bool], candidate: Sequence[bool]) -> Interval:
-    """Difference of two accuracies on the same images, in percentage points (candidate minus baseline).
+    """Difference of two accuracies on the same images, in percentage points (candidate minus
+    baseline).
 
-    Only images on which the two disagree count (McNemar 1947); the interval is normal with continuity correction.
+    Only images on which the two disagree count (McNemar 1947); the interval is normal with
+    continuity correction.
     """
     a, b = np.asarray(baseline, bool), np.asarray(candidate, bool)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
-        raise ValueError(f"both must be lists of the same length, one entry an image; got {a.shape} and {b.shape}.")
+        raise ValueError(
+            f"both must be lists of the same length, one entry an image; got {a.shape} and"
+            f" {b.shape}."
+        )
     gained, lost, n = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
     difference = (gained - lost) / n
     half = 1.96 * math.sqrt(max(gained + lost - (gained - lost) ** 2 / n, 0)) / n + 0.5 / n
-    return Interval(100 * difference, 100 * (difference - half), 100 * (difference + half), "points")
+    return Interval(
+        100 * difference, 100 * (difference - half), 100 * (difference + half), "points"
+    )

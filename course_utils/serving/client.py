@@ -1,9 +1,12 @@
-"""The load generator: requests over keep-alive connections from a process of its own, that imports no torch.
+"""The load generator: requests over keep-alive connections from a process of its own, that imports
+no torch.
 
 Latency counts from the moment a request was due, not from when the client got round to sending it.
 """
 
-from __future__ import annotations  # the client must start fast, so numpy is imported where it is used
+from __future__ import (
+    annotations,
+)  # the client must start fast, so numpy is imported where it is used
 
 import asyncio
 import collections
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of every request, in the order in which they were due. Times are seconds since the load began."""
+    """What became of every request, in the order in which they were due. Times are seconds since
+    the load began.
+    """
 
     intended: np.ndarray
     sent: np.ndarray
@@ -45,7 +50,9 @@ class Answers:
         return (self.finished - self.intended)[good]
 
     def p(self, q: float) -> float:
-        """The q-th percentile of the latency in milliseconds; NaN if nothing was answered. `failed` are not in it."""
+        """The q-th percentile of the latency in milliseconds; NaN if nothing was answered. `failed`
+        are not in it.
+        """
         import numpy as np
 
         latency = self.latency()
@@ -68,15 +75,29 @@ class Answers:
         keep = np.flatnonzero((self.intended >= start) & (self.intended < end))
         times = [t[keep] - start for t in (self.intended, self.sent, self.finished)]
         texts = tuple(self.bodies[i] for i in keep) if self.bodies else ()
-        return Answers(*times, self.status[keep], self.which[keep], min(end, self.seconds) - start, texts)
+        return Answers(
+            *times, self.status[keep], self.which[keep], min(end, self.seconds) - start, texts
+        )
 
 
-def open_loop(url: str, bodies: Sequence[bytes], rate: float, seconds: float, *, connections: int = 64,
-              token: str | None = None, seed: int = 0, timeout_s: float = 30.0, keep: bool = False) -> Answers:  # fmt: skip
-    """Poisson arrivals, `rate` a second for `seconds`, whatever the server does; each sends one of `bodies` by POST.
+def open_loop(
+    url: str,
+    bodies: Sequence[bytes],
+    rate: float,
+    seconds: float,
+    *,
+    connections: int = 64,
+    token: str | None = None,
+    seed: int = 0,
+    timeout_s: float = 30.0,
+    keep: bool = False,
+) -> Answers:
+    """Poisson arrivals, `rate` a second for `seconds`, whatever the server does; each sends one of
+    `bodies` by POST.
 
-    If all `connections` are busy a request waits in the client, and that wait counts. A request that is not answered
-    `timeout_s` after it was due is given up, with status 0. Raises RuntimeError if the server cannot be reached.
+    If all `connections` are busy a request waits in the client, and that wait counts. A request
+    that is not answered `timeout_s` after it was due is given up, with status 0. Raises
+    RuntimeError if the server cannot be reached.
     """
     import numpy as np
 
@@ -88,36 +109,69 @@ def open_loop(url: str, bodies: Sequence[bytes], rate: float, seconds: float, *,
     return _client(url, bodies, seconds, connections, token, seed, timeout_s, keep, due)
 
 
-def closed_loop(url: str, bodies: Sequence[bytes], seconds: float, *, connections: int, token: str | None = None,
-                seed: int = 0, timeout_s: float = 30.0, keep: bool = False) -> Answers:  # fmt: skip
-    """Each of `connections` sends its next request when its last is answered: the server sets the pace.
+def closed_loop(
+    url: str,
+    bodies: Sequence[bytes],
+    seconds: float,
+    *,
+    connections: int,
+    token: str | None = None,
+    seed: int = 0,
+    timeout_s: float = 30.0,
+    keep: bool = False,
+) -> Answers:
+    """Each of `connections` sends its next request when its last is answered: the server sets the
+    pace.
 
     Good for a capacity, wrong for a latency under load: a slow server is asked less often.
     """
     return _client(url, bodies, seconds, connections, token, seed, timeout_s, keep, None)
 
 
-def _client(url: str, bodies: Sequence[bytes], seconds: float, connections: int, token: str | None, seed: int,
-            timeout_s: float, keep: bool, due: np.ndarray | None) -> Answers:  # fmt: skip
+def _client(
+    url: str,
+    bodies: Sequence[bytes],
+    seconds: float,
+    connections: int,
+    token: str | None,
+    seed: int,
+    timeout_s: float,
+    keep: bool,
+    due: np.ndarray | None,
+) -> Answers:
     """Run the load in a process of its own and read what it saw."""
     import numpy as np
 
     if not bodies or connections < 1 or not seconds > 0:
         raise ValueError(
-            f"at least one body and one connection and more than 0 s are needed; got {len(bodies)} bodies, "
-            f"{connections} connections, {seconds} s."
+            f"at least one body and one connection and more than 0 s are needed; got {len(bodies)}"
+            f" bodies, {connections} connections, {seconds} s."
         )
-    head = {"url": url, "seconds": seconds, "connections": connections, "token": token, "seed": seed, "timeout": timeout_s,
-            "keep": keep, "sizes": [len(b) for b in bodies], "due": None if due is None else len(due)}  # fmt: skip
-    which = np.random.default_rng([seed, 1]).integers(0, len(bodies), 4096 if due is None else len(due))
+    head = {
+        "url": url,
+        "seconds": seconds,
+        "connections": connections,
+        "token": token,
+        "seed": seed,
+        "timeout": timeout_s,
+        "keep": keep,
+        "sizes": [len(b) for b in bodies],
+        "due": None if due is None else len(due),
+    }
+    which = np.random.default_rng([seed, 1]).integers(
+        0, len(bodies), 4096 if due is None else len(due)
+    )
     head |= {"which": len(which)}
     numbers = which.astype("d").tobytes() + (b"" if due is None else due.tobytes())
     request = json.dumps(head).encode() + b"\n" + b"".join(bodies) + numbers
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-c", "from course_utils.serving import client; client.main()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     try:
         out, errors = process.communicate(request, timeout=seconds + timeout_s + 60)
     finally:
@@ -125,7 +179,9 @@ def _client(url: str, bodies: Sequence[bytes], seconds: float, connections: int,
             process.kill()
             process.communicate()
     if process.returncode:
-        raise RuntimeError(f"the load generator ended with {process.returncode}:\n{errors.decode()[-2000:]}")
+        raise RuntimeError(
+            f"the load generator ended with {process.returncode}:\n{errors.decode()[-2000:]}"
+        )
     first, _, rest = out.partition(b"\n")
     n, sizes = json.loads(first)["count"], json.loads(first)["sizes"]
     numbers = np.frombuffer(rest[: 40 * n]).reshape(5, n)
@@ -184,14 +240,16 @@ class _Connection(asyncio.Protocol):
 class _Load:
     """The requests of one run and the connections that carry them."""
 
-    def __init__(self, head: dict, bodies: list[bytes], which: Sequence[float], due: Sequence[float] | None) -> None:
+    def __init__(
+        self, head: dict, bodies: list[bytes], which: Sequence[float], due: Sequence[float] | None
+    ) -> None:
         target = urlsplit(head["url"])
         self.host, self.port = target.hostname, target.port or 80
         token = f"Authorization: Bearer {head['token']}\r\n" if head["token"] else ""
         path = (target.path or "/") + (f"?{target.query}" if target.query else "")
         self.data = [
-            f"POST {path} HTTP/1.1\r\nHost: {target.netloc}\r\n{token}Content-Type: application/json\r\n"
-            f"Content-Length: {len(b)}\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nHost: {target.netloc}\r\n{token}Content-Type:"
+            f" application/json\r\nContent-Length: {len(b)}\r\n\r\n".encode()
             + b
             for b in bodies
         ]
@@ -200,7 +258,9 @@ class _Load:
             head[k] for k in ("seconds", "connections", "timeout", "keep")
         )
         self.due = due
-        self.rows: list[list] = []  # [intended, sent, finished, status, which, text] of each request
+        self.rows: list[
+            list
+        ] = []  # [intended, sent, finished, status, which, text] of each request
         self.waiting: collections.deque[int] = collections.deque()
         self.idle: list[_Connection] = []
         self.busy: set[_Connection] = set()
@@ -225,7 +285,9 @@ class _Load:
                 self._next()
         else:
             for due, which in zip(self.due, self.choice, strict=True):
-                while (wait := due - self.now()) > 0:  # uvloop's timers may end up to half a millisecond early
+                while (
+                    wait := due - self.now()
+                ) > 0:  # uvloop's timers may end up to half a millisecond early
                     await asyncio.sleep(wait)
                 self.rows.append([due, math.nan, math.nan, -1, which, b""])
                 self.waiting.append(len(self.rows) - 1)
@@ -240,7 +302,16 @@ class _Load:
 
     def _next(self) -> None:
         """Closed loop: one more request, due now."""
-        self.rows.append([self.now(), math.nan, math.nan, -1, self.choice[len(self.rows) % len(self.choice)], b""])
+        self.rows.append(
+            [
+                self.now(),
+                math.nan,
+                math.nan,
+                -1,
+                self.choice[len(self.rows) % len(self.choice)],
+                b"",
+            ]
+        )
         self.waiting.append(len(self.rows) - 1)
         self._assign()
 
@@ -258,7 +329,9 @@ class _Load:
     def _reopen(self) -> None:
         async def open_one() -> None:
             try:
-                _, connection = await self.loop.create_connection(lambda: _Connection(self), self.host, self.port)
+                _, connection = await self.loop.create_connection(
+                    lambda: _Connection(self), self.host, self.port
+                )
             except OSError:
                 await asyncio.sleep(0.05)
                 self._reopen()
@@ -269,7 +342,9 @@ class _Load:
             self._assign()
 
         self.opening += 1
-        self._tasks = {t for t in getattr(self, "_tasks", ()) if not t.done()} | {self.loop.create_task(open_one())}
+        self._tasks = {t for t in getattr(self, "_tasks", ()) if not t.done()} | {
+            self.loop.create_task(open_one())
+        }
 
     def ended(self, connection: _Connection, request: int | None, status: int, text: bytes) -> None:
         if request is not None:
@@ -307,10 +382,15 @@ class _Load:
 
 
 def main() -> None:
-    """The client's process: a load from standard input, what became of each request to standard output."""
+    """The client's process: a load from standard input, what became of each request to standard
+    output.
+    """
     head = json.loads(sys.stdin.buffer.readline())
     bodies = [sys.stdin.buffer.read(size) for size in head["sizes"]]
-    which, due = (None if n is None else array("d", sys.stdin.buffer.read(8 * n)) for n in (head["which"], head["due"]))
+    which, due = (
+        None if n is None else array("d", sys.stdin.buffer.read(8 * n))
+        for n in (head["which"], head["due"])
+    )
     load = _Load(head, bodies, which, due)
     try:
         import uvloop  # not on Windows
@@ -320,7 +400,9 @@ def main() -> None:
         asyncio.run(load.run())
     rows = load.rows
     texts = [row[5] for row in rows] if head["keep"] else []
-    sys.stdout.buffer.write(json.dumps({"count": len(rows), "sizes": [len(t) for t in texts]}).encode() + b"\n")
+    sys.stdout.buffer.write(
+        json.dumps({"count": len(rows), "sizes": [len(t) for t in texts]}).encode() + b"\n"
+    )
     sys.stdout.buffer.write(
         b"".join(array("d", [row[k] for row in rows]).tobytes() for k in range(5)) + b"".join(texts)
     )

@@ -18,7 +18,14 @@ from urllib.parse import urlsplit
 
 from course_utils import ROOT, machine
 
-_BUSY = ("address already in use", "address in use", "addrinuse", "errno 98", "errno 48", "winerror 10048")
+_BUSY = (
+    "address already in use",
+    "address in use",
+    "addrinuse",
+    "errno 98",
+    "errno 48",
+    "winerror 10048",
+)
 
 
 @dataclass
@@ -42,7 +49,9 @@ class Server:
         return urlsplit(self.url).port
 
     def processes(self) -> list:
-        """The server's processes now, as psutil.Process, the guard that watches over them not counted."""
+        """The server's processes now, as psutil.Process, the guard that watches over them not
+        counted.
+        """
         import psutil
 
         with contextlib.suppress(psutil.Error):
@@ -50,14 +59,17 @@ class Server:
         return []
 
     def peak_mb(self) -> float:
-        """The most memory, in MB, that the server's processes were seen to hold (proportional set size where the system
-        tells it, so that shared pages count once). Looked at once a second, and now.
+        """The most memory, in MB, that the server's processes were seen to hold (proportional set
+        size where the system tells it, so that shared pages count once). Looked at once a second,
+        and now.
         """
         self._look()
         return self._peak / 1e6
 
     def _look(self) -> None:
-        self._peak = max(self._peak, sum(machine.held_bytes(process.pid) for process in self.processes()))
+        self._peak = max(
+            self._peak, sum(machine.held_bytes(process.pid) for process in self.processes())
+        )
 
 
 _GUARD = """
@@ -70,31 +82,48 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 os._exit(child.wait() & 255)
 """
-"""Runs beside the server and ends it if the notebook's process vanishes: a kernel that is killed runs no `finally`."""
+"""Runs beside the server and ends it if the notebook's process vanishes: a kernel that is killed
+runs no `finally`.
+"""
 
 
 @contextlib.contextmanager
-def server(program: Path, *, args: Sequence[str] = (), port: int | None = None, token: str | None = None,
-           env: Mapping[str, str] | None = None, ready_s: float = 60.0, ready: str = "/",
-           patience_s: float = 5.0) -> Iterator[Server]:  # fmt: skip
-    """`python program args…` in a process group of its own, with PORT and COURSE_TOKEN in its environment.
+def server(
+    program: Path,
+    *,
+    args: Sequence[str] = (),
+    port: int | None = None,
+    token: str | None = None,
+    env: Mapping[str, str] | None = None,
+    ready_s: float = 60.0,
+    ready: str = "/",
+    patience_s: float = 5.0,
+) -> Iterator[Server]:
+    """`python program args…` in a process group of its own, with PORT and COURSE_TOKEN in its
+    environment.
 
-    Waits until GET `ready` is answered, with whatever status but 502 or 503. However the block is left, the group is
-    asked to end, is killed after `patience_s` seconds if it did not, and is gone, its port free, when the block is over.
-    Without `port` a free one is taken, another one if somebody else took it meanwhile. Raises RuntimeError with the
-    server's last lines if it ends while starting, TimeoutError if it does not answer within `ready_s` seconds.
+    Waits until GET `ready` is answered, with whatever status but 502 or 503. However the block is
+    left, the group is asked to end, is killed after `patience_s` seconds if it did not, and is
+    gone, its port free, when the block is over. Without `port` a free one is taken, another one if
+    somebody else took it meanwhile. Raises RuntimeError with the server's last lines if it ends
+    while starting, TimeoutError if it does not answer within `ready_s` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="course-server-", ignore_cleanup_errors=True) as folder:
         for attempt in range(3):
             log, chosen = Path(folder) / f"log{attempt}.txt", port or _free_port()
             with log.open("wb") as out:
-                settings = {"PORT": str(chosen), "PYTHONUNBUFFERED": "1"} | ({"COURSE_TOKEN": token} if token else {})
+                settings = {"PORT": str(chosen), "PYTHONUNBUFFERED": "1"} | (
+                    {"COURSE_TOKEN": token} if token else {}
+                )
                 path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", _GUARD, sys.executable, str(program), *args],
-                    stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                    stdin=subprocess.PIPE,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                     env=os.environ | {"PYTHONPATH": path} | settings | dict(env or {}),
-                )  # fmt: skip
+                )
             seen: set = set()
             try:
                 url = f"http://127.0.0.1:{chosen}"
@@ -102,7 +131,9 @@ def server(program: Path, *, args: Sequence[str] = (), port: int | None = None, 
                 if pid is None and port is None and attempt < 2:
                     continue  # somebody else took the port between our look and its bind
                 if pid is None:
-                    raise RuntimeError(f"the server {Path(program).name} ended while starting:\n{_tail(log)}")
+                    raise RuntimeError(
+                        f"the server {Path(program).name} ended while starting:\n{_tail(log)}"
+                    )
                 running = Server(url, pid, token, log, process.pid)
                 stop = threading.Event()
                 watcher = threading.Thread(target=_watch, args=(running, stop), daemon=True)
@@ -135,10 +166,16 @@ def _wait_ready(
         if process.poll() is not None:
             if any(word in log.read_text(errors="replace").lower() for word in _BUSY):
                 return None
-            raise RuntimeError(f"the server ended while starting, with status {process.returncode}:\n{_tail(log)}")
+            raise RuntimeError(
+                f"the server ended while starting, with status {process.returncode}:\n{_tail(log)}"
+            )
         connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=2)
         try:
-            connection.request("GET", target.path or "/", headers={"Authorization": f"Bearer {token}"} if token else {})
+            connection.request(
+                "GET",
+                target.path or "/",
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+            )
             answered = connection.getresponse().status not in (502, 503)
         except (OSError, http.client.HTTPException):
             answered = False
@@ -152,7 +189,9 @@ def _wait_ready(
             if answered and own and _listens(target.port, {p.pid for p in family}):
                 return own[0].pid
         time.sleep(0.03)
-    raise TimeoutError(f"the server did not answer at {url} within {ready_s:g} s. It printed:\n{_tail(log)}")
+    raise TimeoutError(
+        f"the server did not answer at {url} within {ready_s:g} s. It printed:\n{_tail(log)}"
+    )
 
 
 def _listens(port: int, pids: set[int]) -> bool:
@@ -178,7 +217,10 @@ def _end(process: subprocess.Popen, seen: set, patience_s: float) -> None:
     family = set(seen)
     with contextlib.suppress(psutil.Error):
         family.update(psutil.Process(process.pid).children(recursive=True))
-    for kind, patience in ((signal.SIGTERM, patience_s), (getattr(signal, "SIGKILL", signal.SIGTERM), 5.0)):
+    for kind, patience in (
+        (signal.SIGTERM, patience_s),
+        (getattr(signal, "SIGKILL", signal.SIGTERM), 5.0),
+    ):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
                 os.killpg(process.pid, kind)
@@ -201,4 +243,7 @@ def _free_port() -> int:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) or "(it printed nothing)"
+    return (
+        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        or "(it printed nothing)"
+    )

@@ -3,8 +3,9 @@
 #
 # **What will this course let you do?**
 #
-# In five minutes you measure a first speed-up on this machine: one trained network, three ways to run it. On the way you
-# use each thing that the other chapters are made of, once: a *prediction*, a *measurement*, a *verdict* and a *check*.
+# In five minutes you measure a first speed-up on this machine: one trained network, three ways to
+# run it. On the way you use each thing that the other chapters are made of, once: a *prediction*, a
+# *measurement*, a *verdict* and a *check*.
 #
 # 15 minutes · before this: nothing but Python · runs on any CPU, offline
 
@@ -14,8 +15,8 @@ import os
 PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 
 # %% [markdown]
-# Run a cell with Shift + Enter. Run them in order. The first ones load the tools and show your machine: what you measure
-# depends on it, so every chapter begins with this card.
+# Run a cell with Shift + Enter. Run them in order. The first ones load the tools and show your
+# machine: what you measure depends on it, so every chapter begins with this card.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -27,9 +28,10 @@ machine.card()
 
 # %% [markdown]
 # ## Predict
-# Soon you run one network in PyTorch, the way everybody does first, and then in another program with numbers of 8 bits in
-# place of 32. How many times faster will that be? Write a number in place of the dots, for example `1.5`. Nothing stops you if
-# you have no idea. But a guess that turns out wrong is what you will remember.
+# Soon you run one network in PyTorch, the way everybody does first, and then in another program
+# with numbers of 8 bits in place of 32. How many times faster will that be? Write a number in place
+# of the dots, for example `1.5`. Nothing stops you if you have no idea. But a guess that turns out
+# wrong is what you will remember.
 
 # %%
 my_guess = ...
@@ -37,15 +39,17 @@ exercises.predict("00.int8", my_guess)
 
 # %% [markdown]
 # ## A trained network
-# It comes with the course: a small residual network that tells ten kinds of clothes apart (Fashion-MNIST, 28 by 28 pixels).
-# Here are the test images it has never seen, and how many of them it gets right.
+# It comes with the course: a small residual network that tells ten kinds of clothes apart
+# (Fashion-MNIST, 28 by 28 pixels). Here are the test images it has never seen, and how many of them
+# it gets right.
 
 # %% tags=["nbval-ignore-output"]
 baseline = models.baseline()
 images, labels = data.fashion_mnist("test")
 share = training.accuracy(baseline, images, labels)
 print(
-    f"{measure.parameters(baseline):,} parameters, {measure.saved_bytes(baseline) / 1e6:.2f} MB, {share:.1%} right"
+    f"{measure.parameters(baseline):,} parameters, {measure.saved_bytes(baseline) / 1e6:.2f} MB,"
+    f" {share:.1%} right"
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -62,11 +66,12 @@ plots.show(figure, "Sixteen small grey pictures of clothes, each with the class 
 # %% [markdown]
 # ## Three ways to run it
 # 1. **Eager PyTorch**: each operator is called from Python, one after the other.
-# 2. **ONNX Runtime, fp32**: the network is written to a file as a graph, and another program runs that graph. The numbers are
-#    the same 32-bit floating-point numbers.
+# 2. **ONNX Runtime, fp32**: the network is written to a file as a graph, and another program runs
+#    that graph. The numbers are the same 32-bit floating-point numbers.
 # 3. **ONNX Runtime, INT8**: the same graph, with weights and activations in 8-bit integers.
 #
-# Why three? If you compared the first with the third you could not say what helped, the program or the 8 bits.
+# Why three? If you compared the first with the third you could not say what helped, the program or
+# the 8 bits.
 
 # %% tags=["nbval-ignore-output"]
 folder = scratch("00")
@@ -85,8 +90,9 @@ else:
     print(machine.skip("package:onnxruntime", "the first speed-up"))
 
 # %% [markdown]
-# The 8-bit version needs to know how large the numbers inside the network get. So it is shown some training images:
-# *calibration*. Chapter 5 teaches what happens to a single number, chapter 6 what happens to a network.
+# The 8-bit version needs to know how large the numbers inside the network get. So it is shown some
+# training images: *calibration*. Chapter 5 teaches what happens to a single number, chapter 6 what
+# happens to a network.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -111,8 +117,9 @@ if ready:
 
 # %% [markdown]
 # ## Measure
-# Each comparison runs both ways in turn, many times, and gives the speed-up with an interval: where the true value lies, 95
-# times in 100. Above 1 means faster. All three use the same number of threads.
+# Each comparison runs both ways in turn, many times, and gives the speed-up with an interval: where
+# the true value lies, 95 times in 100. Above 1 means faster. All three use the same number of
+# threads.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -136,15 +143,23 @@ if ready:
             "8 bits alone": precision.interval,
         },
         xlabel="speed-up (x)",
-        title=f"Program and 8 bits together: {both.ratio:.1f}x; the 8 bits alone: {precision.ratio:.1f}x",
-        alt="Three speed-ups with intervals: another program, another program with 8 bits, 8 bits alone.",
+        title=(
+            f"Program and 8 bits together: {both.ratio:.1f}x; the 8 bits alone:"
+            f" {precision.ratio:.1f}x"
+        ),
+        alt=(
+            "Three speed-ups with intervals: another program, another program with 8 bits, 8 bits"
+            " alone."
+        ),
     )
 
 # %% [markdown]
-# The first row changes the program and nothing else, the last one the precision and nothing else. The middle row is the two
-# together, and it is about their product. An advertisement would print the middle row and call it INT8.
+# The first row changes the program and nothing else, the last one the precision and nothing else.
+# The middle row is the two together, and it is about their product. An advertisement would print
+# the middle row and call it INT8.
 #
-# Faster is worth nothing if it is wrong. Here are size and accuracy, counted on the same test images for both.
+# Faster is worth nothing if it is wrong. Here are size and accuracy, counted on the same test
+# images for both.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -159,26 +174,29 @@ if ready:
 
 # %% [markdown]
 # ## A verdict
-# An article says what is quoted below. In this course a statement like that is a *claim*. It has a source, a condition, and a
-# band of values for which it holds. Your measurement decides, for your machine: *holds here*, *does not hold here*,
-# *inconclusive*, or *not testable here* with the reason. *On a stand-in* is added where a smaller network takes the place of the
-# one that the claim speaks of.
+# An article says what is quoted below. In this course a statement like that is a *claim*. It has a
+# source, a condition, and a band of values for which it holds. Your measurement decides, for your
+# machine: *holds here*, *does not hold here*, *inconclusive*, or *not testable here* with the
+# reason. *On a stand-in* is added where a smaller network takes the place of the one that the claim
+# speaks of.
 
 # %% tags=["nbval-ignore-output"]
 claims.verdict("00.int8_is_faster", precision if ready else machine.can("package:onnxruntime"))
 
 # %% [markdown]
-# Every verdict goes to your *ledger*. At the end of the course it shows all claims on your machine in one picture, and
-# tells you which technique pays off there.
+# Every verdict goes to your *ledger*. At the end of the course it shows all claims on your machine
+# in one picture, and tells you which technique pays off there.
 #
-# **If yours shows no gain**, that is a result too. Most often the processor has no instruction for 8-bit dot products: look for
-# `avx512_vnni`, `avx_vnni`, `amx_int8` or, on Arm, `dotprod` in the card above. Chapter 6 shows both worlds on one machine, where
-# it has the instruction and can be told to leave it unused.
+# **If yours shows no gain**, that is a result too. Most often the processor has no instruction for
+# 8-bit dot products: look for `avx512_vnni`, `avx_vnni`, `amx_int8` or, on Arm, `dotprod` in the
+# card above. Chapter 6 shows both worlds on one machine, where it has the instruction and can be
+# told to leave it unused.
 
 # %% [markdown]
 # ## A check
-# Exercises check themselves. This one takes a minute. Write `speedup(old_seconds, new_seconds)`: how many times faster the new
-# way is. Above 1 means faster, below 1 slower. `speedup(12.0, 4.0)` is `3.0`.
+# Exercises check themselves. This one takes a minute. Write `speedup(old_seconds, new_seconds)`:
+# how many times faster the new way is. Above 1 means faster, below 1 slower. `speedup(12.0, 4.0)`
+# is `3.0`.
 
 
 # %% tags=["exercise"]
@@ -216,12 +234,13 @@ def speedup(old_seconds, new_seconds):
 
 
 # %% [markdown] tags=["instructor"]
-# 3 minutes, and worth them: people say "50% faster" and mean two different things. Agree on one word for the term.
-# If a learner's figure shows no gain, put it on the wall beside one that does, with both cards.
+# 3 minutes, and worth them: people say "50% faster" and mean two different things. Agree on one
+# word for the term. If a learner's figure shows no gain, put it on the wall beside one that does,
+# with both cards.
 
 # %% [markdown]
-# `not attempted yet` is what you see until you replace the dots. Then it says *passed*, or what is wrong, with the smallest
-# case that fails. Hints and a solution are folded below each exercise.
+# `not attempted yet` is what you see until you replace the dots. Then it says *passed*, or what is
+# wrong, with the smallest case that fails. Hints and a solution are folded below each exercise.
 #
 # ## The map
 
@@ -252,12 +271,13 @@ ax.set(xlim=(-0.6, 3.6), ylim=(-1.1, 1.8))
 ax.axis("off")
 plots.show(
     figure,
-    "A chain of four boxes, analyse, optimise, verify, deploy, with a dashed way back from verify; three branches below optimise.",
+    "A chain of four boxes, analyse, optimise, verify, deploy, with a dashed way back from verify;"
+    " three branches below optimise.",
 )
 
 # %% [markdown]
-# Analyse, optimise, verify, deploy; and back whenever the verdict says *not yet*. Optimising has three branches: make the model
-# smaller, train it at less cost, run what you have in a better way.
+# Analyse, optimise, verify, deploy; and back whenever the verdict says *not yet*. Optimising has
+# three branches: make the model smaller, train it at less cost, run what you have in a better way.
 #
 # | chapter | you can then | minutes |
 # |---|---|---|
@@ -280,17 +300,17 @@ plots.show(
 # After 01 you may go in any order that the *before this* line of a chapter allows.
 #
 # ## How long a chapter takes, and what it needs
-# Three *profiles* run the same code in three sizes. `smoke` takes seconds and only shows that everything works. `fast` is the
-# default. `full` adds more seeds and the large networks. Set `COURSE_PROFILE` before you start Jupyter, or `PROFILE` in the
-# first cell.
+# Three *profiles* run the same code in three sizes. `smoke` takes seconds and only shows that
+# everything works. `fast` is the default. `full` adds more seeds and the large networks. Set
+# `COURSE_PROFILE` before you start Jupyter, or `PROFILE` in the first cell.
 #
-# You need no GPU. What needs one is written for it, and says in one line why it was skipped when there is none: nothing is
-# pretended. In the next cell you see what that will be on this machine.
+# You need no GPU. What needs one is written for it, and says in one line why it was skipped when
+# there is none: nothing is pretended. In the next cell you see what that will be on this machine.
 
 # %% tags=["nbval-ignore-output"]
 for what in ("gpu", "vnni", "bf16", "compiler", "energy", "two cores"):
     print(f"{what:10}", "here" if machine.can(what) is True else machine.can(what))
 
 # %% [markdown]
-# Go on with [01 · Measurement](01_measurement.ipynb). What you did here in three lines, `measure.compare`, you build there
-# yourself, and you see what goes wrong without it.
+# Go on with [01 · Measurement](01_measurement.ipynb). What you did here in three lines,
+# `measure.compare`, you build there yourself, and you see what goes wrong without it.

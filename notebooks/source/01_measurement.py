@@ -3,9 +3,10 @@
 #
 # **Is it faster, or did it only look faster?**
 #
-# After this chapter you can: *time* a network so that the number survives a second run · *give* a speed-up with its
-# uncertainty · *say* "no difference" and "inconclusive" where they are due · *place* a layer on your machine's roofline ·
-# *predict* how much the whole gains when a part gets faster.
+# After this chapter you can: *time* a network so that the number survives a second run · *give* a
+# speed-up with its uncertainty · *say* "no difference" and "inconclusive" where they are due ·
+# *place* a layer on your machine's roofline · *predict* how much the whole gains when a part gets
+# faster.
 #
 # 85 minutes · before this: Python, and one network trained · runs on any CPU
 
@@ -29,13 +30,14 @@ CALLS = {"smoke": 60, "fast": 400, "full": 2000}[PROFILE]
 machine.card()
 
 # %% [markdown]
-# The card above is part of every result in this course. The same code on another processor may give another verdict,
-# and both are right. The row *Instruction sets* will decide many of them.
+# The card above is part of every result in this course. The same code on another processor may give
+# another verdict, and both are right. The row *Instruction sets* will decide many of them.
 
 # %% [markdown]
 # ## Predict
-# Below, you time one inference of a small network. Then you time it again: the same network, the same input, the same
-# second. By what factor can the slower of the two differ from the faster one? Write your guess as a number such as 1.05.
+# Below, you time one inference of a small network. Then you time it again: the same network, the
+# same input, the same second. By what factor can the slower of the two differ from the faster one?
+# Write your guess as a number such as 1.05.
 
 # %%
 my_guess = ...
@@ -72,13 +74,17 @@ plots.lines(
     ylabel="milliseconds",
     logy=True,
     title=f"The first call takes {first_calls[0] / warm:.1f} times as long as a warm one",
-    alt="Time of the first twenty calls: the first one is the highest, the others lie close together.",
+    alt=(
+        "Time of the first twenty calls: the first one is the highest, the others lie close"
+        " together."
+    ),
 )
 
 # %% [markdown]
-# The first call pays for what the others find ready: memory is asked for, and the library chooses and prepares a *kernel*, the
-# compiled routine that computes one operation, for these shapes. A user who starts your program meets that cost once. It says
-# nothing about the calls after it, so a comparison leaves it out, and a report on start-up time leaves it in.
+# The first call pays for what the others find ready: memory is asked for, and the library chooses
+# and prepares a *kernel*, the compiled routine that computes one operation, for these shapes. A
+# user who starts your program meets that cost once. It says nothing about the calls after it, so a
+# comparison leaves it out, and a report on start-up time leaves it in.
 #
 # Now the warm calls.
 
@@ -91,8 +97,9 @@ factor = np.maximum(pairs, 1 / pairs)
 exercises.reveal("01.twice", float(factor.max()), "times")
 
 # %% [markdown]
-# That was the worst pair. How common are bad ones? Each pair of neighbouring calls is a speed test that somebody might
-# have published: "I ran the old one, then the new one". Here the old and the new one are the same.
+# That was the worst pair. How common are bad ones? Each pair of neighbouring calls is a speed test
+# that somebody might have published: "I ran the old one, then the new one". Here the old and the
+# new one are the same.
 
 # %% tags=["nbval-ignore-output"]
 outside = float(np.mean((pairs < 0.97) | (pairs > 1.03)))
@@ -110,13 +117,17 @@ plots.show(
 )
 
 # %% [markdown]
-# The grey band is where every bar should stand, because nothing changed between the two calls. What lies outside it would
-# have been reported as a gain or a loss. The bars at the edges collect everything beyond.
+# The grey band is where every bar should stand, because nothing changed between the two calls. What
+# lies outside it would have been reported as a gain or a loss. The bars at the edges collect
+# everything beyond.
 #
 # Three remedies, in the order in which they help:
-# 1. **Repeat**, and take the median. One slow call in ten moves the mean; it leaves the median where it is.
-# 2. **Interleave.** Time A, B, A, B …, not all A and then all B. Whatever slows the machine for a second slows both.
-# 3. **Pair.** Divide within a round, then take the median of the ratios. What both suffered cancels.
+# 1. **Repeat**, and take the median. One slow call in ten moves the mean; it leaves the median
+#    where it is.
+# 2. **Interleave.** Time A, B, A, B …, not all A and then all B. Whatever slows the machine for a
+#    second slows both.
+# 3. **Pair.** Divide within a round, then take the median of the ratios. What both suffered
+#    cancels.
 
 
 # %%
@@ -135,14 +146,16 @@ print(f"median of {len(same)} ratios: {np.median(same):.3f}")
 print(f"smallest and largest single ratio: {same.min():.2f} and {same.max():.2f}")
 
 # %% [markdown]
-# The median is far closer to 1 than the extremes are. But how close is it *bound* to be? Two runs give two medians,
-# and a result without its uncertainty can't be told from noise. So cut the series into twelve blocks, take each block's
-# median, and look at where these lie.
+# The median is far closer to 1 than the extremes are. But how close is it *bound* to be? Two runs
+# give two medians, and a result without its uncertainty can't be told from noise. So cut the series
+# into twelve blocks, take each block's median, and look at where these lie.
 
 
 # %%
 def interval(series, blocks=12):
-    """Where the true median lies, with 95% confidence or better: the second smallest to the second largest block median."""
+    """Where the true median lies, with 95% confidence or better: the second smallest to the second
+    largest block median.
+    """
     medians = sorted(np.median(block) for block in np.array_split(series, blocks))
     return medians[1], medians[-2]
 
@@ -152,20 +165,22 @@ low, high = interval(same)
 print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 
 # %% [markdown]
-# Why does this work? If the true median were above the second largest of the twelve, then at least eleven blocks would
-# have to lie below it. Each block lies below the true median with probability one half, like a coin. Eleven or more heads
-# in twelve tosses, $(12 + 1) / 2^{12}$, is rare, and so is the other side. No bell curve was assumed.
+# Why does this work? If the true median were above the second largest of the twelve, then at least
+# eleven blocks would have to lie below it. Each block lies below the true median with probability
+# one half, like a coin. Eleven or more heads in twelve tosses, $(12 + 1) / 2^{12}$, is rare, and so
+# is the other side. No bell curve was assumed.
 #
-# Why blocks, and not single rounds? Because neighbours are alike: a core that is busy now is busy a moment later. Ten
-# calls in the same bad moment are one piece of evidence, not ten. A *bootstrap* draws the rounds again and again, with
-# replacement, and looks at how the median varies. It takes the ten for ten, and its intervals come out too narrow. You write
-# one in exercise B, and catch it at that in exercise C.
+# Why blocks, and not single rounds? Because neighbours are alike: a core that is busy now is busy a
+# moment later. Ten calls in the same bad moment are one piece of evidence, not ten. A *bootstrap*
+# draws the rounds again and again, with replacement, and looks at how the median varies. It takes
+# the ten for ten, and its intervals come out too narrow. You write one in exercise B, and catch it
+# at that in exercise C.
 
 # %% [markdown]
 # ## Measure: the course's instrument
-# `measure.compare` does these three things, takes the two *arms*, the things that it compares, in random order, stops when the
-# interval is narrow, and widens the interval by what two *equal* arms differ on this machine: the A/A spread. Its four answers
-# are the vocabulary of this course:
+# `measure.compare` does these three things, takes the two *arms*, the things that it compares, in
+# random order, stops when the interval is narrow, and widens the interval by what two *equal* arms
+# differ on this machine: the A/A spread. Its four answers are the vocabulary of this course:
 #
 # | answer | when |
 # |---|---|
@@ -180,16 +195,20 @@ plots.intervals(
     {"the network, itself": again.interval, "8 images, 4 images": smaller_batch.interval},
     xlabel="speed-up (x)",
     title=f"The same network: {again.verdict}. Half the images: {smaller_batch.ratio:.2f}x",
-    alt="Two intervals: the network against itself around 1, and eight against four images to the right of it.",
+    alt=(
+        "Two intervals: the network against itself around 1, and eight against four images to the"
+        " right of it."
+    ),
 )
 
 # %% [markdown]
-# The upper interval should contain 1, and if it is narrow it lies inside the grey band. The lower one answers a question
-# that is worth asking: does half of the images take half of the time? If it lies below 2, it does not. Some of the time does
-# not depend on the batch.
+# The upper interval should contain 1, and if it is narrow it lies inside the grey band. The lower
+# one answers a question that is worth asking: does half of the images take half of the time? If it
+# lies below 2, it does not. Some of the time does not depend on the batch.
 #
 # ## Measure: four ways to time the wrong thing
-# **Threads.** `torch.utils.benchmark.Timer` uses *one* thread unless you say otherwise; your program uses all of them.
+# **Threads.** `torch.utils.benchmark.Timer` uses *one* thread unless you say otherwise; your
+# program uses all of them.
 
 # %% tags=["nbval-ignore-output"]
 from torch.utils import benchmark
@@ -203,9 +222,10 @@ print({f"{threads} thread(s)": measure.pretty(seconds) for threads, seconds in p
 print("Timer without num_threads:", benchmark.Timer("0").timeit(1).num_threads, "thread")
 
 # %% [markdown]
-# Two people who compare "my time" with "your time" without saying the threads compare their settings. A comparison in
-# this course states them, and refuses two arms that differ in them. Where it knows them, it also states the batch, the type of
-# the numbers (*dtype*) and their order in memory (*memory format*, [chapter 2](02_training_recipe.ipynb)).
+# Two people who compare "my time" with "your time" without saying the threads compare their
+# settings. A comparison in this course states them, and refuses two arms that differ in them. Where
+# it knows them, it also states the batch, the type of the numbers (*dtype*) and their order in
+# memory (*memory format*, [chapter 2](02_training_recipe.ipynb)).
 #
 # **Dead code.** The work was done before the clock started.
 
@@ -215,7 +235,8 @@ with exercises.fails(measure.MeasurementError):
     measure.compare(inference, lambda: result)
 
 # %% [markdown]
-# **Lazy and asynchronous work.** The call returns a promise at once, and the work happens later, or never.
+# **Lazy and asynchronous work.** The call returns a promise at once, and the work happens later, or
+# never.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +248,9 @@ with ThreadPoolExecutor(1) as pool:
         measure.compare(inference, lambda: (model(image) for image in x.split(1)))
 
 # %% [markdown]
-# A GPU is asynchronous throughout: `model(x)` returns as soon as the work is queued. The clock must wait for the device,
-# which `torch.utils.benchmark` and `measure.compare` do. If you have a GPU, the next cell shows the trap.
+# A GPU is asynchronous throughout: `model(x)` returns as soon as the work is queued. The clock must
+# wait for the device, which `torch.utils.benchmark` and `measure.compare` do. If you have a GPU,
+# the next cell shows the trap.
 
 # %% tags=["nbval-ignore-output"]
 if machine.can("gpu"):
@@ -241,8 +263,8 @@ else:
     print(machine.skip("gpu", "asynchronous timing on a GPU"))
 
 # %% [markdown]
-# **The mean.** Imagine a small service. Nineteen requests of twenty carry one image, the twentieth carries sixteen.
-# Somebody times a thousand requests in one loop and divides by a thousand.
+# **The mean.** Imagine a small service. Nineteen requests of twenty carry one image, the twentieth
+# carries sixteen. Somebody times a thousand requests in one loop and divides by a thousand.
 
 # %% tags=["nbval-ignore-output"]
 one, sixteen = torch.randn(1, 1, 28, 28), torch.randn(16, 1, 28, 28)
@@ -259,21 +281,24 @@ plots.lines(
     ylabel="milliseconds",
     reference=(float(waits.mean()), "mean"),
     title=f"One user in a hundred waits {tail.value:.1f} times the mean",
-    alt="Waiting time against the share of requests: flat, then a steep rise at the right; the mean lies in between.",
+    alt=(
+        "Waiting time against the share of requests: flat, then a steep rise at the right; the mean"
+        " lies in between."
+    ),
 )
 
 # %% tags=["nbval-ignore-output"]
 claims.verdict("01.mean_hides_the_tail", tail)
 
 # %% [markdown]
-# The curve has two floors, one for each kind of request, and the mean lies where almost nobody waits. Write p50 for what
-# half of the requests stay under and p99 for what all but one in a hundred stay under. A promise to users is made with
-# p99, a bill for machines with the mean.
+# The curve has two floors, one for each kind of request, and the mean lies where almost nobody
+# waits. Write p50 for what half of the requests stay under and p99 for what all but one in a
+# hundred stay under. A promise to users is made with p99, a bill for machines with the mean.
 
 # %% [markdown]
 # ## Measure: latency and throughput are two questions
-# *Latency* is how long one answer takes. *Throughput* is how many images a second come out. A bigger batch trades one
-# for the other.
+# *Latency* is how long one answer takes. *Throughput* is how many images a second come out. A
+# bigger batch trades one for the other.
 
 # %% tags=["nbval-ignore-output"]
 batches = [1, 2, 4, 8, 16, 32, 64]
@@ -290,21 +315,26 @@ plots.lines(
     xlabel="latency of one batch (ms)",
     ylabel="images a second",
     logx=True,
-    title=f"Batch 64 gives {gain:.1f} times the throughput at {wait[-1] / wait[0]:.0f} times the latency",
+    title=(
+        f"Batch 64 gives {gain:.1f} times the throughput at {wait[-1] / wait[0]:.0f} times the"
+        " latency"
+    ),
     alt="Throughput against latency for batches from 1 to 64: steep at first, then flat.",
 )
 
 # %% [markdown]
-# Along the steep stretch a larger batch is nearly free: the fixed cost of a call is shared by more images. Where the curve is
-# flat or falls, more images only mean more waiting. A flat piece on the far left, if yours has one, is a library that changes its
-# kernel between one image and two. Chapter 13 builds a server that sits at the bend on purpose.
+# Along the steep stretch a larger batch is nearly free: the fixed cost of a call is shared by more
+# images. Where the curve is flat or falls, more images only mean more waiting. A flat piece on the
+# far left, if yours has one, is a library that changes its kernel between one image and two.
+# Chapter 13 builds a server that sits at the bend on purpose.
 
 # %% [markdown]
 # ## Explain: what a network costs
-# Time is what you feel. Four other numbers explain it: the *multiply–accumulates* (MACs, one multiplication and one
-# addition each), the *parameters*, the *bytes* of the saved file, and the *peak memory* while it runs. One convolution
-# shows how MACs are counted. Its output has $C_{out}$ channels of $H$ by $W$ numbers. Each of these $C_{out}·H·W$ outputs needs
-# $C_{in}·k·k$ MACs: one for each of the $k$ by $k$ weights over each of the $C_{in}$ input channels.
+# Time is what you feel. Four other numbers explain it: the *multiply–accumulates* (MACs, one
+# multiplication and one addition each), the *parameters*, the *bytes* of the saved file, and the
+# *peak memory* while it runs. One convolution shows how MACs are counted. Its output has $C_{out}$
+# channels of $H$ by $W$ numbers. Each of these $C_{out}·H·W$ outputs needs $C_{in}·k·k$ MACs: one
+# for each of the $k$ by $k$ weights over each of the $C_{in}$ input channels.
 
 # %%
 conv = nn.Conv2d(32, 64, 3, padding=1, bias=False)
@@ -329,15 +359,17 @@ for name, (net, example) in networks.items():
         f"{name:18} {measure.macs(net, example) / 1e6:12.1f} {measure.parameters(net):11,}", end=""
     )
     print(
-        f" {measure.saved_bytes(net) / 1e6:8.2f} {measure.peak_memory(call.call) / 1e6:8.1f} {measure.pretty(took.p50):>8}"
+        f" {measure.saved_bytes(net) / 1e6:8.2f} {measure.peak_memory(call.call) / 1e6:8.1f}"
+        f" {measure.pretty(took.p50):>8}"
     )
 
 # %% [markdown]
-# Compare the last two rows. MobileNetV3-small needs a small fraction of ResNet-18's MACs. Divide the MACs, then divide the
-# times: the second ratio is much smaller. A floating-point operation (FLOP) is an addition or a multiplication, so a MAC is two.
-# The claim behind "fewer FLOPs, so it is faster" deserves a clean test: one layer, replaced by the one MobileNets are made of. A
-# 3×3 convolution is split into a *depthwise* one, which looks at each channel alone, and a 1×1 *pointwise* one, which mixes
-# channels.
+# Compare the last two rows. MobileNetV3-small needs a small fraction of ResNet-18's MACs. Divide
+# the MACs, then divide the times: the second ratio is much smaller. A floating-point operation
+# (FLOP) is an addition or a multiplication, so a MAC is two. The claim behind "fewer FLOPs, so it
+# is faster" deserves a clean test: one layer, replaced by the one MobileNets are made of. A 3×3
+# convolution is split into a *depthwise* one, which looks at each channel alone, and a 1×1
+# *pointwise* one, which mixes channels.
 
 # %% tags=["nbval-ignore-output"]
 channels = 128
@@ -360,10 +392,12 @@ print(f"{mac_ratio:.1f} times fewer MACs;", split)
 claims.verdict("01.fewer_macs_proportionally_faster", share_kept)
 
 # %% [markdown]
-# To see why, ask what a layer does for each byte it moves. Call the operations a byte its *arithmetic intensity*. A
-# machine can compute only so fast (in GFLOP/s, billions of operations a second), and it can fetch bytes only so fast (in GB/s).
-# At low intensity the arithmetic units wait for memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman
-# and Patterson 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is. They meet at the *ridge*.
+# To see why, ask what a layer does for each byte it moves. Call the operations a byte its
+# *arithmetic intensity*. A machine can compute only so fast (in GFLOP/s, billions of operations a
+# second), and it can fetch bytes only so fast (in GB/s). At low intensity the arithmetic units wait
+# for memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman and Patterson
+# 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is. They meet at the
+# *ridge*.
 
 # %% tags=["nbval-ignore-output"]
 roof = measure.roofline()
@@ -413,20 +447,23 @@ for i, (name, (intensity, speed_here)) in enumerate(placed.items()):
 ax.legend(fontsize=8, loc="lower right")
 plots.show(
     figure,
-    "Roofline of this machine with six layers: ReLU, depthwise and batch-1 linear at the left under the slope.",
+    "Roofline of this machine with six layers: ReLU, depthwise and batch-1 linear at the left under"
+    " the slope.",
 )
 
 # %% [markdown]
-# Read it from left to right. ReLU does one operation for eight bytes: no arithmetic trick can make it fast, only moving
-# fewer bytes (chapter 10). The linear layer at batch 1 reads every weight for a single use; at batch 256 the same
-# weights serve 256 rows and the point climbs. The depthwise convolution does nine MACs for each number it reads, so it sits
-# low. Its few MACs are slow MACs. A point above the slope is no error: its data came from a cache, not from memory.
+# Read it from left to right. ReLU does one operation for eight bytes: no arithmetic trick can make
+# it fast, only moving fewer bytes (chapter 10). The linear layer at batch 1 reads every weight for
+# a single use; at batch 256 the same weights serve 256 rows and the point climbs. The depthwise
+# convolution does nine MACs for each number it reads, so it sits low. Its few MACs are slow MACs. A
+# point above the slope is no error: its data came from a cache, not from memory.
 
 # %% [markdown]
 # ## Explain: Amdahl's law
-# A step of your program gets $S$ times faster, but it is only a share $p$ of the time. The rest stays:
-# $T_{new} = (1 - p)\,T + p\,T / S$, so the whole gets faster by $1 / ((1 - p) + p / S)$ (Amdahl 1967). A textbook chapter in
-# circulation prints the opposite, $T_{new} = T · S$. Test both: two steps in a row, the second replaced by a faster one.
+# A step of your program gets $S$ times faster, but it is only a share $p$ of the time. The rest
+# stays: $T_{new} = (1 - p)\,T + p\,T / S$, so the whole gets faster by $1 / ((1 - p) + p / S)$
+# (Amdahl 1967). A textbook chapter in circulation prints the opposite, $T_{new} = T · S$. Test
+# both: two steps in a row, the second replaced by a faster one.
 
 # %%
 step_one = models.mini_resnet(24, seed=1).eval()  # stays
@@ -457,7 +494,8 @@ p = 1 / alone.ratio  # the part's share of the whole
 whole = measure.compare(before, after, seconds=SECONDS)
 predicted = 1 / ((1 - p) + p / part.ratio)
 print(
-    f"S = {part.ratio:.1f}, p = {p:.2f}: Amdahl predicts {predicted:.2f}x, measured {whole.ratio:.2f}x"
+    f"S = {part.ratio:.1f}, p = {p:.2f}: Amdahl predicts {predicted:.2f}x, measured"
+    f" {whole.ratio:.2f}x"
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -486,13 +524,13 @@ plots.lines(
 )
 
 # %% [markdown]
-# The middle curve is yours. It flattens: the part that stayed is the limit. Before you make something fast, ask what
-# share of the time it has. A profiler answers that.
+# The middle curve is yours. It flattens: the part that stayed is the limit. Before you make
+# something fast, ask what share of the time it has. A profiler answers that.
 
 # %% [markdown]
 # ## The tool of the field: a profiler finds the slow operator
-# `torch.profiler` records every operator with its time and input shapes. MobileNetV3-small has three kinds of
-# convolution. Which kind takes the time, and which has the MACs?
+# `torch.profiler` records every operator with its time and input shapes. MobileNetV3-small has
+# three kinds of convolution. Which kind takes the time, and which has the MACs?
 
 # %% tags=["nbval-ignore-output"]
 from torch.profiler import ProfilerActivity, profile
@@ -541,22 +579,29 @@ for event in record.key_averages(group_by_input_shape=True):
         micros[kind(event.input_shapes[1])] += event.cpu_time_total
 total_time, total_macs = sum(micros.values()), sum(m for _, m in macs_of.values())
 per_mac = {
-    name: micros[name]
-    / total_time
-    / (sum(m for k, m in macs_of.values() if k == name) / total_macs)
+    name: (
+        micros[name] / total_time / (sum(m for k, m in macs_of.values() if k == name) / total_macs)
+    )
     for name in micros
 }
 plots.bars(
     {f"{name}": per_mac[name] for name in per_mac},
     ylabel="share of convolution time / share of MACs",
     reference=(1.0, "time in proportion to MACs"),
-    title=f"A depthwise MAC costs {per_mac['depthwise'] / per_mac['pointwise']:.1f} times a pointwise one",
-    alt="Three bars, one a kind of convolution: its share of the time divided by its share of the MACs.",
+    title=(
+        f"A depthwise MAC costs {per_mac['depthwise'] / per_mac['pointwise']:.1f} times a"
+        " pointwise one"
+    ),
+    alt=(
+        "Three bars, one a kind of convolution: its share of the time divided by its share of the"
+        " MACs."
+    ),
 )
 
 # %% [markdown]
-# A bar at 1 would mean that time follows MACs. The depthwise bar says what the roofline said, now inside a real network.
-# Your own timing must agree with the field's tool, or one of the two is wrong. MACs are exact, so they must be equal:
+# A bar at 1 would mean that time follows MACs. The depthwise bar says what the roofline said, now
+# inside a real network. Your own timing must agree with the field's tool, or one of the two is
+# wrong. MACs are exact, so they must be equal:
 
 # %%
 library = measure.macs(mobilenet, image)
@@ -575,8 +620,8 @@ print(f"yours {yours:.3f} ms, Timer {theirs:.3f} ms, ratio {yours / theirs:.2f}"
 
 # %% [markdown]
 # ## Measure: energy
-# Intel and AMD processors count the energy they use (RAPL), and Linux shows the counter on real machines; a virtual
-# machine usually hides it. Does the smaller network also use less?
+# Intel and AMD processors count the energy they use (RAPL), and Linux shows the counter on real
+# machines; a virtual machine usually hides it. Does the smaller network also use less?
 
 # %% tags=["nbval-ignore-output"]
 small = models.mini_resnet(16, seed=0).eval()
@@ -591,8 +636,8 @@ else:
 claims.verdict("01.faster_uses_less_energy", use)
 
 # %% [markdown]
-# Energy is power times time. A network that is twice as fast because it keeps twice the units busy may use as much. If
-# your verdict says *not testable here*, nothing was estimated in its place.
+# Energy is power times time. A network that is twice as fast because it keeps twice the units busy
+# may use as much. If your verdict says *not testable here*, nothing was estimated in its place.
 
 # %% [markdown]
 # ## If yours shows no gain
@@ -609,7 +654,8 @@ claims.verdict("01.faster_uses_less_energy", use)
 
 # %% [markdown]
 # ## Myth: time the first call, once, with `time.time()`
-# This is how most snippets in circulation measure. Two *identical* networks, each timed once, the way the snippets do:
+# This is how most snippets in circulation measure. Two *identical* networks, each timed once, the
+# way the snippets do:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -627,12 +673,13 @@ print(
 )
 
 # %% [markdown]
-# The first network paid for the preparation of the shapes; the second one found it done. And `time.time()` is the wall
-# clock of the calendar: it may be set back while you measure, and on some systems it ticks in steps of milliseconds.
+# The first network paid for the preparation of the shapes; the second one found it done. And
+# `time.time()` is the wall clock of the calendar: it may be set back while you measure, and on some
+# systems it ticks in steps of milliseconds.
 #
 # ## Myth: the counter says how many FLOPs there are
-# Counters count the operators they know. In inference, PyTorch's transformer layer takes a fast path: one *fused* operator,
-# several in a single call, that the counter has never heard of.
+# Counters count the operators they know. In inference, PyTorch's transformer layer takes a fast
+# path: one *fused* operator, several in a single call, that the counter has never heard of.
 
 # %% tags=["nbval-ignore-output"]
 encoder = nn.TransformerEncoderLayer(
@@ -646,8 +693,9 @@ torch.backends.mha.set_fastpath_enabled(True)
 print(f"counted on the fast path: {on_fast_path:,}; off it: {counted:,}")
 
 # %% [markdown]
-# Nothing warned you. Now by hand: for each of the 20 tokens four projections of 64 by 64 numbers and two layers of
-# 64 by 128, and for each of the two sequences the two attention products, queries with keys and weights with values.
+# Nothing warned you. Now by hand: for each of the 20 tokens four projections of 64 by 64 numbers
+# and two layers of 64 by 128, and for each of the two sequences the two attention products, queries
+# with keys and weights with values.
 
 # %% tags=["nbval-ignore-output"]
 projections, mlp, attention = 20 * 4 * 64 * 64, 20 * 2 * 64 * 128, 2 * (2 * 10 * 10 * 64)
@@ -655,13 +703,14 @@ print(f"by hand: {projections:,} + {mlp:,} + {attention:,} = {projections + mlp 
 print(f"the counter off the fast path still misses {projections + mlp + attention - counted:,}")
 
 # %% [markdown]
-# If the last number is not 0, it is the attention products: one more operator this counter does not know. A count is
-# trusted after one layer of each kind has been checked by hand.
+# If the last number is not 0, it is the attention products: one more operator this counter does not
+# know. A count is trusted after one layer of each kind has been checked by hand.
 
 # %% [markdown]
 # ## Exercise A · the tail
-# Complete the line. `p99` is the smallest of the given latencies that at least 99 of 100 calls do not exceed: in a
-# sorted list of $n$, the one at position $\lceil 0.99\,n \rceil$, counted from 1. For `[1, 2, …, 200]` a right answer is 198.
+# Complete the line. `p99` is the smallest of the given latencies that at least 99 of 100 calls do
+# not exceed: in a sorted list of $n$, the one at position $\lceil 0.99\,n \rceil$, counted from 1.
+# For `[1, 2, …, 200]` a right answer is 198.
 
 
 # %% tags=["exercise"]
@@ -714,15 +763,17 @@ def p99(latencies):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Ask before anyone runs it: what is the p99 of ten calls? (The slowest. Ten calls can't show a p99.)
-# NumPy's default interpolates between neighbours and gives 198.01 for the example: a definition must be named.
+# 8 minutes. Ask before anyone runs it: what is the p99 of ten calls? (The slowest. Ten calls can't
+# show a p99.) NumPy's default interpolates between neighbours and gives 198.01 for the example: a
+# definition must be named.
 
 # %% [markdown]
 # ## Exercise B · an interval by bootstrap
-# Write `speedup_interval(baseline, candidate)`. Both are lists of seconds of the same length; entry $i$ of both was taken
-# in round $i$. Return `(low, middle, high)`: `middle` is the median of the per-round speed-ups, and `low` and `high` are the
-# 2.5th and the 97.5th percentile of that median over at least 500 *resamples* of the rounds, drawn with replacement.
-# For `baseline = [4.0, 4.0]` and `candidate = [2.0, 2.0]` a right answer is `(2.0, 2.0, 2.0)`.
+# Write `speedup_interval(baseline, candidate)`. Both are lists of seconds of the same length; entry
+# $i$ of both was taken in round $i$. Return `(low, middle, high)`: `middle` is the median of the
+# per-round speed-ups, and `low` and `high` are the 2.5th and the 97.5th percentile of that median
+# over at least 500 *resamples* of the rounds, drawn with replacement. For `baseline = [4.0, 4.0]`
+# and `candidate = [2.0, 2.0]` a right answer is `(2.0, 2.0, 2.0)`.
 
 
 # %% tags=["exercise"]
@@ -733,14 +784,15 @@ def speedup_interval(baseline, candidate): ...
 exercises.check("01.B", speedup_interval)
 
 # %% [markdown] tags=["hint"]
-# First the per-round ratios, as a NumPy array. Which of the two goes on top, if above 1 means that the candidate is faster?
+# First the per-round ratios, as a NumPy array. Which of the two goes on top, if above 1 means that
+# the candidate is faster?
 
 # %% [markdown] tags=["hint"]
 # `rng.integers(0, n, size=(1000, n))` gives a thousand resamples of row numbers at once.
 
 # %% [markdown] tags=["hint"]
-# Resample *rounds*. If you resample the two lists separately you tear the pairs apart, and the noise that both shared no
-# longer cancels.
+# Resample *rounds*. If you resample the two lists separately you tear the pairs apart, and the
+# noise that both shared no longer cancels.
 
 
 # %% tags=["solution"]
@@ -789,16 +841,18 @@ def speedup_interval(baseline, candidate):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. The torn pairs are the mistake to wait for: let a pair of learners compare the widths they get for the same lists.
+# 15 minutes. The torn pairs are the mistake to wait for: let a pair of learners compare the widths
+# they get for the same lists.
 
 # %% [markdown]
 # ## Exercise C · decide, under noise that remembers
-# Write `decide(ratios)`. It gets 60 speed-ups, one a round in the order they were taken, and returns `"faster"`,
-# `"slower"` or `"can't tell"`. The noise is like that of a real machine: a slow moment lasts several rounds, and a single
-# round may be off by a factor of ten.
+# Write `decide(ratios)`. It gets 60 speed-ups, one a round in the order they were taken, and
+# returns `"faster"`, `"slower"` or `"can't tell"`. The noise is like that of a real machine: a slow
+# moment lasts several rounds, and a single round may be off by a factor of ten.
 #
-# `check` draws hundreds of such series. Your budget: for two equal arms say *faster* or *slower* in at most `8%` of the series;
-# find a true speed-up of `1.15`, and a true slow-down, in at least `80%` of them.
+# `check` draws hundreds of such series. Your budget: for two equal arms say *faster* or *slower* in
+# at most `8%` of the series; find a true speed-up of `1.15`, and a true slow-down, in at least
+# `80%` of them.
 
 
 # %% tags=["exercise"]
@@ -809,11 +863,12 @@ def decide(ratios): ...
 exercises.check("01.C", decide)
 
 # %% [markdown] tags=["hint"]
-# Neighbouring rounds are alike, so sixty rounds are fewer than sixty pieces of evidence. How did this chapter's `interval`
-# deal with that?
+# Neighbouring rounds are alike, so sixty rounds are fewer than sixty pieces of evidence. How did
+# this chapter's `interval` deal with that?
 
 # %% [markdown] tags=["hint"]
-# The interval must lie wholly on one side of 1. If the second smallest of twelve block medians is above 1, what follows?
+# The interval must lie wholly on one side of 1. If the second smallest of twelve block medians is
+# above 1, what follows?
 
 
 # %% tags=["solution"]
@@ -868,13 +923,15 @@ def decide(ratios):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Whoever comes with a bootstrap has learned exercise B too well: ask what a bootstrap assumes about its samples.
-# A good closing question for the room: which of your own past benchmarks would survive `decide`?
+# 20 minutes. Whoever comes with a bootstrap has learned exercise B too well: ask what a bootstrap
+# assumes about its samples. A good closing question for the room: which of your own past benchmarks
+# would survive `decide`?
 
 # %% [markdown]
 # ## Break it
-# Load the other core and watch. Half-way through, a second program starts to compute. Somebody who times all of A first and
-# all of B afterwards sees B "slow down"; somebody who interleaves sees both suffer.
+# Load the other core and watch. Half-way through, a second program starts to compute. Somebody who
+# times all of A first and all of B afterwards sees B "slow down"; somebody who interleaves sees
+# both suffer.
 
 # %% tags=["nbval-ignore-output"]
 import subprocess
@@ -902,49 +959,66 @@ plots.intervals(
     },
     xlabel="speed-up of a network over itself (x)",
     title=f"One after the other: {sequential:.2f}x. Interleaved: {interleaved.verdict}",
-    alt="The sequential measurement lies beside 1 or further off, the interleaved interval includes 1.",
+    alt=(
+        "The sequential measurement lies beside 1 or further off, the interleaved interval"
+        " includes 1."
+    ),
 )
 
 # %% [markdown]
-# Nothing about the network changed. The first number is a verdict on the neighbours. The second is honest and pays for it
-# with a wider interval. If both lie near 1 on your machine, it has cores to spare: start more copies of `burn`.
+# Nothing about the network changed. The first number is a verdict on the neighbours. The second is
+# honest and pays for it with a wider interval. If both lie near 1 on your machine, it has cores to
+# spare: start more copies of `burn`.
 
 # %% [markdown]
 # ## Exit quiz
 # **1. An interval of [0.98, 1.02] means**
 # <details><summary>no difference</summary>Right: the whole interval lies within ±3%.</details>
-# <details><summary>inconclusive</summary>It would be, if it reached beyond ±3%: [0.9, 1.1] leaves everything open.</details>
+# <details><summary>inconclusive</summary>It would be, if it reached beyond ±3%: [0.9, 1.1] leaves
+# everything open.</details>
 # <details><summary>2% faster</summary>It contains 1 and values below it.</details>
 #
-# **2. You timed the old model all morning and the new one all afternoon, a thousand calls each. What is missing?**
-# <details><summary>more calls</summary>A million calls in the afternoon still say nothing about the morning.</details>
-# <details><summary>interleaving</summary>Right: what changed between morning and afternoon is in the ratio.</details>
+# **2. You timed the old model all morning and the new one all afternoon, a thousand calls each.
+# What is missing?**
+# <details><summary>more calls</summary>A million calls in the afternoon still say nothing about the
+# morning.</details>
+# <details><summary>interleaving</summary>Right: what changed between morning and afternoon is in
+# the ratio.</details>
 # <details><summary>a better clock</summary>The clock is the least of it.</details>
 #
 # **3. A layer sits on the slope of the roofline. What makes it faster?**
-# <details><summary>an instruction that multiplies twice as fast</summary>The units already wait for data.</details>
-# <details><summary>moving fewer bytes</summary>Right: on the slope, bytes are the limit. Fewer bits a number, or fusing it with its neighbour.</details>
-# <details><summary>fewer MACs at the same bytes</summary>That moves the point to the left, down the slope: the same time.</details>
+# <details><summary>an instruction that multiplies twice as fast</summary>The units already wait for
+# data.</details>
+# <details><summary>moving fewer bytes</summary>Right: on the slope, bytes are the limit. Fewer bits
+# a number, or fusing it with its neighbour.</details>
+# <details><summary>fewer MACs at the same bytes</summary>That moves the point to the left, down the
+# slope: the same time.</details>
 #
 # **4. Half of the time is in a step that becomes ten times faster. The whole becomes**
 # <details><summary>10 times faster</summary>Only if the step were all of it.</details>
-# <details><summary>5 times faster</summary>Shares do not multiply like this: the other half stays.</details>
+# <details><summary>5 times faster</summary>Shares do not multiply like this: the other half
+# stays.</details>
 # <details><summary>1.8 times faster</summary>Right: 1 / (0.5 + 0.05).</details>
 #
 # **5. The counter says 0 FLOPs. You conclude**
-# <details><summary>the layer does nothing</summary>It computed a right answer a moment ago.</details>
-# <details><summary>the counter does not know this operator</summary>Right. Check one layer by hand, then trust the tool.</details>
-# <details><summary>the layer runs on another device</summary>A counter counts operators wherever they run.</details>
+# <details><summary>the layer does nothing</summary>It computed a right answer a moment
+# ago.</details>
+# <details><summary>the counter does not know this operator</summary>Right. Check one layer by hand,
+# then trust the tool.</details>
+# <details><summary>the layer runs on another device</summary>A counter counts operators wherever
+# they run.</details>
 #
-# **Key points** · warm up, repeat, interleave, pair · a speed-up has an interval, or it is a rumour · *no difference* and
-# *inconclusive* are results · say threads, batch, dtype and memory format · MACs are not time: the roofline says why ·
-# Amdahl: look at the share before you look at the speed.
+# **Key points** · warm up, repeat, interleave, pair · a speed-up has an interval, or it is a rumour
+# · *no difference* and *inconclusive* are results · say threads, batch, dtype and memory format ·
+# MACs are not time: the roofline says why · Amdahl: look at the share before you look at the speed.
 #
-# **Sources** · G. Amdahl, *Validity of the single processor approach*, 1967 · S. Williams, A. Waterman, D. Patterson,
-# *Roofline*, 2009 · J. Dean, L. Barroso, *The Tail at Scale*, 2013 · N. Ma et al., *ShuffleNet V2*, 2018 · W. Conover,
-# *Practical Nonparametric Statistics*, 1999, §3.2 · the documentation of
+# **Sources** · G. Amdahl, *Validity of the single processor approach*, 1967 · S. Williams, A.
+# Waterman, D. Patterson, *Roofline*, 2009 · J. Dean, L. Barroso, *The Tail at Scale*, 2013 · N. Ma
+# et al., *ShuffleNet V2*, 2018 · W. Conover, *Practical Nonparametric Statistics*, 1999, §3.2 · the
+# documentation of
 # [torch.utils.benchmark](https://docs.pytorch.org/docs/stable/benchmark_utils.html) and
 # [torch.profiler](https://docs.pytorch.org/docs/stable/profiler.html).
 #
-# **For the capstone** your ledger now holds five claims, and you have the instrument for all others. Next:
-# [02 · Training recipe](02_training_recipe.ipynb), where every change must pay for itself in seconds or in accuracy.
+# **For the capstone** your ledger now holds five claims, and you have the instrument for all
+# others. Next: [02 · Training recipe](02_training_recipe.ipynb), where every change must pay for
+# itself in seconds or in accuracy.

@@ -3,9 +3,9 @@
 #
 # **Which changes to a training loop buy time, which buy accuracy, and which buy nothing?**
 #
-# After this chapter you can: *split* the seconds of a training run into steps and seconds a step · *find* a learning rate from
-# one short run · *write* a one-cycle schedule · *tell* by five seeds whether a change helped · *train* to a stated accuracy in a
-# fraction of a tutorial's time.
+# After this chapter you can: *split* the seconds of a training run into steps and seconds a step ·
+# *find* a learning rate from one short run · *write* a one-cycle schedule · *tell* by five seeds
+# whether a change helped · *train* to a stated accuracy in a fraction of a tutorial's time.
 #
 # 80 minutes · before this: 01 Measurement · runs on any CPU
 
@@ -36,19 +36,22 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) Two arms are timed one after the other. Why does this course interleave them instead?
-#    <details><summary>Answer</summary>What slows the machine for a while then slows both, and the ratio of a round stays true.</details>
+# 1. (Chapter 1) Two arms are timed one after the other. Why does this course interleave them
+#    instead?
+#    <details><summary>Answer</summary>What slows the machine for a while then slows both, and the
+#    ratio of a round stays true.</details>
 # 2. (Chapter 1) A layer has 8 times fewer multiply–accumulates. What do you know about its time?
-#    <details><summary>Answer</summary>Little. If its bytes did not shrink as well, memory limits it, and it gains less than 8.</details>
+#    <details><summary>Answer</summary>Little. If its bytes did not shrink as well, memory limits
+#    it, and it gains less than 8.</details>
 # 3. (Chapter 1) When may you say *no difference*, and when only *inconclusive*?
-#    <details><summary>Answer</summary>No difference: the whole interval lies within the band that counts as the same. Inconclusive: it
-#    is wider than that and contains it.</details>
+#    <details><summary>Answer</summary>No difference: the whole interval lies within the band that
+#    counts as the same. Inconclusive: it is wider than that and contains it.</details>
 #
 # ## Predict
-# Below stands a training loop as many tutorials have it. At the end of the chapter the same accuracy is reached by another one.
-# How many times sooner? And a second number: replace each convolution by a *depthwise separable* one, the kind that
-# [chapter 1](01_measurement.ipynb) timed. It needs about a sixth of the multiply–accumulates here. How many times faster is a
-# training step?
+# Below stands a training loop as many tutorials have it. At the end of the chapter the same
+# accuracy is reached by another one. How many times sooner? And a second number: replace each
+# convolution by a *depthwise separable* one, the kind that [chapter 1](01_measurement.ipynb) timed.
+# It needs about a sixth of the multiply–accumulates here. How many times faster is a training step?
 
 # %%
 my_speedup = ...
@@ -58,10 +61,11 @@ exercises.predict("02.depthwise", my_depthwise)
 
 # %% [markdown]
 # ## From scratch: the loop that circulates
-# Fashion-MNIST, 12,000 training images. Each image is turned into a picture object, then into a tensor, one by one; 64 of them
-# make a batch; plain SGD at a rate of 0.01 does the rest. Nothing here is wrong. The images are in three parts, and no image is
-# in two of them: the network learns from *training* images, every choice is made on *validation* images, and *test* images give
-# the verdicts.
+# Fashion-MNIST, 12,000 training images. Each image is turned into a picture object, then into a
+# tensor, one by one; 64 of them make a batch; plain SGD at a rate of 0.01 does the rest. Nothing
+# here is wrong. The images are in three parts, and no image is in two of them: the network learns
+# from *training* images, every choice is made on *validation* images, and *test* images give the
+# verdicts.
 
 # %%
 from PIL import Image
@@ -88,7 +92,8 @@ class OneByOne(Dataset):
 
 
 # %% [markdown]
-# The images are all in memory already. So a whole batch can be indexed and converted at once. Are the numbers the same?
+# The images are all in memory already. So a whole batch can be indexed and converted at once. Are
+# the numbers the same?
 
 
 # %%
@@ -117,8 +122,8 @@ print(
 )
 
 # %% [markdown]
-# Bit for bit the same batches. Whatever the network learns from one, it learns from the other; only the seconds differ. Now the
-# loop itself, with a clock that stops while accuracy is looked at.
+# Bit for bit the same batches. Whatever the network learns from one, it learns from the other; only
+# the seconds differ. Now the loop itself, with a clock that stops while accuracy is looked at.
 
 
 # %%
@@ -134,7 +139,9 @@ def accuracy(net, prepare):
 
 
 def train(net, batches, optimizer, steps, schedule=None, prepare=None, target=None, every=50):
-    """Up to `steps` steps; with a target, stop once validation accuracy reaches it. Returns (steps, seconds)."""
+    """Up to `steps` steps; with a target, stop once validation accuracy reaches it. Returns (steps,
+    seconds).
+    """
     seconds, batches = 0.0, iter(batches)
     net.train()
     for step in range(1, steps + 1):
@@ -160,8 +167,8 @@ def train(net, batches, optimizer, steps, schedule=None, prepare=None, target=No
 # Each change below acts on one factor or on the other, and a few on both, in opposite directions.
 #
 # ## Measure: getting the data ready
-# What does one image cost before it reaches the network? `num_workers` starts processes that prepare batches beside the
-# training.
+# What does one image cost before it reaches the network? `num_workers` starts processes that
+# prepare batches beside the training.
 
 # %% tags=["nbval-ignore-output"]
 COUNT = 256 if SMOKE else 2048
@@ -192,14 +199,22 @@ for workers in (0, 1, 2) if sys.platform == "linux" else (0,):
     cost[f"one by one, workers: {workers}"] = measure.median_interval(times)
 del loader
 most, least = max(c.value for c in cost.values()), min(c.value for c in cost.values())
-plots.bars(cost, ylabel="microseconds an image, data alone", logx=True,
-           title=f"The dearest way to the same bits costs {most / least:.0f} times the cheapest",
-           alt="Microseconds an image on a logarithmic axis: in memory is far below the three ways one by one.")  # fmt: skip
+plots.bars(
+    cost,
+    ylabel="microseconds an image, data alone",
+    logx=True,
+    title=f"The dearest way to the same bits costs {most / least:.0f} times the cheapest",
+    alt=(
+        "Microseconds an image on a logarithmic axis: in memory is far below the three ways one by"
+        " one."
+    ),
+)
 
 # %% [markdown]
-# The axis is logarithmic. The network sees identical numbers in all rows. Workers share the dear way out among processes; the
-# top row does not do it at all. And on a machine whose cores are busy with the network, workers take from the network what
-# they give to the data. So the claim must be tested with training beside it.
+# The axis is logarithmic. The network sees identical numbers in all rows. Workers share the dear
+# way out among processes; the top row does not do it at all. And on a machine whose cores are busy
+# with the network, workers take from the network what they give to the data. So the claim must be
+# tested with training beside it.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -232,14 +247,16 @@ else:
 claims.verdict("02.more_workers_are_faster", workers)
 
 # %% [markdown]
-# If it holds on yours: two workers hide some of a cost that you need not have. If it does not: the workers and the network want
-# the same cores. Either way the better answer is the top row of the figure.
+# If it holds on yours: two workers hide some of a cost that you need not have. If it does not: the
+# workers and the network want the same cores. Either way the better answer is the top row of the
+# figure.
 #
 # ## Measure: what normalising moves
-# *Standardising* subtracts the mean pixel and divides by the standard deviation, so that inputs have mean 0 and deviation 1. It
-# is said to speed up convergence. Look at a whole row of learning rates before you believe it, and at two networks: a plain
-# convolutional one, and the course's, which has a BatchNorm after each convolution. *BatchNorm* standardises each channel over
-# the batch, and then multiplies and shifts it by two learned numbers (Ioffe and Szegedy 2015).
+# *Standardising* subtracts the mean pixel and divides by the standard deviation, so that inputs
+# have mean 0 and deviation 1. It is said to speed up convergence. Look at a whole row of learning
+# rates before you believe it, and at two networks: a plain convolutional one, and the course's,
+# which has a BatchNorm after each convolution. *BatchNorm* standardises each channel over the
+# batch, and then multiplies and shifts it by two learned numbers (Ioffe and Szegedy 2015).
 
 
 # %%
@@ -285,8 +302,15 @@ def first_usable(values):
 
 first = {make: [first_usable(v) for v in rows.values()] for make, rows in grid.items()}
 spread = {make: max(f) / min(f) for make, f in first.items()}
-figure, panels = plots.axes("learning rate", "validation accuracy (%)", columns=2,
-    title=f"Usable from rates {spread[plain]:g}x apart without BatchNorm, {spread[with_batchnorm]:g}x apart with it")  # fmt: skip
+figure, panels = plots.axes(
+    "learning rate",
+    "validation accuracy (%)",
+    columns=2,
+    title=(
+        f"Usable from rates {spread[plain]:g}x apart without BatchNorm, {spread[with_batchnorm]:g}x"
+        " apart with it"
+    ),
+)
 for panel, (make, rows), name in zip(
     panels, grid.items(), ("no normalisation inside", "BatchNorm inside"), strict=True
 ):
@@ -295,17 +319,22 @@ for panel, (make, rows), name in zip(
     panel.set(ylim=(0, 100))
     panel.set_title(name, fontsize=10)
 panels[0].legend(title="input", fontsize=8)
-plots.show(figure, "Accuracy against learning rate for three input scales: three shifted curves in the left panel without "
-           "BatchNorm; three curves close together in the right panel with BatchNorm.")  # fmt: skip
+plots.show(
+    figure,
+    "Accuracy against learning rate for three input scales: three shifted curves in the left panel"
+    " without BatchNorm; three curves close together in the right panel with BatchNorm.",
+)
 
 # %% [markdown]
-# Left: each input has its own window of usable rates, and the windows lie orders of magnitude apart. The gradient of a first
-# layer is proportional to its input, so pixels 255 times larger want a far smaller rate. Standardised input has its window where
-# people look for it, near 0.1 and 0.01. That is what normalising does: it *moves the usable learning rate* to the usual place.
+# Left: each input has its own window of usable rates, and the windows lie orders of magnitude
+# apart. The gradient of a first layer is proportional to its input, so pixels 255 times larger want
+# a far smaller rate. Standardised input has its window where people look for it, near 0.1 and 0.01.
+# That is what normalising does: it *moves the usable learning rate* to the usual place.
 #
-# Right: the three curves lie nearly on each other. BatchNorm divides by the deviation of what it gets, so a factor of 255 in the
-# input is gone after the first layer. You can see it without a figure. The gradients of the first weights are the same, up to
-# `eps`, the small number that keeps BatchNorm from dividing by zero, and that the next cell makes still smaller.
+# Right: the three curves lie nearly on each other. BatchNorm divides by the deviation of what it
+# gets, so a factor of 255 in the input is gone after the first layer. You can see it without a
+# figure. The gradients of the first weights are the same, up to `eps`, the small number that keeps
+# BatchNorm from dividing by zero, and that the next cell makes still smaller.
 
 
 # %%
@@ -336,12 +365,13 @@ claims.verdict("02.normalising_helps_with_batchnorm", gain(with_batchnorm))
 # %% [markdown]
 # One sentence, two verdicts. The sentence leaves out the network.
 #
-# Each verdict stands on five *paired* seeds: in a pair, both arms start from the same weights and see the same batches, and only
-# their difference counts, in percentage points. The interval is Student's t for the mean of these differences.
+# Each verdict stands on five *paired* seeds: in a pair, both arms start from the same weights and
+# see the same batches, and only their difference counts, in percentage points. The interval is
+# Student's t for the mean of these differences.
 #
 # ## Measure: a learning-rate range test
-# Nobody has to guess the rate. Let it grow by a constant factor from step to step, from far too small to far too large, in one
-# run of a hundred steps, and write down the loss (Smith 2017).
+# Nobody has to guess the rate. Let it grow by a constant factor from step to step, from far too
+# small to far too large, in one run of a hundred steps, and write down the loss (Smith 2017).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -365,20 +395,30 @@ tried, losses = range_test(
 )
 smooth = np.convolve(np.pad(losses, 4, mode="edge"), np.ones(9) / 9, mode="valid")
 lowest = float(tried[int(np.argmin(smooth))])
-plots.lines(tried, {"one step's loss": losses, "mean of nine": smooth}, xlabel="learning rate", ylabel="loss", logx=True,
-            title=f"The loss is lowest near {lowest:.2g}; a safe rate is a third to a tenth of that",
-            alt="Loss against a growing learning rate: flat, then falling, a valley, then rising and noisy.")  # fmt: skip
+plots.lines(
+    tried,
+    {"one step's loss": losses, "mean of nine": smooth},
+    xlabel="learning rate",
+    ylabel="loss",
+    logx=True,
+    title=f"The loss is lowest near {lowest:.2g}; a safe rate is a third to a tenth of that",
+    alt=(
+        "Loss against a growing learning rate: flat, then falling, a valley, then rising and noisy."
+    ),
+)
 
 # %% [markdown]
-# Read it from left to right. Flat: the rate is too small to move anything in a step. Falling: it learns. Then the valley, and to
-# its right steps so long that they undo each other. Do not take the valley's floor: the loss there is still the work of the
-# smaller rates before it. A third to a tenth of it is the cautious choice for a rate that stays constant. This chapter uses 0.1 with
+# Read it from left to right. Flat: the rate is too small to move anything in a step. Falling: it
+# learns. Then the valley, and to its right steps so long that they undo each other. Do not take the
+# valley's floor: the loss there is still the work of the smaller rates before it. A third to a
+# tenth of it is the cautious choice for a rate that stays constant. This chapter uses 0.1 with
 # schedules that soon come down from it. In a flat valley, such choices are about equally good.
 #
 # ## Measure: schedules over five seeds
-# A schedule changes the rate during training. *Decay* lets it fall, here along half a cosine. A *warm-up* lets it rise first.
-# *One-cycle* does both: a warm-up for a quarter of the steps, then the cosine (Smith 2018). Every schedule gets the same five
-# seeds: the same weights at the start, the same batches.
+# A schedule changes the rate during training. *Decay* lets it fall, here along half a cosine. A
+# *warm-up* lets it rise first. *One-cycle* does both: a warm-up for a quarter of the steps, then
+# the cosine (Smith 2018). Every schedule gets the same five seeds: the same weights at the start,
+# the same batches.
 
 # %%
 STEPS = 16 if SMOKE else 120
@@ -423,9 +463,13 @@ results = {
 against = {
     n: measure.paired_t(np.subtract(results[n], results["constant"]), "points") for n in names[1:]
 }
-plots.seeds(results, ylabel="test accuracy (%)",
-            title="Against a constant rate: " + ", ".join(f"{n} {a.value:+.1f}" for n, a in against.items()),
-            alt="Test accuracy of five seeds under three schedules; each seed's points are joined.")  # fmt: skip
+plots.seeds(
+    results,
+    ylabel="test accuracy (%)",
+    title="Against a constant rate: "
+    + ", ".join(f"{n} {a.value:+.1f}" for n, a in against.items()),
+    alt="Test accuracy of five seeds under three schedules; each seed's points are joined.",
+)
 for name, difference in against.items():
     seen = "no effect seen" if difference.low <= 0 <= difference.high else "an effect"
     print(f"{name:16} minus constant: {difference}: {seen}")
@@ -438,14 +482,17 @@ warm = measure.paired_t(np.subtract(results["one-cycle"], results["cosine"]), "p
 claims.verdict("02.warmup_helps", warm)
 
 # %% [markdown]
-# Each grey line is one seed. If the lines rise from *constant* to *cosine* for every seed, decay helps; a small rate at the end lets
-# the weights settle where a large one shakes them about. If the lines between *cosine* and *one-cycle* cross each other, you see
-# no effect of the warm-up, and the verdict says so. Goyal et al. (2017) needed it for batches of thousands; a batch of 64 at a
-# moderate rate starts gently enough. A schedule that did nothing at this rate may still save a run at another: see *Break it*.
+# Each grey line is one seed. If the lines rise from *constant* to *cosine* for every seed, decay
+# helps; a small rate at the end lets the weights settle where a large one shakes them about. If the
+# lines between *cosine* and *one-cycle* cross each other, you see no effect of the warm-up, and the
+# verdict says so. Goyal et al. (2017) needed it for batches of thousands; a batch of 64 at a
+# moderate rate starts gently enough. A schedule that did nothing at this rate may still save a run
+# at another: see *Break it*.
 #
 # ## Measure: the right size
-# A bigger network learns more in a step and takes longer for it. So compare at the same *seconds*: measure the step of each
-# width, give each as many steps as fit, and plan the schedule for that many.
+# A bigger network learns more in a step and takes longer for it. So compare at the same *seconds*:
+# measure the step of each width, give each as many steps as fit, and plan the schedule for that
+# many.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -485,24 +532,33 @@ def in_budget(width, seed):
 
 
 # %% tags=["nbval-ignore-output"]
-sizes = {f"width {w}\n{fit_in[w]} steps": [in_budget(w, seed) for seed in SEEDS]
-         for w in tqdm(WIDTHS, desc="widths", leave=False)}  # fmt: skip
+sizes = {
+    f"width {w}\n{fit_in[w]} steps": [in_budget(w, seed) for seed in SEEDS]
+    for w in tqdm(WIDTHS, desc="widths", leave=False)
+}
 by_width = dict(zip(WIDTHS, sizes.values(), strict=True))
 winner = max(WIDTHS, key=lambda w: np.mean(by_width[w]))
-plots.seeds(sizes, ylabel="test accuracy (%)",
-            title=f"In {BUDGET:g} s of training, width {winner} gets furthest: {np.mean(by_width[winner]):.1f}%",
-            alt="Test accuracy of five seeds for three widths that trained for the same seconds.")  # fmt: skip
+plots.seeds(
+    sizes,
+    ylabel="test accuracy (%)",
+    title=(
+        f"In {BUDGET:g} s of training, width {winner} gets furthest:"
+        f" {np.mean(by_width[winner]):.1f}%"
+    ),
+    alt="Test accuracy of five seeds for three widths that trained for the same seconds.",
+)
 smaller = measure.paired_t(np.subtract(by_width[16], by_width[32]), "points")
 claims.verdict("02.smaller_beats_bigger_per_second", smaller)
 
 # %% [markdown]
-# Too narrow, and the network can't use its many steps; too wide, and it gets too few. Give all of them ten times as long, as
-# `full` does, and a wider one can win: the right size belongs to a budget, not to a data set.
+# Too narrow, and the network can't use its many steps; too wide, and it gets too few. Give all of
+# them ten times as long, as `full` does, and a wider one can win: the right size belongs to a
+# budget, not to a data set.
 #
 # ## Measure: fewer multiply–accumulates, and the step?
-# [Chapter 1](01_measurement.ipynb) timed one *depthwise separable* layer (Howard et al. 2017), forwards only: a 3 by 3
-# convolution of each channel on its own, then a 1 by 1 convolution that mixes channels. Now a network of them takes a whole
-# training step, forwards and backwards.
+# [Chapter 1](01_measurement.ipynb) timed one *depthwise separable* layer (Howard et al. 2017),
+# forwards only: a 3 by 3 convolution of each channel on its own, then a 1 by 1 convolution that
+# mixes channels. Now a network of them takes a whole training step, forwards and backwards.
 
 
 # %%
@@ -531,32 +587,41 @@ print(f"{fewer:.2f} times fewer multiply–accumulates")
 # %% tags=["nbval-ignore-output"]
 steps_apart = {}
 for layout in ("contiguous", "channels_last"):
-    arms = [measure.Arm(stepper(net, channels_last=layout == "channels_last"), n, batch=64, memory_format=layout)
-            for n, net in (("dense", models.mini_resnet(16)), ("separable", separable(16)))]  # fmt: skip
+    arms = [
+        measure.Arm(
+            stepper(net, channels_last=layout == "channels_last"), n, batch=64, memory_format=layout
+        )
+        for n, net in (("dense", models.mini_resnet(16)), ("separable", separable(16)))
+    ]
     steps_apart[layout] = measure.compare(*arms, seconds=SECONDS, precision=0.02)
     print(steps_apart[layout])
 depthwise = steps_apart["contiguous"]
 exercises.reveal("02.depthwise", depthwise.ratio, "times faster a step")
 
 # %% tags=["nbval-ignore-output"]
-plots.intervals({"the arithmetic saved": measure.Interval(fewer, fewer, fewer)}
-                | {f"a step, {n}": c.interval for n, c in steps_apart.items()},
-    xlabel="speed-up of the separable network (x)", same=(0.97, 1.03),
+plots.intervals(
+    {"the arithmetic saved": measure.Interval(fewer, fewer, fewer)}
+    | {f"a step, {n}": c.interval for n, c in steps_apart.items()},
+    xlabel="speed-up of the separable network (x)",
+    same=(0.97, 1.03),
     title=f"{fewer:.1f} times less arithmetic, the step {depthwise.ratio:.2f}x",
-    alt="The ratio of arithmetic far to the right, the measured speed-ups of a step far below it.")  # fmt: skip
+    alt="The ratio of arithmetic far to the right, the measured speed-ups of a step far below it.",
+)
 share = measure.Interval(*(v / fewer for v in (depthwise.ratio, depthwise.low, depthwise.high)))
 claims.verdict("02.depthwise_is_faster_by_its_macs", share)
 
 # %% [markdown]
-# A depthwise filter does nine multiplications for each number it reads. That is little work for the bytes it moves, and there
-# are now two layers in place of one, each of which writes its result to memory and keeps it for the backward pass. On many
-# processors the step gains a small part of what the arithmetic promises, or comes out *slower*. Count bytes before you count
-# multiplications: that is the roofline of [chapter 1](01_measurement.ipynb).
+# A depthwise filter does nine multiplications for each number it reads. That is little work for the
+# bytes it moves, and there are now two layers in place of one, each of which writes its result to
+# memory and keeps it for the backward pass. On many processors the step gains a small part of what
+# the arithmetic promises, or comes out *slower*. Count bytes before you count multiplications: that
+# is the roofline of [chapter 1](01_measurement.ipynb).
 #
 # ## Measure: layout and precision
-# `channels_last` stores the channels of a pixel side by side, which is how many convolution kernels want them; *contiguous*, the
-# usual format, stores one channel's pixels side by side. bf16 is a floating-point number of 16 bits. It halves the bytes of a
-# number, and is fast where the processor has an instruction for it ([chapter 7](07_mixed_precision.ipynb)).
+# `channels_last` stores the channels of a pixel side by side, which is how many convolution kernels
+# want them; *contiguous*, the usual format, stores one channel's pixels side by side. bf16 is a
+# floating-point number of 16 bits. It halves the bytes of a number, and is fast where the processor
+# has an instruction for it ([chapter 7](07_mixed_precision.ipynb)).
 
 # %% tags=["nbval-ignore-output"]
 reference = measure.Arm(stepper(models.mini_resnet(16)), "contiguous, fp32")
@@ -568,17 +633,24 @@ cheaper = {
     n: measure.compare(reference, measure.Arm(call, n), seconds=SECONDS)
     for n, call in layouts.items()
 }
-plots.intervals({n: c.interval for n, c in cheaper.items()}, xlabel="speed-up of a training step (x)",
+plots.intervals(
+    {n: c.interval for n, c in cheaper.items()},
+    xlabel="speed-up of a training step (x)",
     title=", ".join(f"{n}: {c.ratio:.2f}x" for n, c in cheaper.items()),
-    alt="Speed-up of a training step by channels_last and by channels_last with bf16, with intervals.")  # fmt: skip
+    alt=(
+        "Speed-up of a training step by channels_last and by channels_last with bf16, with"
+        " intervals."
+    ),
+)
 print("bf16 instruction:", "yes" if machine.can("bf16") else machine.can("bf16"))
 claims.verdict("02.channels_last_is_faster", cheaper["channels_last"])
 
 # %% [markdown]
 # ## Measure: all changes, one at a time
-# Now the ladder. Each rung keeps what stood below it. The first two rungs take the same steps, because their batches are the same
-# bits; only the second is trained, and the price of preparing images one by one, measured above, is added for the first.
-# The second rung and the last are trained with three seeds (five in `full`), those between with one. All have width 8.
+# Now the ladder. Each rung keeps what stood below it. The first two rungs take the same steps,
+# because their batches are the same bits; only the second is trained, and the price of preparing
+# images one by one, measured above, is added for the first. The second rung and the last are
+# trained with three seeds (five in `full`), those between with one. All have width 8.
 
 # %%
 LAST = {"size": 128, "channels_last": True}  # what the last rung adds to the batches
@@ -592,7 +664,9 @@ RUNGS = {  # name: (what prepares, rate, momentum, one-cycle, more)
 
 
 def to_target(prepare, rate, momentum, cycle, more, seed=0):
-    """(steps, seconds) of one run until TARGET of the validation images are right, or until its images are spent."""
+    """(steps, seconds) of one run until TARGET of the validation images are right, or until its
+    images are spent.
+    """
     layout = torch.channels_last if more else torch.contiguous_format
     net = models.mini_resnet(8, seed=seed).to(memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), rate, momentum, nesterov=momentum > 0)
@@ -604,7 +678,8 @@ def to_target(prepare, rate, momentum, cycle, more, seed=0):
     steps, seconds = train(net, batches, optimizer, limit, schedule, prepare, TARGET, every)
     if steps == limit:
         print(
-            f"{limit} steps were not enough with rate {rate} and seed {seed}: its time is counted in full"
+            f"{limit} steps were not enough with rate {rate} and seed {seed}: its time is counted"
+            " in full"
         )
     return steps, seconds
 
@@ -625,11 +700,19 @@ for name, runs in ladder.items():
 
 # %% [markdown]
 # ## Explain: two factors
-# Put the rungs into a plane: steps to the right, seconds a step upwards. Every point on a dashed line takes the same time.
+# Put the rungs into a plane: steps to the right, seconds a step upwards. Every point on a dashed
+# line takes the same time.
 
 # %% tags=["nbval-ignore-output"]
-figure, ax = plots.axes("steps to the accuracy", "milliseconds a step", height=4.2,
-    title=f"To {TARGET:.0%}: from {np.median([s for _, s in first]):.0f} s to {np.median([s for _, s in ladder[list(RUNGS)[-1]]]):.1f} s")  # fmt: skip
+figure, ax = plots.axes(
+    "steps to the accuracy",
+    "milliseconds a step",
+    height=4.2,
+    title=(
+        f"To {TARGET:.0%}: from {np.median([s for _, s in first]):.0f} s to"
+        f" {np.median([s for _, s in ladder[list(RUNGS)[-1]]]):.1f} s"
+    ),
+)
 middle = np.array([np.median(runs, axis=0) for runs in ladder.values()])
 at = np.column_stack([middle[:, 0], 1e3 * middle[:, 1] / middle[:, 0]])
 ax.plot(*at.T, color="0.6", linewidth=1, zorder=1)
@@ -648,15 +731,19 @@ ax.set(xlim=(across[0], across[-1]), ylim=(at[:, 1].min() / 1.6, at[:, 1].max() 
 plots.plain_log(ax.xaxis)
 plots.plain_log(ax.yaxis)
 ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-plots.show(figure, "Rungs of the ladder in a plane of steps against milliseconds a step, with dashed lines of equal time; "
-           "the path leads down first, then far to the left.")  # fmt: skip
+plots.show(
+    figure,
+    "Rungs of the ladder in a plane of steps against milliseconds a step, with dashed lines of"
+    " equal time; the path leads down first, then far to the left.",
+)
 
 # %% [markdown]
-# Going *down* is engineering: the same learning, cheaper steps. Data in memory and the layout do that. Going *left* is the recipe: fewer
-# steps to the same place. The rate with momentum does most of it. A larger batch goes left and *up* at once, and gains only as
-# far as the kernels like it. On yours a rung may have gained nothing, or lost; then its point lies on the same dashed line as the
-# one before, or on the dearer side of it, and you may leave that change out. The rungs between have one seed each: a small
-# difference between them is not told apart from luck.
+# Going *down* is engineering: the same learning, cheaper steps. Data in memory and the layout do
+# that. Going *left* is the recipe: fewer steps to the same place. The rate with momentum does most
+# of it. A larger batch goes left and *up* at once, and gains only as far as the kernels like it. On
+# yours a rung may have gained nothing, or lost; then its point lies on the same dashed line as the
+# one before, or on the dearer side of it, and you may leave that change out. The rungs between have
+# one seed each: a small difference between them is not told apart from luck.
 
 # %% tags=["nbval-ignore-output"]
 logs = [math.log(a / b) for (_, a), (_, b) in zip(first, ladder[list(RUNGS)[-1]], strict=True)]
@@ -677,12 +764,15 @@ claims.verdict("02.recipe_reaches_accuracy_sooner", sooner)
 # | the separable network is faster as promised | your kernels, or a wide network, have more arithmetic to save | width 32, another layout |
 #
 # ## Myth: a one-cycle schedule stepped once an epoch
-# `OneCycleLR` counts *batches*. Most loops call `scheduler.step()` at the end of an epoch, as older schedules want it. Nothing complains.
+# `OneCycleLR` counts *batches*. Most loops call `scheduler.step()` at the end of an epoch, as older
+# schedules want it. Nothing complains.
 
 
 # %%
 def rates_seen(step_every):
-    """The rates of a run of 4 epochs of 25 batches, with the schedule stepped every so many batches."""
+    """The rates of a run of 4 epochs of 25 batches, with the schedule stepped every so many
+    batches.
+    """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs=4, steps_per_epoch=25)
     seen = []
@@ -696,13 +786,14 @@ def rates_seen(step_every):
 
 for name, every in (("each batch", 1), ("each epoch", 25)):
     print(
-        f"stepped after {name}: highest rate {max(rates_seen(every)):.4f}, last {rates_seen(every)[-1]:.7f}"
+        f"stepped after {name}: highest rate {max(rates_seen(every)):.4f}, last"
+        f" {rates_seen(every)[-1]:.7f}"
     )
 
 # %% [markdown]
-# Stepped once an epoch, the rate never leaves the warm-up: the network trains at less than a tenth of the rate you asked for,
-# and the accuracy looks merely a bit poor. Print the rates of a schedule before you use it. The opposite mistake at least says
-# so:
+# Stepped once an epoch, the rate never leaves the warm-up: the network trains at less than a tenth
+# of the rate you asked for, and the accuracy looks merely a bit poor. Print the rates of a schedule
+# before you use it. The opposite mistake at least says so:
 
 # %%
 with exercises.fails(ValueError):
@@ -714,8 +805,8 @@ with exercises.fails(ValueError):
 
 # %% [markdown]
 # ## Myth: evaluate as you train
-# Leave out `net.eval()`, and BatchNorm normalises by the batch it happens to see. Sort the images by class, as a folder on disk does,
-# and ask for the accuracy in batches.
+# Leave out `net.eval()`, and BatchNorm normalises by the batch it happens to see. Sort the images
+# by class, as a folder on disk does, and ask for the accuracy in batches.
 
 # %% tags=["nbval-ignore-output"]
 shipped = models.baseline()
@@ -728,16 +819,19 @@ for mode in (True, False):
                 [shipped(models.normalise(unseen[i])).argmax(1) for i in index.split(50)]
             )
         print(
-            f"{'train' if mode else 'eval'} mode, {name:15} {float((answers == truth[index]).float().mean()):.1%}"
+            f"{'train' if mode else 'eval'} mode, {name:15}"
+            f" {float((answers == truth[index]).float().mean()):.1%}"
         )
 shipped = models.baseline()  # those passes have also moved the running means
 
 # %% [markdown]
-# In train mode the accuracy depends on who stands beside whom, and every forward pass changes the running statistics, so the network
-# is another one afterwards. In eval mode both lines must be equal.
+# In train mode the accuracy depends on who stands beside whom, and every forward pass changes the
+# running statistics, so the network is another one afterwards. In eval mode both lines must be
+# equal.
 #
 # ## Reproducibility
-# One seed for the weights, one for the order. Is a second run the same, bit for bit? And with another number of threads?
+# One seed for the weights, one for the order. Is a second run the same, bit for bit? And with
+# another number of threads?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -758,20 +852,22 @@ print("the same seed again, equal bits:", torch.equal(weights_after(here), weigh
 apart = (weights_after(here) - weights_after(1 if here > 1 else 2)).abs().max()
 print(f"another number of threads: weights differ by up to {float(apart):.2g} after 20 steps")
 print(
-    f"another seed:              by up to {float((weights_after(here) - weights_after(here, 1)).abs().max()):.2g}"
+    "another seed:              by up to"
+    f" {float((weights_after(here) - weights_after(here, 1)).abs().max()):.2g}"
 )
 
 # %% [markdown]
-# On a CPU the same program on the same machine usually repeats its bits. Another number of threads adds in another order; each sum
-# changes in its last digit, and training amplifies it. So do another processor and another version. On a GPU some kernels add in
-# random order; `torch.use_deterministic_algorithms(True)` refuses those. A result that needs equal bits to be true is none:
-# report several seeds.
+# On a CPU the same program on the same machine usually repeats its bits. Another number of threads
+# adds in another order; each sum changes in its last digit, and training amplifies it. So do
+# another processor and another version. On a GPU some kernels add in random order;
+# `torch.use_deterministic_algorithms(True)` refuses those. A result that needs equal bits to be
+# true is none: report several seeds.
 #
 # ## Exercise A · standardise
-# Complete the line. `standardise(train, x)` maps uint8 images `x` so that the *training* images get mean 0 and standard
-# deviation 1 over all their pixels. `x` may be any images; the map comes from `train` alone. If all pixels of `train` are equal,
-# nothing may become infinite or *not a number*. For `train` with pixels `[0, 255]`, half of each, a right answer maps 0 to −1
-# and 255 to 1.
+# Complete the line. `standardise(train, x)` maps uint8 images `x` so that the *training* images get
+# mean 0 and standard deviation 1 over all their pixels. `x` may be any images; the map comes from
+# `train` alone. If all pixels of `train` are equal, nothing may become infinite or *not a number*.
+# For `train` with pixels `[0, 255]`, half of each, a right answer maps 0 to −1 and 255 to 1.
 
 
 # %% tags=["exercise"]
@@ -824,15 +920,17 @@ def standardise(train, x):
 
 
 # %% [markdown] tags=["instructor"]
-# 6 minutes. Ask what changes if the mean is taken per pixel position: a pixel that is always black has deviation 0, the edge case is
-# then the rule.
+# 6 minutes. Ask what changes if the mean is taken per pixel position: a pixel that is always black
+# has deviation 0, the edge case is then the rule.
 
 # %% [markdown]
 # ## Exercise B · one-cycle
-# Write `one_cycle(step, total, max_lr, warmup)`: the rate in step `0 … total − 1`. It starts at `max_lr / 25`, rises along half a cosine to
-# `max_lr`, which it reaches at step `warmup · total − 1` (this may lie between two steps), and falls along half a cosine to the
-# first rate divided by 10,000 in the last step. From $a$ to $b$, half a cosine at share $u$ of the way is
-# $b + \frac{a - b}{2}(1 + \cos \pi u)$. `one_cycle(0, 100, 1.0, 0.3)` is `0.04`. It must agree with torch's in every step.
+# Write `one_cycle(step, total, max_lr, warmup)`: the rate in step `0 … total − 1`. It starts at
+# `max_lr / 25`, rises along half a cosine to `max_lr`, which it reaches at step `warmup · total −
+# 1` (this may lie between two steps), and falls along half a cosine to the first rate divided by
+# 10,000 in the last step. From $a$ to $b$, half a cosine at share $u$ of the way is $b + \frac{a -
+# b}{2}(1 + \cos \pi u)$. `one_cycle(0, 100, 1.0, 0.3)` is `0.04`. It must agree with torch's in
+# every step.
 
 
 # %% tags=["exercise"]
@@ -843,7 +941,8 @@ def one_cycle(step, total, max_lr, warmup): ...
 exercises.check("02.B", one_cycle)
 
 # %% [markdown] tags=["hint"]
-# Let `peak = warmup * total - 1`. Before it the share of the way is `step / peak`; after it, `(step - peak) / (total - 1 - peak)`.
+# Let `peak = warmup * total - 1`. Before it the share of the way is `step / peak`; after it, `(step
+# - peak) / (total - 1 - peak)`.
 
 # %% [markdown] tags=["hint"]
 # The last rate is `max_lr / 25 / 10_000`: the *first* rate divided by 10,000, not the highest.
@@ -906,14 +1005,16 @@ def one_cycle(step, total, max_lr, warmup):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Let the room plot it with `plots.lines`. Who has the peak one step late learns why a test compares every step.
+# 15 minutes. Let the room plot it with `plots.lines`. Who has the peak one step late learns why a
+# test compares every step.
 
 # %% [markdown]
 # ## Exercise C · an accuracy within a budget of seconds
-# Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns a network in eval mode for
-# normalised images (`models.normalise`). It may take `seconds` and not more: about 150 steps of `models.mini_resnet(8)` with 64
-# images, as long as they take on this machine with one thread, which is what `check` sets. A right answer gets 68 of 100 unseen
-# images right, and is on time when `seconds` is one step long, too.
+# Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns
+# a network in eval mode for normalised images (`models.normalise`). It may take `seconds` and not
+# more: about 150 steps of `models.mini_resnet(8)` with 64 images, as long as they take on this
+# machine with one thread, which is what `check` sets. A right answer gets 68 of 100 unseen images
+# right, and is on time when `seconds` is one step long, too.
 
 
 # %% tags=["exercise"]
@@ -924,12 +1025,12 @@ def train_within(images, labels, seconds): ...
 exercises.check("02.C", train_within)
 
 # %% [markdown] tags=["hint"]
-# You do not know how many steps fit. But you know at every moment which share of the time is spent: let the schedule run on the
-# clock in place of the step count.
+# You do not know how many steps fit. But you know at every moment which share of the time is spent:
+# let the schedule run on the clock in place of the step count.
 
 # %% [markdown] tags=["hint"]
-# `rate = 0.1 * min(1, 5 * u) * (1 - u)` rises and falls while the share `u` of the time goes from 0 to 1. Set it by
-# `optimizer.param_groups[0]["lr"] = rate`. Stop at about 0.9 of the time.
+# `rate = 0.1 * min(1, 5 * u) * (1 - u)` rises and falls while the share `u` of the time goes from 0
+# to 1. Set it by `optimizer.param_groups[0]["lr"] = rate`. Stop at about 0.9 of the time.
 
 
 # %% tags=["solution"]
@@ -1019,20 +1120,26 @@ def train_within(images, labels, seconds):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes; make it a contest over accuracy for the last five. The schedule on the clock is the idea worth a discussion: it is robust to
-# a slow neighbour, and it can't be reproduced bit for bit.
+# 20 minutes; make it a contest over accuracy for the last five. The schedule on the clock is the
+# idea worth a discussion: it is robust to a slow neighbour, and it can't be reproduced bit for bit.
 
 # %% [markdown]
 # ## The tool of the field
-# The recipe as a loop of twenty lines. `training.fit`, which other chapters call, is the same with a progress bar and checks of
-# its input; torch brings the optimizer and the schedule. The two must agree bit for bit.
+# The recipe as a loop of twenty lines. `training.fit`, which other chapters call, is the same with
+# a progress bar and checks of its input; torch brings the optimizer and the schedule. The two must
+# agree bit for bit.
 
 
 # %%
 def recipe_loop(net, images, labels, recipe):
     order = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.SGD(net.parameters(), recipe.max_lr, recipe.momentum,
-                                weight_decay=recipe.weight_decay, nesterov=True)  # fmt: skip
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        recipe.max_lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+    )
     total = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.max_lr, total_steps=total + 1, pct_start=recipe.warmup
@@ -1063,11 +1170,12 @@ assert all(
 )
 
 # %% [markdown]
-# Three things were added: mirrored images, because a shirt seen in a mirror is a shirt; weight decay, which pulls every weight a
-# little towards zero in each step; and label smoothing, which asks for about 95% of the probability and not for all of it, and
-# spreads the rest over all classes (Szegedy et al. 2016). This loop made the *baseline* that other chapters load, with the 55,000
-# images of the full training set and 8 epochs at width 32. In `full`, and with the whole data set there (`course data --full`),
-# the next cell trains it again.
+# Three things were added: mirrored images, because a shirt seen in a mirror is a shirt; weight
+# decay, which pulls every weight a little towards zero in each step; and label smoothing, which
+# asks for about 95% of the probability and not for all of it, and spreads the rest over all classes
+# (Szegedy et al. 2016). This loop made the *baseline* that other chapters load, with the 55,000
+# images of the full training set and 8 epochs at width 32. In `full`, and with the whole data set
+# there (`course data --full`), the next cell trains it again.
 
 # %% tags=["nbval-ignore-output"]
 from safetensors.torch import load_file, save_file
@@ -1087,7 +1195,8 @@ save_file(
 again = models.mini_resnet(mine.fc.in_features // 4)
 again.load_state_dict(load_file(scratch("02") / "mine.safetensors"))
 print(
-    f"saved, loaded, and still {score(again.eval()):.1f}% of the test images; the shipped baseline {score(shipped):.1f}%"
+    f"saved, loaded, and still {score(again.eval()):.1f}% of the test images; the shipped baseline"
+    f" {score(shipped):.1f}%"
 )
 
 # %% [markdown]
@@ -1108,49 +1217,77 @@ lost = next(
     ),
     None,
 )
-plots.lines(high, broken, xlabel="highest learning rate", ylabel="validation accuracy (%)", logx=True,
-            title=f"One-cycle loses 20 points at a rate of {lost:g}" if lost else "One-cycle survives every rate tried",
-            alt="Accuracy against the highest learning rate for a constant rate and one-cycle: both fall, one-cycle later.")  # fmt: skip
+plots.lines(
+    high,
+    broken,
+    xlabel="highest learning rate",
+    ylabel="validation accuracy (%)",
+    logx=True,
+    title=(
+        f"One-cycle loses 20 points at a rate of {lost:g}"
+        if lost
+        else "One-cycle survives every rate tried"
+    ),
+    alt=(
+        "Accuracy against the highest learning rate for a constant rate and one-cycle: both fall,"
+        " one-cycle later."
+    ),
+)
 
 # %% [markdown]
-# The network breaks at some rate under every schedule; a schedule that ends small forgives more, because its last steps repair
-# what the large ones did. And a recipe is tuned for *its* budget: at a tenth of the steps the same numbers are too slow, at a
-# hundred times as many they leave accuracy behind.
+# The network breaks at some rate under every schedule; a schedule that ends small forgives more,
+# because its last steps repair what the large ones did. And a recipe is tuned for *its* budget: at
+# a tenth of the steps the same numbers are too slow, at a hundred times as many they leave accuracy
+# behind.
 #
 # ## Exit quiz
 # **1. Two loops feed bitwise equal batches in the same order. They can differ in**
 # <details><summary>seconds a step only</summary>Right: the learning is the same.</details>
-# <details><summary>steps to an accuracy</summary>The network sees the same numbers, so it takes the same steps.</details>
+# <details><summary>steps to an accuracy</summary>The network sees the same numbers, so it takes the
+# same steps.</details>
 # <details><summary>both</summary>Only what is fed can change the steps.</details>
 #
 # **2. Input scaled by 255, a BatchNorm after the first convolution. The usable learning rate**
 # <details><summary>falls by 255 or more</summary>Without the BatchNorm it would.</details>
-# <details><summary>stays about where it was</summary>Right: the layer divides the factor out, and the gradient is the same.</details>
+# <details><summary>stays about where it was</summary>Right: the layer divides the factor out, and
+# the gradient is the same.</details>
 # <details><summary>rises</summary>Nothing makes it rise.</details>
 #
 # **3. In a range test, take a rate**
-# <details><summary>at the floor of the valley</summary>That is the edge: the loss there is still the work of smaller rates.</details>
+# <details><summary>at the floor of the valley</summary>That is the edge: the loss there is still
+# the work of smaller rates.</details>
 # <details><summary>well left of the floor, where the loss falls</summary>Right.</details>
-# <details><summary>where the curve is flat on the left</summary>Nothing is learned there in a step.</details>
+# <details><summary>where the curve is flat on the left</summary>Nothing is learned there in a
+# step.</details>
 #
-# **4. Five paired differences, warm-up minus none: mean +0.2 points, interval [−0.5, 0.9]. You say**
-# <details><summary>warm-up helps by 0.2 points</summary>Zero lies well inside the interval.</details>
+# **4. Five paired differences, warm-up minus none: mean +0.2 points, interval [−0.5, 0.9]. You
+# say**
+# <details><summary>warm-up helps by 0.2 points</summary>Zero lies well inside the
+# interval.</details>
 # <details><summary>no effect seen; it may be anything from −0.5 to 0.9</summary>Right.</details>
-# <details><summary>warm-up does not help</summary>You have not shown that either; the interval allows 0.9.</details>
+# <details><summary>warm-up does not help</summary>You have not shown that either; the interval
+# allows 0.9.</details>
 #
 # **5. A network with a sixth of the arithmetic trains no faster. First suspect**
-# <details><summary>the bytes that its layers move</summary>Right: the step may be limited by memory and by the number of operators.</details>
-# <details><summary>the learning rate</summary>It changes the number of steps, not the time of one.</details>
-# <details><summary>a wrong count of multiply–accumulates</summary>Possible, and quickly checked, but rarely the reason.</details>
+# <details><summary>the bytes that its layers move</summary>Right: the step may be limited by memory
+# and by the number of operators.</details>
+# <details><summary>the learning rate</summary>It changes the number of steps, not the time of
+# one.</details>
+# <details><summary>a wrong count of multiply–accumulates</summary>Possible, and quickly checked,
+# but rarely the reason.</details>
 #
-# **Key points** · seconds = steps × seconds a step · the cheapest data work is the one you do not do · normalising moves the usable rate, and
-# BatchNorm does it for you · find the rate by a range test · five seeds before *it helps* · the right size belongs to a budget · count
-# bytes before multiplications.
+# **Key points** · seconds = steps × seconds a step · the cheapest data work is the one you do not
+# do · normalising moves the usable rate, and BatchNorm does it for you · find the rate by a range
+# test · five seeds before *it helps* · the right size belongs to a budget · count bytes before
+# multiplications.
 #
-# **Sources** · L. Smith, *Cyclical Learning Rates for Training Neural Networks*, 2017; *Super-Convergence*, 2018 · P. Goyal et al., *Accurate,
-# Large Minibatch SGD*, 2017 · S. Ioffe, C. Szegedy, *Batch Normalization*, 2015 · C. Szegedy et al., *Rethinking the Inception
-# Architecture*, 2016 (label smoothing) · A. Howard et al., *MobileNets*, 2017 · C. Coleman et al., *DAWNBench*, 2017 · PyTorch's
-# [performance tuning guide](https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html).
+# **Sources** · L. Smith, *Cyclical Learning Rates for Training Neural Networks*, 2017;
+# *Super-Convergence*, 2018 · P. Goyal et al., *Accurate, Large Minibatch SGD*, 2017 · S. Ioffe, C.
+# Szegedy, *Batch Normalization*, 2015 · C. Szegedy et al., *Rethinking the Inception Architecture*,
+# 2016 (label smoothing) · A. Howard et al., *MobileNets*, 2017 · C. Coleman et al., *DAWNBench*,
+# 2017 · PyTorch's [performance tuning
+# guide](https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html).
 #
-# **For the capstone** row 02 of your ledger, *recipe*, now says whether a stated accuracy is reached sooner, and by which of the two
-# factors. Next: [03 · Pruning](03_pruning.ipynb), where the trained network loses channels.
+# **For the capstone** row 02 of your ledger, *recipe*, now says whether a stated accuracy is
+# reached sooner, and by which of the two factors. Next: [03 · Pruning](03_pruning.ipynb), where the
+# trained network loses channels.

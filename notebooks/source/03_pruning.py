@@ -3,9 +3,10 @@
 #
 # **How much of a trained network can you cut away, and does any of it turn into time?**
 #
-# After this chapter you can: *remove* channels from a network so that it computes exactly what the mask computes ·
-# *repair* a collapsed network in seconds · *predict* which pruning makes a file smaller or a call faster on your machine ·
-# *choose* how much to cut in which layer under a latency budget.
+# After this chapter you can: *remove* channels from a network so that it computes exactly what the
+# mask computes · *repair* a collapsed network in seconds · *predict* which pruning makes a file
+# smaller or a call faster on your machine · *choose* how much to cut in which layer under a latency
+# budget.
 #
 # 85 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
 
@@ -32,8 +33,8 @@ from torch import nn
 
 from course_utils import claims, data, exercises, machine, measure, models, plots, scratch, training
 
-# images to fine-tune on, for quick looks, for validation, for test; seconds a comparison; seeds; images and batch
-# of the small network; pixels of ResNet-50's photo
+# images to fine-tune on, for quick looks, for validation, for test; seconds a comparison; seeds;
+# images and batch of the small network; pixels of ResNet-50's photo
 NAMES = ("tune", "check", "validation", "test", "look", "seeds", "small", "batch", "pixels")
 SIZES = {
     "smoke": (384, 100, 200, 500, 0.03, 3, 384, 32, 64),
@@ -45,21 +46,26 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. Chapter 1: a network has half the multiply–accumulates (MACs) of another. What do you know about its time?
-#    <details><summary>Answer</summary>Nothing yet. MACs count arithmetic. Where bytes limit a layer (left of the roofline's
-#    ridge) or the calls themselves do, time follows those. Depthwise convolutions were the example.</details>
+# 1. Chapter 1: a network has half the multiply–accumulates (MACs) of another. What do you know
+#    about its time?
+#    <details><summary>Answer</summary>Nothing yet. MACs count arithmetic. Where bytes limit a layer
+#    (left of the roofline's ridge) or the calls themselves do, time follows those. Depthwise
+#    convolutions were the example.</details>
 # 2. Chapter 1: a comparison gave the interval [0.98, 1.09]. What may you say?
-#    <details><summary>Answer</summary>Inconclusive. It is not inside ±3%, so "no difference" is not shown, and it includes 1, so
-#    "faster" is not shown either.</details>
-# 3. Chapter 2: what does a one-cycle schedule do with the learning rate, and what is its small end good for?
-#    <details><summary>Answer</summary>The rate rises, then falls to nearly zero. Small rates let the weights settle where large
-#    ones shake them about. That is why a trained network is trained on (*fine-tuned*) with a lower highest rate.</details>
+#    <details><summary>Answer</summary>Inconclusive. It is not inside ±3%, so "no difference" is not
+#    shown, and it includes 1, so "faster" is not shown either.</details>
+# 3. Chapter 2: what does a one-cycle schedule do with the learning rate, and what is its small end
+#    good for?
+#    <details><summary>Answer</summary>The rate rises, then falls to nearly zero. Small rates let
+#    the weights settle where large ones shake them about. That is why a trained network is trained
+#    on (*fine-tuned*) with a lower highest rate.</details>
 
 # %% [markdown]
 # ## Predict
-# You remove a little over two channels of every five inside each residual block of the shipped network, those with the smallest weights.
-# No training afterwards. What accuracy is left, in percent? (It starts at about ninety-three, and guessing gives ten.)
-# And a second question: half of the MACs are gone. How many times faster is the network?
+# You remove a little over two channels of every five inside each residual block of the shipped
+# network, those with the smallest weights. No training afterwards. What accuracy is left, in
+# percent? (It starts at about ninety-three, and guessing gives ten.) And a second question: half of
+# the MACs are gone. How many times faster is the network?
 
 # %%
 my_accuracy = ...  # for example 85
@@ -69,7 +75,8 @@ exercises.predict("03.half", my_speedup)
 
 # %% [markdown]
 # ## From scratch: zeros
-# Eight weights. Half of them must go. The oldest rule is to keep those with the largest magnitude (Han et al. 2015).
+# Eight weights. Half of them must go. The oldest rule is to keep those with the largest magnitude
+# (Han et al. 2015).
 
 # %%
 w = torch.tensor([0.9, -0.1, 0.4, -0.7, 0.05, 0.3, -0.2, 0.6])
@@ -79,9 +86,10 @@ mask[kept] = 1
 w * mask
 
 # %% [markdown]
-# A small weight is not always a useless one. Suppose a loss $L$ and its gradient $g = \partial L/\partial w$. Setting a weight to
-# zero changes the weight by $-w$, so to first order the loss changes by $-g\,w$ (Taylor's rule; Molchanov et al. 2017).
-# Rank by $|g\,w|$ and another four weights stay.
+# A small weight is not always a useless one. Suppose a loss $L$ and its gradient $g = \partial
+# L/\partial w$. Setting a weight to zero changes the weight by $-w$, so to first order the loss
+# changes by $-g\,w$ (Taylor's rule; Molchanov et al. 2017). Rank by $|g\,w|$ and another four
+# weights stay.
 
 # %%
 w.requires_grad_()
@@ -92,9 +100,9 @@ by_magnitude, by_taylor = w.detach().abs(), (w.detach() * w.grad).abs()
 sorted(by_magnitude.topk(4).indices.tolist()), sorted(by_taylor.topk(4).indices.tolist())
 
 # %% [markdown]
-# Under the second rule a small weight with a loud input can stay, and a large one with a quiet input goes. Now the shipped
-# network: one ranking over all its convolutions and its linear layer, and exactly the asked-for share set to zero. `how` may be
-# magnitude, Taylor or random.
+# Under the second rule a small weight with a loud input can stay, and a large one with a quiet
+# input goes. Now the shipped network: one ranking over all its convolutions and its linear layer,
+# and exactly the asked-for share set to zero. `how` may be magnitude, Taylor or random.
 
 
 # %%
@@ -105,7 +113,9 @@ def prunable(net):
 
 
 def sparsify(net, share, how="magnitude"):
-    """A copy of `net` in which `share` of all weights of convolutions and linear layers are zero."""
+    """A copy of `net` in which `share` of all weights of convolutions and linear layers are
+    zero.
+    """
     sparse, weights = copy.deepcopy(net), list(prunable(net).values())
     score = {
         "magnitude": lambda w: w.abs(),
@@ -123,7 +133,9 @@ def sparsify(net, share, how="magnitude"):
 
 
 def add_gradients(net, images, labels):
-    """One backward pass in eval mode, so that every weight knows its gradient (BatchNorm's statistics stay)."""
+    """One backward pass in eval mode, so that every weight knows its gradient (BatchNorm's
+    statistics stay).
+    """
     net.zero_grad()
     F.cross_entropy(net.eval()(models.normalise(images)), labels).backward()
 
@@ -145,14 +157,24 @@ curves = {
 }
 lost = curves["magnitude"][0] - curves["magnitude"][shares.index(0.5)]
 plots.lines(
-    shares, curves, xlabel="share of weights set to zero", ylabel="validation accuracy (%)",
-    title=f"Half of the weights at zero: magnitude loses {lost:.1f} points, random {curves['random'][0] - curves['random'][shares.index(0.5)]:.1f}",
-    alt="Validation accuracy against the share of zeroed weights for three criteria, without any fine-tuning.",
-)  # fmt: skip
+    shares,
+    curves,
+    xlabel="share of weights set to zero",
+    ylabel="validation accuracy (%)",
+    title=(
+        f"Half of the weights at zero: magnitude loses {lost:.1f} points, random"
+        f" {curves['random'][0] - curves['random'][shares.index(0.5)]:.1f}"
+    ),
+    alt=(
+        "Validation accuracy against the share of zeroed weights for three criteria, without any"
+        " fine-tuning."
+    ),
+)
 
 # %% [markdown]
-# No training happened here: these are the trained weights with holes. For single weights the criterion matters, and a
-# trained network carries many weights it hardly uses. Which of the two informed rules is ahead may differ with the share.
+# No training happened here: these are the trained weights with holes. For single weights the
+# criterion matters, and a trained network carries many weights it hardly uses. Which of the two
+# informed rules is ahead may differ with the share.
 
 # %% [markdown]
 # ## Measure: what did the zeros buy?
@@ -169,9 +191,10 @@ zeros = measure.compare(
 claims.verdict("03.unstructured_sparsity_is_faster", zeros)
 
 # %% [markdown]
-# A convolution kernel multiplies by zero as fast as by any other number: nobody told it to skip. And on disk a zero is four
-# bytes like every fp32 number. To gain bytes you must *store* the weights in another way. Here is a way one can write in
-# two lines: one bit a weight says whether it is there, and the survivors follow.
+# A convolution kernel multiplies by zero as fast as by any other number: nobody told it to skip.
+# And on disk a zero is four bytes like every fp32 number. To gain bytes you must *store* the
+# weights in another way. Here is a way one can write in two lines: one bit a weight says whether it
+# is there, and the survivors follow.
 
 
 # %%
@@ -218,11 +241,17 @@ size = {
     "90% zeros, bits + values": write("packed.safetensors", packed),
 }
 plots.bars(
-    {k: v / 1e6 for k, v in size.items()}, ylabel="size on disk (MB)",
-    title=f"Zeros alone: {size['dense'] / size['90% zeros, saved as it is']:.2f} times smaller. "
-          f"Packed: {size['dense'] / size['90% zeros, bits + values']:.1f} times",
-    alt="File sizes of the dense network, the pruned one saved as it is, compressed, and packed as bits and values.",
-)  # fmt: skip
+    {k: v / 1e6 for k, v in size.items()},
+    ylabel="size on disk (MB)",
+    title=(
+        f"Zeros alone: {size['dense'] / size['90% zeros, saved as it is']:.2f} times smaller. "
+        f"Packed: {size['dense'] / size['90% zeros, bits + values']:.1f} times"
+    ),
+    alt=(
+        "File sizes of the dense network, the pruned one saved as it is, compressed, and packed as"
+        " bits and values."
+    ),
+)
 
 # %% tags=["nbval-ignore-output"]
 claims.verdict(
@@ -230,15 +259,17 @@ claims.verdict(
 )
 
 # %% [markdown]
-# The second bar is as long as the first. A general compressor sees the zeros, and so does your own format; the
-# dense network hardly compresses at all, because its bits look random. The saving is one of storage only: before the
-# network can run, the zeros are written out again.
+# The second bar is as long as the first. A general compressor sees the zeros, and so does your own
+# format; the dense network hardly compresses at all, because its bits look random. The saving is
+# one of storage only: before the network can run, the zeros are written out again.
 
 # %% [markdown]
 # ## Measure: at what sparsity does a sparse kernel win?
-# *Sparsity* is the share of zeros. A kernel that stores only the non-zero numbers and where they are (CSR, compressed sparse rows) can skip the rest. It pays for
-# that with an index for every number and with memory read out of order. So there is a sparsity at which it begins to win.
-# Where is it on your machine? One weight matrix, two batch sizes, the dense product against the sparse one.
+# *Sparsity* is the share of zeros. A kernel that stores only the non-zero numbers and where they
+# are (CSR, compressed sparse rows) can skip the rest. It pays for that with an index for every
+# number and with memory read out of order. So there is a sparsity at which it begins to win. Where
+# is it on your machine? One weight matrix, two batch sizes, the dense product against the sparse
+# one.
 
 # %%
 width = 1024 if PROFILE != "smoke" else 256
@@ -260,7 +291,9 @@ def csr_speedup(share, batch):
 
 
 def crossover(shares, speedups):
-    """The share of zeros where the speed-up passes 1 (log scale, a line between neighbours); None if it never does."""
+    """The share of zeros where the speed-up passes 1 (log scale, a line between neighbours); None
+    if it never does.
+    """
     logs = [math.log(s.value) for s in speedups]
     if logs[0] >= 0:
         return shares[0]
@@ -281,20 +314,29 @@ found = ", ".join(
     for name, c in where.items()
 )
 plots.lines(
-    zero_shares, csr, xlabel="share of weights that are zero", ylabel="speed-up of CSR over dense (x)", logy=True,
-    reference=(1, "as fast as dense"), title=f"Where the sparse kernel begins to win: {found}",
-    alt="Speed-up of a CSR matrix product over the dense one against sparsity, on a logarithmic axis, for two batch sizes.",
-)  # fmt: skip
+    zero_shares,
+    csr,
+    xlabel="share of weights that are zero",
+    ylabel="speed-up of CSR over dense (x)",
+    logy=True,
+    reference=(1, "as fast as dense"),
+    title=f"Where the sparse kernel begins to win: {found}",
+    alt=(
+        "Speed-up of a CSR matrix product over the dense one against sparsity, on a logarithmic"
+        " axis, for two batch sizes."
+    ),
+)
 
 # %% [markdown]
-# Left of the crossover the index costs more than the skipped work. Where the two batch sizes differ, one reason is that the dense
-# product is limited by memory at batch 1 and by arithmetic at batch 64 (chapter 1's roofline), while CSR has other limits.
-# Compare the crossover with the accuracy figure above: can your network afford that many zeros?
+# Left of the crossover the index costs more than the skipped work. Where the two batch sizes
+# differ, one reason is that the dense product is limited by memory at batch 1 and by arithmetic at
+# batch 64 (chapter 1's roofline), while CSR has other limits. Compare the crossover with the
+# accuracy figure above: can your network afford that many zeros?
 
 # %% [markdown]
-# **N:M sparsity** asks for less freedom and gives the hardware an easier job: of every four weights in a row, exactly two are
-# zero (2:4). The index shrinks to two bits for each weight that stays, and Tensor Cores since NVIDIA's Ampere skip the zeros
-# (Mishra et al. 2021).
+# **N:M sparsity** asks for less freedom and gives the hardware an easier job: of every four weights
+# in a row, exactly two are zero (2:4). The index shrinks to two bits for each weight that stays,
+# and Tensor Cores since NVIDIA's Ampere skip the zeros (Mishra et al. 2021).
 
 
 # %%
@@ -327,8 +369,8 @@ two_four_result
 
 # %% [markdown]
 # ## Myth 1: a zero mask makes it smaller or faster
-# `torch.nn.utils.prune` is the tool most tutorials show. It stores a mask *beside* the weight and multiplies the two at
-# every call. So the file grows and the call does more work.
+# `torch.nn.utils.prune` is the tool most tutorials show. It stores a mask *beside* the weight and
+# multiplies the two at every call. So the file grows and the call does more work.
 
 # %%
 from torch.nn.utils import prune as torch_prune
@@ -339,8 +381,9 @@ torch_prune.l1_unstructured(conv, "weight", amount=0.9)
 sorted(conv.state_dict()), round(measure.saved_bytes(conv) / before, 1)
 
 # %% [markdown]
-# Twice the bytes. The right way to end: `torch_prune.remove(conv, "weight")` makes the zeros permanent and drops the mask. Even
-# then you own a dense tensor with zeros in it. Before `remove`, not even copying the layer works:
+# Twice the bytes. The right way to end: `torch_prune.remove(conv, "weight")` makes the zeros
+# permanent and drops the mask. Even then you own a dense tensor with zeros in it. Before `remove`,
+# not even copying the layer works:
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(RuntimeError):
@@ -352,8 +395,9 @@ sorted(conv.state_dict()), measure.saved_bytes(conv) == before
 
 # %% [markdown]
 # ## Myth 2: one threshold and `>`
-# "Take the threshold at the wished share and keep what lies above it." With ties this keeps anything but the wished share.
-# Ties are common: fresh BatchNorm scales are all 1, and int8 weights have few values.
+# "Take the threshold at the wished share and keep what lies above it." With ties this keeps
+# anything but the wished share. Ties are common: fresh BatchNorm scales are all 1, and int8 weights
+# have few values.
 
 # %%
 scale = torch.ones(8)  # eight channels of a fresh BatchNorm; we want to keep four
@@ -363,10 +407,12 @@ exact = len(scale.topk(4).indices)
 above, exact
 
 # %% [markdown]
-# The threshold keeps no channel at all, and the next layer gets an empty input. `topk` keeps as many as asked for.
+# The threshold keeps no channel at all, and the next layer gets an empty input. `topk` keeps as
+# many as asked for.
 #
-# Three more lines that circulate. The first passes an argument that the function does not have, the second names a class that
-# PyTorch does not have, and the third forgets that a `state_dict` is a dictionary of many things, not a tensor of weights.
+# Three more lines that circulate. The first passes an argument that the function does not have, the
+# second names a class that PyTorch does not have, and the third forgets that a `state_dict` is a
+# dictionary of many things, not a tensor of weights.
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(TypeError):
@@ -377,8 +423,9 @@ with exercises.fails(TypeError):
     importance = torch.abs(net.state_dict())
 
 # %% [markdown]
-# Looping over the `state_dict` runs, and is silently wrong: it also holds BatchNorm's running variances, and a small variance is
-# not an unimportant one. Setting it to zero divides by nearly nothing.
+# Looping over the `state_dict` runs, and is silently wrong: it also holds BatchNorm's running
+# variances, and a small variance is not an unimportant one. Setting it to zero divides by nearly
+# nothing.
 
 # %% tags=["nbval-ignore-output"]
 damaged = models.baseline()
@@ -391,14 +438,16 @@ damaged.load_state_dict(
 )
 right = sparsify(net, 0.4)
 print(
-    f"state_dict loop: {100 * training.accuracy(damaged, *few):.1f}% right, {hit} variances set to zero"
+    f"state_dict loop: {100 * training.accuracy(damaged, *few):.1f}% right, {hit} variances set to"
+    " zero"
 )
 print(f"weights only:    {100 * training.accuracy(right, *few):.1f}% right")
 
 # %% [markdown]
 # ## From scratch: removing a neuron
-# To save time without a special kernel, make the tensors smaller. A neuron of a hidden layer is a *row* of the weight before it
-# and a *column* of the weight after it. Take both away and nothing is left that could tell.
+# To save time without a special kernel, make the tensors smaller. A neuron of a hidden layer is a
+# *row* of the weight before it and a *column* of the weight after it. Take both away and nothing is
+# left that could tell.
 
 # %%
 first, second = (
@@ -412,15 +461,16 @@ removed = second[:, keep] @ torch.relu(first[keep] @ x)
 tuple(first[keep].shape), tuple(second[:, keep].shape), masked.tolist(), removed.tolist()
 
 # %% [markdown]
-# A channel of a convolution is the same thing with $k \times k$ numbers in place of one. Which one should go? You need one number
-# a channel.
+# A channel of a convolution is the same thing with $k \times k$ numbers in place of one. Which one
+# should go? You need one number a channel.
 
 # %% [markdown]
 # ## Exercise A · a channel's importance
-# Complete the line. `weight` is the weight of a layer, output channels first: `(out, in, k, k)` for a convolution, `(out, in)`
-# for a linear layer; `grad` is the gradient of the loss, of the same shape. Return a tensor of shape `(out,)`: for each output
-# channel, by how much the loss changes, to first order and without its sign, when *all* weights of this channel become zero
-# together. For `weight = [[1., 2.], [3., 1.]]` and `grad = [[1., -1.], [2., 0.]]` the right answer is `[1., 6.]`.
+# Complete the line. `weight` is the weight of a layer, output channels first: `(out, in, k, k)` for
+# a convolution, `(out, in)` for a linear layer; `grad` is the gradient of the loss, of the same
+# shape. Return a tensor of shape `(out,)`: for each output channel, by how much the loss changes,
+# to first order and without its sign, when *all* weights of this channel become zero together. For
+# `weight = [[1., 2.], [3., 1.]]` and `grad = [[1., -1.], [2., 0.]]` the right answer is `[1., 6.]`.
 
 
 # %% tags=["exercise"]
@@ -432,7 +482,8 @@ def channel_importance(weight, grad):
 exercises.check("03.A", channel_importance)
 
 # %% [markdown] tags=["hint"]
-# One weight changes the loss by $-g\,w$. A channel is many weights that change together: their effects add up, signs included.
+# One weight changes the loss by $-g\,w$. A channel is many weights that change together: their
+# effects add up, signs included.
 
 # %% [markdown] tags=["hint"]
 # `flatten(1)` turns `(out, in, k, k)` and `(out, in)` alike into `(out, everything else)`.
@@ -468,17 +519,20 @@ def channel_importance(weight, grad):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Many write the sum of absolute values. Ask: two weights whose effects are +1 and −1, what happens to the loss when both
-# go? Then ask which of the two versions they would rather trust far away from the first order.
+# 8 minutes. Many write the sum of absolute values. Ask: two weights whose effects are +1 and −1,
+# what happens to the loss when both go? Then ask which of the two versions they would rather trust
+# far away from the first order.
 
 # %% [markdown]
 # ## Exercise B · cut a chain, change nothing
-# Between two convolutions usually stands a BatchNorm. Write `shrink(conv1, bn, conv2, keep)`: `keep` is a tensor of channel
-# numbers, sorted. Return three **new** layers `(conv1, bn, conv2)` in which only the channels `keep` of `conv1`'s output are left.
-# The new chain must give what the old one gives under a mask, `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0
-# elsewhere, to within `1e-10` in fp64. `conv1` may have a bias; strides, padding and `eps` stay; layers in eval mode stay in eval mode; the layers
-# you are given must not change. For `conv1 = Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new
-# weights have shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
+# Between two convolutions usually stands a BatchNorm. Write `shrink(conv1, bn, conv2, keep)`:
+# `keep` is a tensor of channel numbers, sorted. Return three **new** layers `(conv1, bn, conv2)` in
+# which only the channels `keep` of `conv1`'s output are left. The new chain must give what the old
+# one gives under a mask, `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0
+# elsewhere, to within `1e-10` in fp64. `conv1` may have a bias; strides, padding and `eps` stay;
+# layers in eval mode stay in eval mode; the layers you are given must not change. For `conv1 =
+# Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new weights have
+# shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
 
 
 # %% tags=["exercise"]
@@ -489,11 +543,13 @@ def shrink(conv1, bn, conv2, keep): ...
 exercises.check("03.B", shrink)
 
 # %% [markdown] tags=["hint"]
-# `copy.deepcopy` gives you layers you may change, with all their settings. Which tensors of the three have one entry a channel?
+# `copy.deepcopy` gives you layers you may change, with all their settings. Which tensors of the
+# three have one entry a channel?
 
 # %% [markdown] tags=["hint"]
-# `conv1.weight` and `conv1.bias` along dimension 0; BatchNorm's `weight`, `bias`, `running_mean`, `running_var`; `conv2.weight`
-# along dimension 1. New parameters are made by `nn.Parameter(old.detach()[keep].clone())`.
+# `conv1.weight` and `conv1.bias` along dimension 0; BatchNorm's `weight`, `bias`, `running_mean`,
+# `running_var`; `conv2.weight` along dimension 1. New parameters are made by
+# `nn.Parameter(old.detach()[keep].clone())`.
 
 
 # %% tags=["solution"]
@@ -567,21 +623,25 @@ def shrink(conv1, bn, conv2, keep):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Ask first where the mask stands. If it stood *before* BatchNorm the two would differ: a channel of zeros leaves
-# BatchNorm as a constant (its shift minus the scaled running mean). Let them draw the three tensors on paper.
+# 15 minutes. Ask first where the mask stands. If it stood *before* BatchNorm the two would differ:
+# a channel of zeros leaves BatchNorm as a constant (its shift minus the scaled running mean). Let
+# them draw the three tensors on paper.
 
 # %% [markdown]
 # ## From scratch: which layers must be cut together?
-# A chain is the friendly case. In a residual block the output of `conv2` is *added* to the shortcut, so both must lose the same
-# channels, and so must every layer that reads the sum. The rule: layers that share one list of channels are cut together. A
-# traced graph tells who shares: `torch.fx` runs `forward` on stand-ins and records which operation reads which. A convolution or
-# linear layer starts a new list; an addition makes two lists one; everything else passes its list on. torch-pruning calls this a
-# dependency graph (Fang et al. 2023).
+# A chain is the friendly case. In a residual block the output of `conv2` is *added* to the
+# shortcut, so both must lose the same channels, and so must every layer that reads the sum. The
+# rule: layers that share one list of channels are cut together. A traced graph tells who shares:
+# `torch.fx` runs `forward` on stand-ins and records which operation reads which. A convolution or
+# linear layer starts a new list; an addition makes two lists one; everything else passes its list
+# on. torch-pruning calls this a dependency graph (Fang et al. 2023).
 
 
 # %%
 def channel_groups(net):
-    """Lists of channels by their first producer: which layers make it ("out"), normalise it, read it ("into")."""
+    """Lists of channels by their first producer: which layers make it ("out"), normalise it, read
+    it ("into").
+    """
     modules, lists = dict(net.named_modules()), {}
     for node in torch.fx.symbolic_trace(net).graph.nodes:
         sources = [lists[n] for n in node.all_input_nodes]
@@ -591,7 +651,8 @@ def channel_groups(net):
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             if getattr(layer, "groups", 1) != 1:
                 raise ValueError(
-                    f"{node.target} is a grouped convolution: its input and output channels are tied in another way."
+                    f"{node.target} is a grouped convolution: its input and output channels are"
+                    " tied in another way."
                 )
             sources[0]["into"].append(node.target)
             lists[node] = {"out": [node.target], "norm": [], "into": []}
@@ -614,8 +675,9 @@ for name, group in groups.items():
     print(f"{name}: made by {', '.join(group['out'])}; read by {', '.join(group['into'])}")
 
 # %% [markdown]
-# Three groups have one producer: the *inner* channels of each block. The other three are the *residual streams*, the sums that
-# one block hands to the next, and each is made by several layers. Cutting only one of its producers breaks the addition:
+# Three groups have one producer: the *inner* channels of each block. The other three are the
+# *residual streams*, the sums that one block hands to the next, and each is made by several layers.
+# Cutting only one of its producers breaks the addition:
 
 # %% tags=["nbval-ignore-output"]
 broken = copy.deepcopy(net)
@@ -625,7 +687,8 @@ with exercises.fails(RuntimeError):
     broken(one_image)
 
 # %% [markdown]
-# With the groups known, surgery is slicing: outputs along dimension 0, BatchNorm everywhere, inputs along dimension 1.
+# With the groups known, surgery is slicing: outputs along dimension 0, BatchNorm everywhere, inputs
+# along dimension 1.
 
 
 # %%
@@ -648,7 +711,9 @@ def cut(net, group, keep):
 
 
 def l1(net, group):
-    """One number a channel: the mean magnitude of the weights that make it, over all producers of the group."""
+    """One number a channel: the mean magnitude of the weights that make it, over all producers of
+    the group.
+    """
     return sum(net.get_submodule(n).weight.detach().abs().flatten(1).mean(1) for n in group["out"])
 
 
@@ -662,15 +727,18 @@ def prune(net, widths, score=l1):
 
 
 # %% [markdown]
-# Is it the same function? A network with a mask after every BatchNorm of the group must give the same numbers as the smaller
-# network. They are compared in fp64, because in fp32 rounding depends on the order of a sum, and the smaller network sums in
-# another order. All six groups at once, half of each.
+# Is it the same function? A network with a mask after every BatchNorm of the group must give the
+# same numbers as the smaller network. They are compared in fp64, because in fp32 rounding depends
+# on the order of a sum, and the smaller network sums in another order. All six groups at once, half
+# of each.
 
 
 # %%
 @contextlib.contextmanager
 def masked(net, group, keep):
-    """Inside the block, the channels of this group that are not in `keep` are zero after BatchNorm."""
+    """Inside the block, the channels of this group that are not in `keep` are zero after
+    BatchNorm.
+    """
     layers = [net.get_submodule(name) for name in group["norm"]]
     mask = torch.zeros(layers[0].num_features).index_fill_(0, keep, 1).view(1, -1, 1, 1)
     hooks = [
@@ -694,12 +762,13 @@ with torch.no_grad(), contextlib.ExitStack() as stack:
 apart <= 1e-10, measure.macs(double, x64[:1]), measure.macs(small, x64[:1])
 
 # %% [markdown]
-# The first answer says: same outputs within `1e-10`. The MACs fall to about a quarter, because a layer loses half of its inputs
-# *and* half of its outputs.
+# The first answer says: same outputs within `1e-10`. The MACs fall to about a quarter, because a
+# layer loses half of its inputs *and* half of its outputs.
 #
 # ## Myth 3: slice the next layer's input by *its own* importance
-# A widespread snippet ranks the channels of layer 1 to cut its outputs, then ranks the channels of layer 2 by layer 2's weights to
-# cut *its inputs*. If layer 2 is wider the index is out of range. If it is not, the code runs.
+# A widespread snippet ranks the channels of layer 1 to cut its outputs, then ranks the channels of
+# layer 2 by layer 2's weights to cut *its inputs*. If layer 2 is wider the index is out of range.
+# If it is not, the code runs.
 
 # %% tags=["nbval-ignore-output"]
 conv1, conv2 = net.stages[2].conv1.weight.detach(), net.stages[2].conv2.weight.detach()
@@ -715,19 +784,22 @@ wrong.stages[2].conv2.weight = nn.Parameter(conv2[:, order2[:96].sort().values].
 agree = len(set(order1[:96].tolist()) & set(order2[:96].tolist()))
 print(f"the two lists share {agree} of 96 channels, at other places")
 print(
-    f"inputs cut by the wrong list {100 * training.accuracy(wrong, *few):.1f}%, by the right list {100 * training.accuracy(proper, *few):.1f}%"
+    f"inputs cut by the wrong list {100 * training.accuracy(wrong, *few):.1f}%, by the right list"
+    f" {100 * training.accuracy(proper, *few):.1f}%"
 )
 
 # %% [markdown]
-# Shapes fit, nothing is raised, and the weights now multiply other channels than those they were trained for. Only comparing
-# with the mask shows it. That is why the equality above is worth a test in every pruning project.
+# Shapes fit, nothing is raised, and the weights now multiply other channels than those they were
+# trained for. Only comparing with the mask shows it. That is why the equality above is worth a test
+# in every pruning project.
 
 # %% [markdown]
 # ## Measure: collapse and recovery
-# Of the `32`, `64` and `128` inner channels of the three blocks keep `18`, `36` and `72`, ranked by *L1*, the mean magnitude of a
-# channel's weights. Then repair in two steps.
-# *BatchNorm recalibration*: the running mean and variance describe the old network, so forget them and average over some
-# training images anew; no weight changes. *Fine-tuning*: chapter 2's recipe for one epoch at a tenth of its learning rate.
+# Of the `32`, `64` and `128` inner channels of the three blocks keep `18`, `36` and `72`, ranked by
+# *L1*, the mean magnitude of a channel's weights. Then repair in two steps. *BatchNorm
+# recalibration*: the running mean and variance describe the old network, so forget them and average
+# over some training images anew; no weight changes. *Fine-tuning*: chapter 2's recipe for one epoch
+# at a tenth of its learning rate.
 
 
 # %%
@@ -778,8 +850,14 @@ def saved(small):
 
 steps, pruned = recover(dict(zip(INNER, (18, 36, 72), strict=True)))
 harder_steps, harder = recover(dict(zip(INNER, (8, 16, 32), strict=True)))
-figure, ax = plots.axes("", "validation accuracy (%)", title=(
-    f"−{saved(pruned):.0f}% MACs: {steps[0]:.1f} → {steps[1]:.1f} → {steps[2]:.1f} → {steps[3]:.1f}%"))  # fmt: skip
+figure, ax = plots.axes(
+    "",
+    "validation accuracy (%)",
+    title=(
+        f"−{saved(pruned):.0f}% MACs: {steps[0]:.1f} → {steps[1]:.1f} → {steps[2]:.1f} →"
+        f" {steps[3]:.1f}%"
+    ),
+)
 for i, (label, values) in enumerate(
     {f"−{saved(m):.0f}% MACs": s for m, s in ((pruned, steps), (harder, harder_steps))}.items()
 ):
@@ -792,16 +870,19 @@ ax.set_ylim(0, 100)
 ax.legend(loc="lower right")
 plots.show(
     figure,
-    "Accuracy at four stages, trained, cut, recalibrated and fine-tuned, for a moderate and a hard cut.",
+    "Accuracy at four stages, trained, cut, recalibrated and fine-tuned, for a moderate and a hard"
+    " cut.",
 )
 exercises.reveal("03.collapse", steps[1], "%")
 
 # %% [markdown]
-# The cut network looks destroyed, and most of the damage is not in its weights. The sums that reach the next BatchNorm have another
-# mean and variance now, and the stored ones no longer fit. A pass over some images without labels repairs much of that; the
-# fine-tune does the rest. Never judge a criterion by the second point of this figure.
+# The cut network looks destroyed, and most of the damage is not in its weights. The sums that reach
+# the next BatchNorm have another mean and variance now, and the stored ones no longer fit. A pass
+# over some images without labels repairs much of that; the fine-tune does the rest. Never judge a
+# criterion by the second point of this figure.
 #
-# The figure looked at validation images. The verdict comes from test images, the same ones for both networks.
+# The figure looked at validation images. The verdict comes from test images, the same ones for both
+# networks.
 
 # %% tags=["nbval-ignore-output"]
 right_before, right_after = (
@@ -813,16 +894,19 @@ kept_accuracy = measure.Interval(
     *(100 * (1 + p / accuracy_before) for p in (points.value, points.low, points.high)), "%"
 )
 print(
-    f"−{saved(pruned):.1f}% MACs; test accuracy {accuracy_before:.2f}% → {accuracy_before + points.value:.2f}%; kept: {kept_accuracy}"
+    f"−{saved(pruned):.1f}% MACs; test accuracy {accuracy_before:.2f}% →"
+    f" {accuracy_before + points.value:.2f}%; kept: {kept_accuracy}"
 )
 claims.verdict("03.resnet50_keeps_95_percent", kept_accuracy)
 
 # %% [markdown]
-# A relative reading is generous: ninety-five percent of a good accuracy can be several points. The course asks its own network for
-# more than that: at least `40%` fewer MACs and at least `98.5%` of the accuracy. The line above says whether yours made it.
+# A relative reading is generous: ninety-five percent of a good accuracy can be several points. The
+# course asks its own network for more than that: at least `40%` fewer MACs and at least `98.5%` of
+# the accuracy. The line above says whether yours made it.
 #
-# **Saving it.** A pruned `state_dict` does not fit the stock network, and that is the moment when people reach for pickling the
-# whole object. There is no need: the widths are a few numbers, and safetensors has a place for them.
+# **Saving it.** A pruned `state_dict` does not fit the stock network, and that is the moment when
+# people reach for pickling the whole object. There is no need: the widths are a few numbers, and
+# safetensors has a place for them.
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(RuntimeError):
@@ -837,7 +921,9 @@ def save(net, name):
 
 
 def load(name):
-    """Build the stock network, cut it to the stored widths, then load: no pickle, nothing executed from the file."""
+    """Build the stock network, cut it to the stored widths, then load: no pickle, nothing executed
+    from the file.
+    """
     with safe_open(folder / name, "pt") as file:
         widths = json.loads(file.metadata()["widths"])
     small = prune(models.mini_resnet(32), widths)
@@ -850,10 +936,12 @@ again, widths = load("pruned.safetensors")
 bit_by_bit = all(torch.equal(v, again.state_dict()[k]) for k, v in pruned.state_dict().items())
 close = torch.allclose(*(training.predict(m, test[0][:200]) for m in (again, pruned)), atol=1e-3)
 print(
-    f"every tensor equal, bit by bit: {bit_by_bit}; the same logits: {close}; widths {list(widths.values())}"
+    f"every tensor equal, bit by bit: {bit_by_bit}; the same logits: {close}; widths"
+    f" {list(widths.values())}"
 )
 print(
-    f"on disk {size['dense'] / 1e6:.2f} MB → {pruned_bytes / 1e6:.2f} MB, {size['dense'] / pruned_bytes:.2f} times smaller"
+    f"on disk {size['dense'] / 1e6:.2f} MB → {pruned_bytes / 1e6:.2f} MB,"
+    f" {size['dense'] / pruned_bytes:.2f} times smaller"
 )
 
 # %% [markdown]
@@ -861,8 +949,8 @@ print(
 
 # %% [markdown]
 # ## Measure: how sensitive is each group?
-# Cut one group at a time, recalibrate, look at the validation images. The choice of how much to cut where is a choice, so no test
-# image takes part.
+# Cut one group at a time, recalibrate, look at the validation images. The choice of how much to cut
+# where is a choice, so no test image takes part.
 
 # %% tags=["nbval-ignore-output"]
 SHARES = [1.0, 0.75, 0.5, 0.25, 0.125]
@@ -871,7 +959,9 @@ start_accuracy = 100 * training.accuracy(net, *few)
 
 
 def drop_of(name, share):
-    """Points of validation accuracy lost when this group alone keeps `share` of its channels (no fine-tuning)."""
+    """Points of validation accuracy lost when this group alone keeps `share` of its channels (no
+    fine-tuning).
+    """
     if share == 1:
         return 0.0
     small = prune(net, {name: max(1, round(share * full_widths[name]))})
@@ -884,21 +974,32 @@ drops = {name: [drop_of(name, s) for s in SHARES] for name in groups}
 worst, best = (f(drops, key=lambda name: drops[name][2]) for f in (max, min))
 labels = {name: f"{name} ({'inner' if name in INNER else 'stream'})" for name in groups}
 plots.lines(
-    [100 * s for s in SHARES], {labels[n]: d for n, d in drops.items()}, xlabel="channels kept in this group (%)",
+    [100 * s for s in SHARES],
+    {labels[n]: d for n, d in drops.items()},
+    xlabel="channels kept in this group (%)",
     ylabel="accuracy lost (points)",
-    title=f"At half the channels {worst} loses {drops[worst][2]:.1f} points, {best} {drops[best][2]:.1f}",
-    alt="Validation accuracy lost against the share of channels kept, one line for each of the six channel groups.",
-)  # fmt: skip
+    title=(
+        f"At half the channels {worst} loses {drops[worst][2]:.1f} points, {best}"
+        f" {drops[best][2]:.1f}"
+    ),
+    alt=(
+        "Validation accuracy lost against the share of channels kept, one line for each of the six"
+        " channel groups."
+    ),
+)
 
 # %% [markdown]
-# Read a line from right to left: the network forgives the first cuts and then stops forgiving. Groups differ, so one ratio
-# for all of them (*uniform*) may waste accuracy. The other way is *global*: one ranking over all groups, so that a group with
-# many weak channels loses more. Scores of different layers need a common scale first; here each is divided by its group's mean.
+# Read a line from right to left: the network forgives the first cuts and then stops forgiving.
+# Groups differ, so one ratio for all of them (*uniform*) may waste accuracy. The other way is
+# *global*: one ranking over all groups, so that a group with many weak channels loses more. Scores
+# of different layers need a common scale first; here each is divided by its group's mean.
 
 
 # %%
 def global_widths(net, names, share):
-    """Widths when the weakest channels over all groups go until the MACs are down to `share`; one channel stays in each."""
+    """Widths when the weakest channels over all groups go until the MACs are down to `share`; one
+    channel stays in each.
+    """
     scores = {n: l1(net, groups[n]) / l1(net, groups[n]).mean() for n in names}
     ranking = sorted((float(s), n) for n, row in scores.items() for s in row)
     widths = {n: len(row) for n, row in scores.items()}
@@ -922,20 +1023,23 @@ hits = [
     for m in (uniform, globally)
 ]
 print(
-    f"both keep about {100 * target:.0f}% of the MACs; before fine-tuning, global minus uniform: {measure.paired_share(*hits)}"
+    f"both keep about {100 * target:.0f}% of the MACs; before fine-tuning, global minus uniform:"
+    f" {measure.paired_share(*hits)}"
 )
 print("global kept", {n: f"{global_plan[n]}/{full_widths[n]}" for n in everywhere})
 
 # %% [markdown]
-# The difference carries an interval over images, for this one network; the list says what the ranking did differently. Compare
-# it with the sensitivity figure: did it take most from the group that bears it worst? Magnitude knows nothing of sensitivity: a
-# layer can have many small weights and need every channel. A global ranking is worth what its common scale is worth.
+# The difference carries an interval over images, for this one network; the list says what the
+# ranking did differently. Compare it with the sensitivity figure: did it take most from the group
+# that bears it worst? Magnitude knows nothing of sensitivity: a layer can have many small weights
+# and need every channel. A global ranking is worth what its common scale is worth.
 
 # %% [markdown]
 # ## Measure: does the criterion matter?
-# One trained network proves little. So: a small network (width 16) trained from several seeds; each is cut to half of its inner
-# channels by every rule and fine-tuned on the same batches. *Iterative* pruning cuts in three steps with a third of the
-# fine-tuning after each. *Control* is the same network, not cut, with the same fine-tune.
+# One trained network proves little. So: a small network (width 16) trained from several seeds; each
+# is cut to half of its inner channels by every rule and fine-tuned on the same batches. *Iterative*
+# pruning cuts in three steps with a third of the fine-tuning after each. *Control* is the same
+# network, not cut, with the same fine-tune.
 
 
 # %%
@@ -971,7 +1075,9 @@ small_test = tuple(part[: N["small"]] for part in test)
 
 
 def one_seed(seed):
-    """Train one small network, cut it by every rule, fine-tune; returns the test accuracy (%) of each arm."""
+    """Train one small network, cut it by every rule, fine-tune; returns the test accuracy (%) of
+    each arm.
+    """
     torch.manual_seed(seed)
     start = models.mini_resnet(16, seed=seed)
     training.fit(start, *small_train, training.Recipe(3, N["batch"], seed=seed), progress=False)
@@ -1003,10 +1109,17 @@ difference = {
     for name in ("L1", "Taylor")
 }
 plots.seeds(
-    results, ylabel="test accuracy (%)",
-    title=f"L1 minus random: {difference['L1'].value:+.2f} points [{difference['L1'].low:+.2f}, {difference['L1'].high:+.2f}]",
-    alt="Accuracy of the uncut control and of four ways to cut half of the inner channels, one point a seed, seeds joined.",
-)  # fmt: skip
+    results,
+    ylabel="test accuracy (%)",
+    title=(
+        f"L1 minus random: {difference['L1'].value:+.2f} points [{difference['L1'].low:+.2f},"
+        f" {difference['L1'].high:+.2f}]"
+    ),
+    alt=(
+        "Accuracy of the uncut control and of four ways to cut half of the inner channels, one"
+        " point a seed, seeds joined."
+    ),
+)
 claims.verdict("03.l1_beats_random", difference["L1"])
 
 # %% tags=["nbval-ignore-output"]
@@ -1016,16 +1129,19 @@ print(f"Taylor minus random: {difference['Taylor']}; iterative minus one-shot: {
 claims.verdict("03.compression_costs_accuracy", cost)
 
 # %% [markdown]
-# Look at the grey lines before the means: do the rules differ by more than the seeds do? If random channels come out close on
-# yours, that has been seen on VGG-16 and ResNet-50 too (Mittal et al. 2018): fine-tuning heals whichever were taken. The control
-# answers the other claim. Without it, the gain from the extra epoch would hide what the cut costs. The claim is about this cut on
-# this small network: on ResNet-56 and CIFAR-10, Torch-Pruning's table shows 93.53% before and 93.77% after, with 2.13 times fewer
-# MACs, a training that prepares for the cut (as the next paragraph's does), and much longer fine-tuning
-# ([reproduce table, 2023](https://github.com/VainF/Torch-Pruning/blob/master/reproduce/readme.md)).
+# Look at the grey lines before the means: do the rules differ by more than the seeds do? If random
+# channels come out close on yours, that has been seen on VGG-16 and ResNet-50 too (Mittal et al.
+# 2018): fine-tuning heals whichever were taken. The control answers the other claim. Without it,
+# the gain from the extra epoch would hide what the cut costs. The claim is about this cut on this
+# small network: on ResNet-56 and CIFAR-10, Torch-Pruning's table shows 93.53% before and 93.77%
+# after, with 2.13 times fewer MACs, a training that prepares for the cut (as the next paragraph's
+# does), and much longer fine-tuning ([reproduce table,
+# 2023](https://github.com/VainF/Torch-Pruning/blob/master/reproduce/readme.md)).
 
 # %% [markdown]
-# *Network slimming* (Liu et al. 2017) prepares for the cut: while training, a penalty on BatchNorm's scales $\gamma$ pushes whole
-# channels towards zero, and the cut then takes those. The loop below is all of it. It needs more epochs than `fast` has time for.
+# *Network slimming* (Liu et al. 2017) prepares for the cut: while training, a penalty on
+# BatchNorm's scales $\gamma$ pushes whole channels towards zero, and the cut then takes those. The
+# loop below is all of it. It needs more epochs than `fast` has time for.
 
 
 # %%
@@ -1072,8 +1188,9 @@ slimming
 
 # %% [markdown]
 # ## The tool of the field
-# Two libraries. `torch.nn.utils.prune` makes masks: for the same layer its structured L1 must keep the channels we keep.
-# torch-pruning makes the surgery: for the same group and channels its network must compute what ours computes.
+# Two libraries. `torch.nn.utils.prune` makes masks: for the same layer its structured L1 must keep
+# the channels we keep. torch-pruning makes the surgery: for the same group and channels its network
+# must compute what ours computes.
 
 # %%
 import torch_pruning as tp
@@ -1094,10 +1211,11 @@ with torch.no_grad():
 "both libraries agree with the chapter's code"
 
 # %% [markdown]
-# **ResNet-50**, the network of the claim. Its weights are random here: no pretrained file comes with the course, and time does not
-# depend on the values. So speed is measured on the real network and accuracy was measured on the stand-in above. Two versions of the
-# cut: any width, and widths that are multiples of 16 (`round_to`). The ratios were chosen so that the second does at least
-# as much work as the first.
+# **ResNet-50**, the network of the claim. Its weights are random here: no pretrained file comes
+# with the course, and time does not depend on the values. So speed is measured on the real network
+# and accuracy was measured on the stand-in above. Two versions of the cut: any width, and widths
+# that are multiples of 16 (`round_to`). The ratios were chosen so that the second does at least as
+# much work as the first.
 
 # %% tags=["nbval-ignore-output"]
 import torchvision
@@ -1107,12 +1225,18 @@ photo = torch.randn(1, 3, N["pixels"], N["pixels"])
 
 
 def prune_resnet50(ratio, round_to=None):
-    """A copy of ResNet-50 without `ratio` of the channels of every group, and its share of the MACs."""
+    """A copy of ResNet-50 without `ratio` of the channels of every group, and its share of the
+    MACs.
+    """
     small = copy.deepcopy(resnet50)
     pruner = tp.pruner.BasePruner(
-        small, photo, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=ratio, round_to=round_to,
+        small,
+        photo,
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=ratio,
+        round_to=round_to,
         ignored_layers=[small.fc],
-    )  # fmt: skip
+    )
     pruner.step()
     return small.zero_grad() or small, measure.macs(small, photo) / measure.macs(resnet50, photo)
 
@@ -1132,21 +1256,29 @@ faster, faster_aligned, gain = (
     measure.compare(arms[a], arms[b], **look) for a, b in ((0, 1), (0, 2), (1, 2))
 )
 plots.intervals(
-    {"any width against ResNet-50": faster.interval, "multiples of 16 against ResNet-50": faster_aligned.interval,
-     "multiples of 16 against any width": gain.interval},
+    {
+        "any width against ResNet-50": faster.interval,
+        "multiples of 16 against ResNet-50": faster_aligned.interval,
+        "multiples of 16 against any width": gain.interval,
+    },
     xlabel="speed-up (x)",
-    title=f"−{100 * (1 - odd_share):.0f}% MACs: {faster.ratio:.2f} times as fast; aligned {faster_aligned.ratio:.2f} times; "
-          f"MACs alone promise {1 / odd_share:.2f}",
-    alt="Speed-ups with intervals of two pruned ResNet-50 against the original and against each other.",
-)  # fmt: skip
+    title=(
+        f"−{100 * (1 - odd_share):.0f}% MACs: {faster.ratio:.2f} times as fast; aligned"
+        f" {faster_aligned.ratio:.2f} times; MACs alone promise {1 / odd_share:.2f}"
+    ),
+    alt=(
+        "Speed-ups with intervals of two pruned ResNet-50 against the original and against each"
+        " other."
+    ),
+)
 claims.verdict("03.resnet50_minus_40_is_faster", faster)
 
 # %% tags=["nbval-ignore-output"]
 claims.verdict("03.aligned_widths_add_speed", gain)
 
 # %% [markdown]
-# If the third interval lies right of the grey band, the network with *more* arithmetic is the faster one. Put your numbers beside
-# published ones:
+# If the third interval lies right of the grey band, the network with *more* arithmetic is the
+# faster one. Put your numbers beside published ones:
 #
 # | Network | Fewer MACs | Measured speed-up | Where | Source |
 # |---|---|---|---|---|
@@ -1174,7 +1306,10 @@ if machine.can("full"):
     fine_tune(recalibrate(lean, train[0][:2000]), *train, max_lr=0.03)
     hits = [(training.predict(m, test[0]).argmax(1) == test[1]).tolist() for m in (fashion, lean)]
     fewer = 100 * (1 - measure.macs(lean, one_image) / measure.macs(fashion, one_image))
-    real = f"ResNet-50 on Fashion-MNIST, −{fewer:.0f}% MACs: {measure.paired_share(*hits)} from {100 * np.mean(hits[0]):.1f}%"
+    real = (
+        f"ResNet-50 on Fashion-MNIST, −{fewer:.0f}% MACs: {measure.paired_share(*hits)} from"
+        f" {100 * np.mean(hits[0]):.1f}%"
+    )
 else:
     real = machine.skip("full", "ResNet-50 trained on Fashion-MNIST, pruned and fine-tuned")
 real
@@ -1193,27 +1328,37 @@ for size_ in (1, 64):
         measure.arm(net, x, "whole"), measure.arm(halved, x, "half the MACs"), seconds=4 * N["look"]
     )
 plots.intervals(
-    {f"batch {b}": c.interval for b, c in half_time.items()}, xlabel="speed-up (x)",
-    title=f"{ratio:.2f} times fewer MACs: {half_time[64].ratio:.2f} times as fast at batch 64, {half_time[1].ratio:.2f} at batch 1",
-    alt="Speed-up with interval of the halved network at batch 1 and batch 64, with the band of no difference around 1.",
-)  # fmt: skip
+    {f"batch {b}": c.interval for b, c in half_time.items()},
+    xlabel="speed-up (x)",
+    title=(
+        f"{ratio:.2f} times fewer MACs: {half_time[64].ratio:.2f} times as fast at batch 64,"
+        f" {half_time[1].ratio:.2f} at batch 1"
+    ),
+    alt=(
+        "Speed-up with interval of the halved network at batch 1 and batch 64, with the band of no"
+        " difference around 1."
+    ),
+)
 exercises.reveal("03.half", half_time[64].ratio, "x")
 claims.verdict("03.half_the_macs_is_half_the_time", half_time[64])
 
 # %% [markdown]
 # Three reasons. You know the first two from [chapter 1](01_measurement.ipynb).
 #
-# *Amdahl.* The stem, the shortcuts, BatchNorm, ReLU on the streams, pooling and the calls themselves keep their time. If the
-# part that shrinks takes the share $p$ of the time and becomes $S$ times faster, the whole becomes $1/((1-p) + p/S)$ times faster.
-# At batch 1 the fixed part, the overhead of the calls, has its largest share.
+# *Amdahl.* The stem, the shortcuts, BatchNorm, ReLU on the streams, pooling and the calls
+# themselves keep their time. If the part that shrinks takes the share $p$ of the time and becomes
+# $S$ times faster, the whole becomes $1/((1-p) + p/S)$ times faster. At batch 1 the fixed part, the
+# overhead of the calls, has its largest share.
 #
-# *Roofline.* A narrower layer does less arithmetic for every byte it moves. Count it for the inner convolution of the first block,
-# `3×3` on `14×14` pixels, 32 channels in, before and after:
+# *Roofline.* A narrower layer does less arithmetic for every byte it moves. Count it for the inner
+# convolution of the first block, `3×3` on `14×14` pixels, 32 channels in, before and after:
 
 
 # %%
 def intensity(inputs, outputs, pixels):
-    """Operations a byte of a 3×3 convolution in fp32, if every tensor crosses the memory bus once."""
+    """Operations a byte of a 3×3 convolution in fp32, if every tensor crosses the memory bus
+    once.
+    """
     operations = 2 * 9 * inputs * outputs * pixels
     return operations / (4 * (inputs * pixels + outputs * pixels + 9 * inputs * outputs))
 
@@ -1221,11 +1366,12 @@ def intensity(inputs, outputs, pixels):
 [round(intensity(32, outputs, 14 * 14), 1) for outputs in (32, 18, 8)]
 
 # %% [markdown]
-# *Vector length.* A kernel computes channels in packs as wide as a vector register: 8 fp32 numbers with AVX2, 16 with AVX-512, 4 with
-# Arm's NEON. A layer of 17 channels may cost as much as one of 24 or 32. *Break it* draws the stairs.
+# *Vector length.* A kernel computes channels in packs as wide as a vector register: 8 fp32 numbers
+# with AVX2, 16 with AVX-512, 4 with Arm's NEON. A layer of 17 channels may cost as much as one of
+# 24 or 32. *Break it* draws the stairs.
 #
-# So pruning for speed needs the latency of each layer at each width, measured on the machine that will run it. Here is that table
-# for the three blocks.
+# So pruning for speed needs the latency of each layer at each width, measured on the machine that
+# will run it. Here is that table for the three blocks.
 
 # %% tags=["nbval-ignore-output"]
 OPTIONS = SHARES[:4]
@@ -1243,23 +1389,31 @@ cost_table = [[block_ms(i, s) for s in OPTIONS] for i in range(3)]
 drop_table = [drops[name][: len(OPTIONS)] for name in INNER]
 relative = {f"block {i}": [100 * c / row[0] for c in row] for i, row in enumerate(cost_table)}
 plots.lines(
-    [100 * s for s in OPTIONS], relative | {"proportional": [100 * s for s in OPTIONS]}, xlabel="inner channels kept (%)",
+    [100 * s for s in OPTIONS],
+    relative | {"proportional": [100 * s for s in OPTIONS]},
+    xlabel="inner channels kept (%)",
     ylabel="time of the block (%)",
-    title=f"With a quarter of the channels the blocks keep {min(r[-1] for r in relative.values()):.0f} to "
-          f"{max(r[-1] for r in relative.values()):.0f}% of their time",
-    alt="Time of each block against the share of inner channels kept, beside the proportional line.",
-)  # fmt: skip
+    title=(
+        "With a quarter of the channels the blocks keep"
+        f" {min(r[-1] for r in relative.values()):.0f} to"
+        f" {max(r[-1] for r in relative.values()):.0f}% of their time"
+    ),
+    alt=(
+        "Time of each block against the share of inner channels kept, beside the proportional line."
+    ),
+)
 
 # %% [markdown]
-# The distance to the proportional line is what MACs do not know. Where a line bends upwards to the left, a narrower layer
-# was no faster.
+# The distance to the proportional line is what MACs do not know. Where a line bends upwards to the
+# left, a narrower layer was no faster.
 #
 # ## Exercise C · the best accuracy under a latency budget
-# Write `design(drop, cost, budget)`. `drop[i][j]` is the accuracy lost (points) and `cost[i][j]` the time (ms) if layer `i` takes its
-# option `j`. Losses and times of layers add up (an assumption, tested below). Return a list with one option a layer whose total cost is
-# *at most* `budget` and whose total drop is the smallest possible; any one of them if several are equally good; `None` if no
-# combination fits. A narrower option is not always cheaper. For `drop = [[0, 1], [0, 3]]`, `cost = [[5, 2], [5, 1]]` and
-# `budget = 7` the answer is `[1, 0]`.
+# Write `design(drop, cost, budget)`. `drop[i][j]` is the accuracy lost (points) and `cost[i][j]`
+# the time (ms) if layer `i` takes its option `j`. Losses and times of layers add up (an assumption,
+# tested below). Return a list with one option a layer whose total cost is *at most* `budget` and
+# whose total drop is the smallest possible; any one of them if several are equally good; `None` if
+# no combination fits. A narrower option is not always cheaper. For `drop = [[0, 1], [0, 3]]`, `cost
+# = [[5, 2], [5, 1]]` and `budget = 7` the answer is `[1, 0]`.
 
 
 # %% tags=["exercise"]
@@ -1270,14 +1424,17 @@ def design(drop, cost, budget): ...
 exercises.check("03.C", design)
 
 # %% [markdown] tags=["hint"]
-# With few layers and few options you can try every combination. `itertools.product(*(range(len(row)) for row in drop))` lists them.
+# With few layers and few options you can try every combination.
+# `itertools.product(*(range(len(row)) for row in drop))` lists them.
 
 # %% [markdown] tags=["hint"]
-# Throw away the combinations over the budget first, then take `min(..., key=total drop)`. What does `min` do with an empty list?
+# Throw away the combinations over the budget first, then take `min(..., key=total drop)`. What does
+# `min` do with an empty list?
 
 # %% [markdown] tags=["hint"]
-# For a real network with fifty layers this list is too long. Keep a table *cheapest way to lose exactly so many points* and
-# extend it by one layer at a time: the knapsack HALP solves (Shen et al. 2022).
+# For a real network with fifty layers this list is too long. Keep a table *cheapest way to lose
+# exactly so many points* and extend it by one layer at a time: the knapsack HALP solves (Shen et
+# al. 2022).
 
 
 # %% tags=["solution"]
@@ -1321,7 +1478,8 @@ def design(drop, cost, budget):
 
 
 # %% tags=["wrong"]
-# Believes the narrowest option is the cheapest: one option for all layers, wrong where latency has stairs.
+# Believes the narrowest option is the cheapest: one option for all layers, wrong where latency has
+# stairs.
 def design(drop, cost, budget):
     for j in range(len(drop[0])):
         if sum(row[j] for row in cost) <= budget:
@@ -1344,12 +1502,14 @@ def design(drop, cost, budget):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Let a pair solve it by hand for two layers with three options, with a stair in the cost. Fast groups write the knapsack;
-# ask them what must be rounded for it (time or points) and what error that makes.
+# 15 minutes. Let a pair solve it by hand for two layers with three options, with a stair in the
+# cost. Fast groups write the knapsack; ask them what must be rounded for it (time or points) and
+# what error that makes.
 
 # %% [markdown]
-# Now your function decides about the real network. Its budget is `80%` of the three blocks' time. Until you have written it, one
-# option for all blocks is used. The forecast is the sum of the tables; the truth is measured on the whole network.
+# Now your function decides about the real network. Its budget is `80%` of the three blocks' time.
+# Until you have written it, one option for all blocks is used. The forecast is the sum of the
+# tables; the truth is measured on the whole network.
 
 # %% tags=["nbval-ignore-output"]
 budget = 0.8 * sum(row[0] for row in cost_table)
@@ -1375,7 +1535,8 @@ expected = (rest_ms + before) / (rest_ms + planned)
 print("inner channels kept:", [f"{100 * OPTIONS[j]:.0f}%" for j in plan])
 print(f"speed-up forecast {expected:.2f}, measured {real.interval}")
 print(
-    f"validation accuracy {100 * training.accuracy(net, *validation):.1f}% → {100 * training.accuracy(mine, *validation):.1f}%"
+    f"validation accuracy {100 * training.accuracy(net, *validation):.1f}% →"
+    f" {100 * training.accuracy(mine, *validation):.1f}%"
 )
 
 # %% [markdown]
@@ -1407,9 +1568,10 @@ print(
 )
 
 # %% [markdown]
-# Recalibration has little to work with here: the surviving channels do not carry enough. One epoch mends a part. At such a cut you no
-# longer prune, you train a small network from a strange start; Liu et al. (2019) found that training the small shape from scratch,
-# given enough epochs, does as well. Second: widths off the vector length.
+# Recalibration has little to work with here: the surviving channels do not carry enough. One epoch
+# mends a part. At such a cut you no longer prune, you train a small network from a strange start;
+# Liu et al. (2019) found that training the small shape from scratch, given enough epochs, does as
+# well. Second: widths off the vector length.
 
 # %% tags=["nbval-ignore-output"]
 channels = list(range(16, 49, 1 if PROFILE != "smoke" else 8))
@@ -1429,48 +1591,69 @@ stairs = {c: conv_time(c) for c in channels}
 per_channel = {c: t / c for c, t in stairs.items()}
 dearest, cheapest = (f(per_channel, key=per_channel.get) for f in (max, min))
 plots.lines(
-    channels, {"3×3 convolution, 32 inputs, batch 32": list(stairs.values())}, xlabel="output channels", ylabel="time (µs)",
-    title=f"A channel costs {per_channel[dearest]:.1f} µs at width {dearest} and {per_channel[cheapest]:.1f} µs at width {cheapest}",
+    channels,
+    {"3×3 convolution, 32 inputs, batch 32": list(stairs.values())},
+    xlabel="output channels",
+    ylabel="time (µs)",
+    title=(
+        f"A channel costs {per_channel[dearest]:.1f} µs at width {dearest} and"
+        f" {per_channel[cheapest]:.1f} µs at width {cheapest}"
+    ),
     alt="Time of one convolution against its number of output channels, in steps of one channel.",
-)  # fmt: skip
+)
 
 # %% [markdown]
-# Look for flat stretches and for jumps: on a flat stretch, cutting a channel buys nothing; at a jump, one channel more costs a whole
-# pack. Where the line has such stairs, cut to the edge of one. Where it is straight, your machine's kernel pads nothing and alignment
-# adds little.
+# Look for flat stretches and for jumps: on a flat stretch, cutting a channel buys nothing; at a
+# jump, one channel more costs a whole pack. Where the line has such stairs, cut to the edge of one.
+# Where it is straight, your machine's kernel pads nothing and alignment adds little.
 
 # %% [markdown]
 # ## Exit quiz
 # **1. You set nine of ten weights to zero and save with safetensors. The file is**
-# <details><summary>ten times smaller</summary>A zero takes four bytes like any other fp32 number.</details>
-# <details><summary>the same size</summary>Right. Storing only what is left needs a format for it: bits and values, CSR, or a compressor.</details>
-# <details><summary>twice as large</summary>That happens if the masks of torch.nn.utils.prune are still in it.</details>
+# <details><summary>ten times smaller</summary>A zero takes four bytes like any other fp32
+# number.</details>
+# <details><summary>the same size</summary>Right. Storing only what is left needs a format for it:
+# bits and values, CSR, or a compressor.</details>
+# <details><summary>twice as large</summary>That happens if the masks of torch.nn.utils.prune are
+# still in it.</details>
 #
 # **2. After one-shot channel pruning the accuracy is near guessing. You first**
-# <details><summary>choose another criterion</summary>Too early: at this point you see stale BatchNorm statistics, not the criterion.</details>
-# <details><summary>recalibrate BatchNorm</summary>Right: seconds, no labels, and only then can you compare.</details>
-# <details><summary>train for twenty epochs</summary>Perhaps later. See first what is really lost.</details>
+# <details><summary>choose another criterion</summary>Too early: at this point you see stale
+# BatchNorm statistics, not the criterion.</details>
+# <details><summary>recalibrate BatchNorm</summary>Right: seconds, no labels, and only then can you
+# compare.</details>
+# <details><summary>train for twenty epochs</summary>Perhaps later. See first what is really
+# lost.</details>
 #
 # **3. You may cut the output channels of `conv2` in a residual block**
-# <details><summary>alone, if the next layer's inputs are cut too</summary>The addition still gets the shortcut's full width.</details>
-# <details><summary>with every layer that shares its channels</summary>Right: the other producers of the stream, their BatchNorms and all readers.</details>
+# <details><summary>alone, if the next layer's inputs are cut too</summary>The addition still gets
+# the shortcut's full width.</details>
+# <details><summary>with every layer that shares its channels</summary>Right: the other producers of
+# the stream, their BatchNorms and all readers.</details>
 # <details><summary>never</summary>One can; the dependency graph lists what goes with it.</details>
 #
-# **4. Two pruned networks have the same MACs; one has widths 17, 33, 65, the other 16, 32, 64 and one layer more. Faster is**
+# **4. Two pruned networks have the same MACs; one has widths 17, 33, 65, the other 16, 32, 64 and
+# one layer more. Faster is**
 # <details><summary>the first</summary>Its kernels compute packs that are partly empty.</details>
 # <details><summary>neither: the MACs are equal</summary>MACs are arithmetic, not time.</details>
-# <details><summary>whatever a comparison on the target machine says</summary>Right. Alignment speaks for the second, the extra layer against it.</details>
+# <details><summary>whatever a comparison on the target machine says</summary>Right. Alignment
+# speaks for the second, the extra layer against it.</details>
 #
 # **5. L1 gave 80.4 and random 80.1 in one run each. You write**
-# <details><summary>L1 is better</summary>One seed each says nothing: seeds differ by more.</details>
-# <details><summary>paired seeds are needed before any sentence</summary>Right: the same start and the same batches for both, five times, a t-interval.</details>
-# <details><summary>there is no difference</summary>That too would need an interval, inside a band you named before.</details>
+# <details><summary>L1 is better</summary>One seed each says nothing: seeds differ by
+# more.</details>
+# <details><summary>paired seeds are needed before any sentence</summary>Right: the same start and
+# the same batches for both, five times, a t-interval.</details>
+# <details><summary>there is no difference</summary>That too would need an interval, inside a band
+# you named before.</details>
 #
-# **Key points** · zeros cost what numbers cost, on disk and in a dense kernel · surgery equals the mask *after* BatchNorm · layers
-# that share channels are cut together · recalibrate before you judge · criteria differ less than seeds; control for the
-# extra training · MACs promise, widths and the rest of the network decide: measure per layer, on the target.
+# **Key points** · zeros cost what numbers cost, on disk and in a dense kernel · surgery equals the
+# mask *after* BatchNorm · layers that share channels are cut together · recalibrate before you
+# judge · criteria differ less than seeds; control for the extra training · MACs promise, widths and
+# the rest of the network decide: measure per layer, on the target.
 #
-# **For the capstone's ledger** · pruning: share of MACs removed, accuracy kept (paired), speed-up with its interval, bytes on disk.
+# **For the capstone's ledger** · pruning: share of MACs removed, accuracy kept (paired), speed-up
+# with its interval, bytes on disk.
 #
 # **Sources**
 #
@@ -1487,4 +1670,5 @@ plots.lines(
 # | 2:4 sparsity | Mishra et al. 2021, *Accelerating Sparse Deep Neural Networks*, [arXiv 2104.08378](https://arxiv.org/abs/2104.08378) |
 # | the claims | 〈如何提升模型推理速度?深度学习优化全攻略〉 2025; 〈8.1 模型压缩与加速〉; 〈大模型的优化与加速技术〉 |
 #
-# Next: [04 · Distillation](04_distillation.ipynb), where a small network is trained from the start, by a large one.
+# Next: [04 · Distillation](04_distillation.ipynb), where a small network is trained from the start,
+# by a large one.

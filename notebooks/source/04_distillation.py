@@ -1,11 +1,13 @@
 # %% [markdown]
 # # 04 · Distillation
 #
-# **What does a small network learn from a large one that the labels do not tell it, and where does the gain come from?**
+# **What does a small network learn from a large one that the labels do not tell it, and where does
+# the gain come from?**
 #
-# After this chapter you can: *write* the distillation loss, with its temperature and its T² · *derive* why that factor is there and
-# *measure* it · *tell* by five seeds and three controls where a gain comes from · *cache* a teacher and pay for it once · *judge*
-# features against logits fairly · *say* when a teacher does harm.
+# After this chapter you can: *write* the distillation loss, with its temperature and its T² ·
+# *derive* why that factor is there and *measure* it · *tell* by five seeds and three controls where
+# a gain comes from · *cache* a teacher and pay for it once · *judge* features against logits fairly
+# · *say* when a teacher does harm.
 #
 # 80 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
 
@@ -40,19 +42,23 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 2) Five paired seeds, mean difference +0.4 points, interval [−0.3, 1.1]. What do you say?
-#    <details><summary>Answer</summary>No effect seen; it may be anything between a loss of 0.3 and a gain of 1.1.</details>
+# 1. (Chapter 2) Five paired seeds, mean difference +0.4 points, interval [−0.3, 1.1]. What do you
+#    say?
+#    <details><summary>Answer</summary>No effect seen; it may be anything between a loss of 0.3 and
+#    a gain of 1.1.</details>
 # 2. (Chapter 2) What does label smoothing ask the network for?
-#    <details><summary>Answer</summary>For a little less than all of the probability on the label, and the same small share on every
-#    other class.</details>
-# 3. (Chapter 3, if you took it) Beside the pruned networks stood a *control*: the same network, not cut, with the same
-#    fine-tuning. What for?
-#    <details><summary>Answer</summary>Without it, the gain from the extra training hides what the cut costs.</details>
+#    <details><summary>Answer</summary>For a little less than all of the probability on the label,
+#    and the same small share on every other class.</details>
+# 3. (Chapter 3, if you took it) Beside the pruned networks stood a *control*: the same network, not
+#    cut, with the same fine-tuning. What for?
+#    <details><summary>Answer</summary>Without it, the gain from the extra training hides what the
+#    cut costs.</details>
 #
 # ## Predict
-# A student of 20 thousand parameters gets `1000` images. It learns once from their labels, and once from what a trained network says
-# about the same images. How many points of test accuracy does the second way gain? And a second guess: ResNet-152 is the teacher
-# and MobileNetV3-large the student in a comparison that circulates. How many times faster is the student on your processor?
+# A student of 20 thousand parameters gets `1000` images. It learns once from their labels, and once
+# from what a trained network says about the same images. How many points of test accuracy does the
+# second way gain? And a second guess: ResNet-152 is the teacher and MobileNetV3-large the student
+# in a comparison that circulates. How many times faster is the student on your processor?
 
 # %%
 my_gain = ...  # points
@@ -62,7 +68,8 @@ exercises.predict("04.speedup", my_speedup)
 
 # %% [markdown]
 # ## From scratch: what a label leaves out
-# A teacher looks at one picture and gives a number for each of four classes, its *logits*. *Softmax* turns them into probabilities.
+# A teacher looks at one picture and gives a number for each of four classes, its *logits*.
+# *Softmax* turns them into probabilities.
 
 # %%
 classes = ["shirt", "T-shirt", "coat", "sandal"]
@@ -77,9 +84,10 @@ show(F.one_hot(torch.tensor(0), 4).double())  # the label
 show(F.softmax(logits, 0))  # the teacher
 
 # %% [markdown]
-# The label says *shirt*, and nothing else. The teacher says more: if it is no shirt, it is a T-shirt rather than a coat, and
-# certainly no sandal. Hinton et al. (2015) called these small probabilities *dark knowledge*. They are so small that they hardly
-# move a loss. So divide the logits by a number $T$ first, the *temperature*.
+# The label says *shirt*, and nothing else. The teacher says more: if it is no shirt, it is a
+# T-shirt rather than a coat, and certainly no sandal. Hinton et al. (2015) called these small
+# probabilities *dark knowledge*. They are so small that they hardly move a loss. So divide the
+# logits by a number $T$ first, the *temperature*.
 
 # %%
 for T in (1, 4, 16, 1000):
@@ -87,17 +95,19 @@ for T in (1, 4, 16, 1000):
     show(F.softmax(logits / T, 0))
 
 # %% [markdown]
-# At `T = 4` the order of the wrong classes shows. At `T = 1000` everything is nearly equal, and it looks as if nothing were left.
-# Keep that in mind: it will turn out wrong.
+# At `T = 4` the order of the wrong classes shows. At `T = 1000` everything is nearly equal, and it
+# looks as if nothing were left. Keep that in mind: it will turn out wrong.
 #
-# The student gets the same temperature, and is asked to match. How far two lists of probabilities are apart is measured by the
-# *Kullback–Leibler divergence*, $\mathrm{KL}(p \| q) = \sum_k p_k \log (p_k / q_k)$: zero if they are equal, positive otherwise. With
-# $p^T$ the teacher's and $q^T$ the student's probabilities at temperature $T$, the *distillation loss* is
+# The student gets the same temperature, and is asked to match. How far two lists of probabilities
+# are apart is measured by the *Kullback–Leibler divergence*, $\mathrm{KL}(p \| q) = \sum_k p_k \log
+# (p_k / q_k)$: zero if they are equal, positive otherwise. With $p^T$ the teacher's and $q^T$ the
+# student's probabilities at temperature $T$, the *distillation loss* is
 #
 # $$L = \alpha\, T^2\, \mathrm{KL}(p^T \| q^T) + (1 - \alpha)\, \mathrm{CE}(\text{label}, q^1)$$
 #
-# $\alpha$ is the weight of the teacher, from 0 to 1; CE is the cross-entropy with the label, at temperature 1. The factor $T^2$ looks
-# arbitrary. Exercise B asks you for this loss, so here is only its soft half, in the plainest possible way.
+# $\alpha$ is the weight of the teacher, from 0 to 1; CE is the cross-entropy with the label, at
+# temperature 1. The factor $T^2$ looks arbitrary. Exercise B asks you for this loss, so here is
+# only its soft half, in the plainest possible way.
 
 
 # %%
@@ -113,8 +123,9 @@ print(f"an undecided one   {soft_loss(wrong_student, logits[None], 4):.4f}")
 
 # %% [markdown]
 # ## Exercise A · soften
-# Complete the line. `soften(logits, T)` gets logits of any shape whose *last* dimension is the classes. It returns probabilities at
-# temperature `T`. `soften(tensor([0., 0.]), 3)` is `[0.5, 0.5]`, and `soften(tensor([2., 0.]), 2)` is about `[0.731, 0.269]`.
+# Complete the line. `soften(logits, T)` gets logits of any shape whose *last* dimension is the
+# classes. It returns probabilities at temperature `T`. `soften(tensor([0., 0.]), 3)` is `[0.5,
+# 0.5]`, and `soften(tensor([2., 0.]), 2)` is about `[0.731, 0.269]`.
 
 
 # %% tags=["exercise"]
@@ -127,7 +138,8 @@ def soften(logits, T):
 exercises.check("04.A", soften)
 
 # %% [markdown] tags=["hint"]
-# The temperature acts on the logits, before the exponential. A high one brings them nearer to each other.
+# The temperature acts on the logits, before the exponential. A high one brings them nearer to each
+# other.
 
 
 # %% tags=["solution"]
@@ -163,13 +175,15 @@ def soften(logits, T):
 
 
 # %% [markdown] tags=["instructor"]
-# 5 minutes. Ask for `T = 0.5` as well: a temperature below one sharpens. Who wrote `dim=1` passes for two dimensions only.
+# 5 minutes. Ask for `T = 0.5` as well: a temperature below one sharpens. Who wrote `dim=1` passes
+# for two dimensions only.
 
 # %% [markdown]
 # ## The experiment
-# `1000` images for the student; validation images for every choice; test images for verdicts alone. The teacher is the course's
-# *baseline*: width 32, trained with the recipe of chapter 2 on `55000` images. These `1000` are among them, with their right labels. It is
-# a *better-informed* teacher, and that will matter.
+# `1000` images for the student; validation images for every choice; test images for verdicts alone.
+# The teacher is the course's *baseline*: width 32, trained with the recipe of chapter 2 on `55000`
+# images. These `1000` are among them, with their right labels. It is a *better-informed* teacher,
+# and that will matter.
 #
 # The teacher's answer to a training image never changes, so ask once and keep it: *cached logits*.
 
@@ -214,7 +228,8 @@ print(
 )
 
 # %% [markdown]
-# What does the cache save? Compare a training step that asks the teacher with one that looks its answer up.
+# What does the cache save? Compare a training step that asks the teacher with one that looks its
+# answer up.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -237,17 +252,19 @@ asking, looking = (
 measure.compare(asking, looking, seconds=SECONDS, precision=0.03)
 
 # %% [markdown]
-# The teacher's forward pass is gone from the step, and stays gone for every epoch and every trial. The price: the cached answer
-# belongs to *this* image. If you mirror images in training, cache the answers to the mirrored ones too. Here no image is
-# mirrored, in any arm.
+# The teacher's forward pass is gone from the step, and stays gone for every epoch and every trial.
+# The price: the cached answer belongs to *this* image. If you mirror images in training, cache the
+# answers to the mirrored ones too. Here no image is mirrored, in any arm.
 #
-# Now one training run. The loss is an argument; everything else is the recipe of chapter 2, and for one seed all arms see the
-# same first weights and the same batches.
+# Now one training run. The loss is an argument; everything else is the recipe of chapter 2, and for
+# one seed all arms see the same first weights and the same batches.
 
 
 # %%
 def fit(net, loss, seed, x=None, epochs=EPOCHS, extra=(), with_features=False, rate=0.1):
-    """Train net on x (the few images); loss(logits, index) or loss(logits, index, stages) gives the number to lower."""
+    """Train net on x (the few images); loss(logits, index) or loss(logits, index, stages) gives the
+    number to lower.
+    """
     x = train_x if x is None else x
     net = net.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
@@ -278,13 +295,16 @@ def fit(net, loss, seed, x=None, epochs=EPOCHS, extra=(), with_features=False, r
 
 
 # %% [markdown]
-# A network of width 8 is so small that a second core hardly helps one run. Two runs side by side, one core each, finish
-# together. The networks are made before, one after the other: a random generator is shared by all threads.
+# A network of width 8 is so small that a second core hardly helps one run. Two runs side by side,
+# one core each, finish together. The networks are made before, one after the other: a random
+# generator is shared by all threads.
 
 
 # %%
 def side_by_side(jobs):
-    """Results of the callables in `jobs`, each with one torch thread, as many at once as there are cores."""
+    """Results of the callables in `jobs`, each with one torch thread, as many at once as there are
+    cores.
+    """
     threads, workers = torch.get_num_threads(), min(8, machine.usable_cores())
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -331,8 +351,9 @@ def distilled(y, teacher, T=4.0, alpha=0.9):
 
 
 # %% [markdown]
-# Is this `distilled` the same as the plain sum from above? The library's `kl_div` wants *log*-probabilities first, probabilities
-# second, and has a `reduction` that must be chosen. All three are traps, and their turn comes.
+# Is this `distilled` the same as the plain sum from above? The library's `kl_div` wants
+# *log*-probabilities first, probabilities second, and has a `reduction` that must be chosen. All
+# three are traps, and their turn comes.
 
 # %%
 z = torch.randn(64, 10)
@@ -342,10 +363,11 @@ print("agree:", torch.allclose(plain, distilled(labels, cached)(z, index), atol=
 
 # %% [markdown]
 # ## Measure: where does the gain come from?
-# Four arms, five paired seeds, two sets of labels. *Hard*: the labels. *Smoothing*: label smoothing of 0.1, the control that
-# softens without knowing anything. *Same data*: a teacher of width 16 that was trained on the same `1000` images and labels.
-# *Informed*: the baseline. In the second set, two labels in five are redrawn at random (one in ten of these comes out right by chance);
-# the same-data teacher learned from the redrawn ones, the informed one never saw them.
+# Four arms, five paired seeds, two sets of labels. *Hard*: the labels. *Smoothing*: label smoothing
+# of 0.1, the control that softens without knowing anything. *Same data*: a teacher of width 16 that
+# was trained on the same `1000` images and labels. *Informed*: the baseline. In the second set, two
+# labels in five are redrawn at random (one in ten of these comes out right by chance); the
+# same-data teacher learned from the redrawn ones, the informed one never saw them.
 
 # %% tags=["nbval-ignore-output"]
 draw = torch.Generator().manual_seed(0)
@@ -390,10 +412,17 @@ def gain(over, of="hard", kind="clean"):
 
 
 # %% tags=["nbval-ignore-output"]
-figure, panels = plots.axes("", "test accuracy (%)", columns=2, height=3.9,
-    title=f"Informed teacher: {gain('informed').value:+.1f} points on clean labels, "
-          f"{gain('informed', kind='40% redrawn').value:+.1f} on noisy ones; "
-          f"same-data teacher: {gain('same data').value:+.1f} and {gain('same data', kind='40% redrawn').value:+.1f}")  # fmt: skip
+figure, panels = plots.axes(
+    "",
+    "test accuracy (%)",
+    columns=2,
+    height=3.9,
+    title=(
+        f"Informed teacher: {gain('informed').value:+.1f} points on clean labels,"
+        f" {gain('informed', kind='40% redrawn').value:+.1f} on noisy ones; same-data teacher:"
+        f" {gain('same data').value:+.1f} and {gain('same data', kind='40% redrawn').value:+.1f}"
+    ),
+)
 for panel, (kind, arms) in zip(panels, results.items(), strict=True):
     table = np.array(list(arms.values()))
     panel.plot(range(len(arms)), table, color="0.8", linewidth=0.8, zorder=1)
@@ -405,22 +434,25 @@ for panel, (kind, arms) in zip(panels, results.items(), strict=True):
     panel.margins(x=0.12)
 plots.show(
     figure,
-    "Test accuracy of every student, a column an arm, a grey line a seed; left panel clean, right panel noisy labels.",
+    "Test accuracy of every student, a column an arm, a grey line a seed; left panel clean, right"
+    " panel noisy labels.",
 )
 for kind in results:
     for name in ("smoothing", "same data", "informed"):
         print(f"{kind:12} {name:10} minus hard: {gain(name, kind=kind)}")
 
 # %% [markdown]
-# Each point is one student, each grey line one seed, each black bar a mean. Read the columns as questions. *Informed* against *hard*:
-# does a teacher help? *Same data* against *hard*: does it still help when it knows nothing that the labels do not say? *Same data*
-# against *smoothing*: does it do more than soften?
+# Each point is one student, each grey line one seed, each black bar a mean. Read the columns as
+# questions. *Informed* against *hard*: does a teacher help? *Same data* against *hard*: does it
+# still help when it knows nothing that the labels do not say? *Same data* against *smoothing*: does
+# it do more than soften?
 #
-# Whatever rises from *same data* to *informed* is mostly *information*: the teacher saw more images, and clean labels (and it is
-# twice as wide). On noisy labels that column shows how much of a wrong label a knowing teacher can undo. Where *same data* lies
-# above *hard* on clean labels, a larger network that trained twice as long made more of the same images, and can say so. Where it
-# lies at or below, it passes on its mistakes at nine tenths of the weight; a teacher that learned redrawn labels by heart has
-# many of them.
+# Whatever rises from *same data* to *informed* is mostly *information*: the teacher saw more
+# images, and clean labels (and it is twice as wide). On noisy labels that column shows how much of
+# a wrong label a knowing teacher can undo. Where *same data* lies above *hard* on clean labels, a
+# larger network that trained twice as long made more of the same images, and can say so. Where it
+# lies at or below, it passes on its mistakes at nine tenths of the weight; a teacher that learned
+# redrawn labels by heart has many of them.
 
 # %% tags=["nbval-ignore-output"]
 exercises.reveal("04.gain", gain("informed").value, "points")
@@ -434,14 +466,17 @@ display(
 )
 
 # %% [markdown]
-# Five verdicts on one technique, and each names the teacher. "Distillation helps" is not a statement that can be tested; "this
-# teacher, who saw that, helps this student" is one. A limit of ours: the `1000` images and the redrawn labels are the same in
-# all seeds, so the intervals speak about first weights and batch order, not about another draw of images.
+# Five verdicts on one technique, and each names the teacher. "Distillation helps" is not a
+# statement that can be tested; "this teacher, who saw that, helps this student" is one. A limit of
+# ours: the `1000` images and the redrawn labels are the same in all seeds, so the intervals speak
+# about first weights and batch order, not about another draw of images.
 #
 # ## Measure: teachers from useless to good
-# Put the student's gain over the teacher's own accuracy. Two teachers more: one *untrained*, which someone forgot to load, and one
-# *equal*, a network of width 8 that learned from the hard labels: *self-distillation*. The equal one teaches twice: with our weights
-# (`T = 4`, `alpha = 0.9`), and *gently*, with those of the born-again networks of Furlanello et al. (2018), `T = 1` and `alpha = 0.5`.
+# Put the student's gain over the teacher's own accuracy. Two teachers more: one *untrained*, which
+# someone forgot to load, and one *equal*, a network of width 8 that learned from the hard labels:
+# *self-distillation*. The equal one teaches twice: with our weights (`T = 4`, `alpha = 0.9`), and
+# *gently*, with those of the born-again networks of Furlanello et al. (2018), `T = 1` and `alpha =
+# 0.5`.
 
 # %% tags=["nbval-ignore-output"]
 untrained = models.mini_resnet(32, seed=5).to(memory_format=torch.channels_last)
@@ -471,40 +506,58 @@ level = {
 }
 
 # %% tags=["nbval-ignore-output"]
-figure, ax = plots.axes("the teacher's test accuracy (%)", "student's gain over hard labels (points)",
-    title=f"From {gain('untrained').value:+.1f} points with an untrained teacher to {gain('informed').value:+.1f} with an informed one")  # fmt: skip
+figure, ax = plots.axes(
+    "the teacher's test accuracy (%)",
+    "student's gain over hard labels (points)",
+    title=(
+        f"From {gain('untrained').value:+.1f} points with an untrained teacher to"
+        f" {gain('informed').value:+.1f} with an informed one"
+    ),
+)
 for i, name in enumerate(level):
     g = gain(name)
-    ax.errorbar([level[name]], [g.value], yerr=[[g.value - g.low], [g.high - g.value]], fmt=plots.MARKERS[i],
-                color=plots.COLOURS[i], capsize=4, label=f"{name}: {g.value:+.1f}")  # fmt: skip
+    ax.errorbar(
+        [level[name]],
+        [g.value],
+        yerr=[[g.value - g.low], [g.high - g.value]],
+        fmt=plots.MARKERS[i],
+        color=plots.COLOURS[i],
+        capsize=4,
+        label=f"{name}: {g.value:+.1f}",
+    )
 ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
 ax.legend(loc="lower center")
 plots.show(
     figure,
-    "Gain over hard labels against the teacher's accuracy, five teachers with intervals: far below zero at the left.",
+    "Gain over hard labels against the teacher's accuracy, five teachers with intervals: far below"
+    " zero at the left.",
 )
 claims.verdict("04.self_distillation_helps", gain("equal, gentle"))
 
 # %% [markdown]
-# The dashed line is *no teacher at all*. An untrained teacher costs most, and no error tells you: the loss falls, because the
-# student learns to imitate noise. So print a teacher's accuracy before the first step, always.
+# The dashed line is *no teacher at all*. An untrained teacher costs most, and no error tells you:
+# the loss falls, because the student learns to imitate noise. So print a teacher's accuracy before
+# the first step, always.
 #
-# Compare the two *equal* ones: one teacher, two weights. If the first lies far below the line on yours, that is its mistakes at
-# nine tenths of the weight, with nothing to make up for them. Asked gently, the same teacher can do less harm, and at best a
-# little good. Born-again networks were trained for many epochs on 50,000 images in 2018; a hundred steps are another experiment.
-# The gain follows what a teacher knows *beyond the student's labels*, not its size.
+# Compare the two *equal* ones: one teacher, two weights. If the first lies far below the line on
+# yours, that is its mistakes at nine tenths of the weight, with nothing to make up for them. Asked
+# gently, the same teacher can do less harm, and at best a little good. Born-again networks were
+# trained for many epochs on 50,000 images in 2018; a hundred steps are another experiment. The gain
+# follows what a teacher knows *beyond the student's labels*, not its size.
 #
 # ## Explain: why T²
-# Differentiate. With $z_k$ the student's logit of class $k$, and $q^T$, $p^T$ as above,
-# $\partial\, \mathrm{KL} / \partial z_k = (q^T_k - p^T_k)/T$. For high $T$, $e^{z/T} \approx 1 + z/T$, so with $K$ classes and the logits' means
-# taken out ($\tilde z$ for the student, $\tilde v$ for the teacher)
+# Differentiate. With $z_k$ the student's logit of class $k$, and $q^T$, $p^T$ as above, $\partial\,
+# \mathrm{KL} / \partial z_k = (q^T_k - p^T_k)/T$. For high $T$, $e^{z/T} \approx 1 + z/T$, so with
+# $K$ classes and the logits' means taken out ($\tilde z$ for the student, $\tilde v$ for the
+# teacher)
 #
 # $$\frac{\partial\, \mathrm{KL}}{\partial z_k} \approx \frac{1}{K\,T^2} (\tilde z_k - \tilde v_k)$$
 #
-# One $T$ comes from the chain rule, the other because the probabilities themselves move together. Without a factor $T^2$ the
-# teacher fades as $T$ grows, and the label takes over. And what is left for high $T$, $\tilde z - \tilde v$, is the gradient of
-# *half the mean squared error of the centred logits*: $T^2\,\mathrm{KL} \to \frac{1}{2K}\sum_k (\tilde z_k - \tilde v_k)^2$. So
-# the list of equal probabilities at `T = 1000` had lost nothing.
+# One $T$ comes from the chain rule, the other because the probabilities themselves move together.
+# Without a factor $T^2$ the teacher fades as $T$ grows, and the label takes over. And what is left
+# for high $T$, $\tilde z - \tilde v$, is the gradient of *half the mean squared error of the
+# centred logits*: $T^2\,\mathrm{KL} \to \frac{1}{2K}\sum_k (\tilde z_k - \tilde v_k)^2$. So the
+# list of equal probabilities at `T = 1000` had lost nothing.
 
 
 # %%
@@ -524,11 +577,13 @@ limit = (centred(z) - centred(v)) / 10
 for T in (1, 10, 100, 1000):
     far = (T**2 * soft_gradient(z, v, T) - limit).norm() / limit.norm()
     print(
-        f"T = {T:4}: the two gradients differ by {'more' if far > 10 / T else 'less'} than {10 / T:g} of their size"
+        f"T = {T:4}: the two gradients differ by {'more' if far > 10 / T else 'less'} than"
+        f" {10 / T:g} of their size"
     )
 
 # %% [markdown]
-# Random logits are one thing. Now the gradients of a trained student against the teacher, on the training images.
+# Random logits are one thing. Now the gradients of a trained student against the teacher, on the
+# training images.
 
 # %% tags=["nbval-ignore-output"]
 temperatures = [1, 2, 4, 8, 16, 32, 64]
@@ -538,22 +593,31 @@ norms = np.array(
 )
 label_norm = float((F.softmax(half_way, 1) - F.one_hot(labels, 10)).norm(dim=1).mean())
 slope = float(np.polyfit(np.log(temperatures[2:]), np.log(norms[2:]), 1)[0])
-plots.lines(temperatures, {"KL": norms, "T² KL": norms * np.square(temperatures)}, xlabel="temperature T",
-            ylabel="gradient norm an image", logx=True, logy=True, reference=(label_norm, "the label's gradient"),
-            title=f"Without the factor the teacher's gradient falls like T to the power {slope:.2f}",
-            alt="Gradient norms on logarithmic axes: KL alone falls in a straight line, T² KL levels off.")  # fmt: skip
+plots.lines(
+    temperatures,
+    {"KL": norms, "T² KL": norms * np.square(temperatures)},
+    xlabel="temperature T",
+    ylabel="gradient norm an image",
+    logx=True,
+    logy=True,
+    reference=(label_norm, "the label's gradient"),
+    title=f"Without the factor the teacher's gradient falls like T to the power {slope:.2f}",
+    alt="Gradient norms on logarithmic axes: KL alone falls in a straight line, T² KL levels off.",
+)
 claims.verdict("04.gradients_fall_with_t_squared", slope)
 
 # %% [markdown]
-# The falling line is the loss without T², the other one the loss with it; dashed, what the label pulls with. Suppose you tune $\alpha$ at `T = 4`
-# without the factor, and then try `T = 16`: you have not only changed the temperature, you have also turned the teacher down
-# sixteenfold. With the factor, T can be tried alone.
+# The falling line is the loss without T², the other one the loss with it; dashed, what the label
+# pulls with. Suppose you tune $\alpha$ at `T = 4` without the factor, and then try `T = 16`: you
+# have not only changed the temperature, you have also turned the teacher down sixteenfold. With the
+# factor, T can be tried alone.
 
 # %% [markdown]
 # ## Exercise B · the loss
-# Write `kd_loss(student, teacher, labels, T, alpha)`: logits of student and teacher `(B, K)`, labels `(B,)`, and the loss $L$ from
-# above, a mean over the batch. No gradient may flow into the teacher. For equal logits and `alpha = 1` it is 0. For
-# `student = [[0., 0.]]`, `teacher = [[2., 0.]]`, `T = 2`, `alpha = 1` it is about `0.4437`. It must stay finite for a teacher that is
+# Write `kd_loss(student, teacher, labels, T, alpha)`: logits of student and teacher `(B, K)`,
+# labels `(B,)`, and the loss $L$ from above, a mean over the batch. No gradient may flow into the
+# teacher. For equal logits and `alpha = 1` it is 0. For `student = [[0., 0.]]`, `teacher = [[2.,
+# 0.]]`, `T = 2`, `alpha = 1` it is about `0.4437`. It must stay finite for a teacher that is
 # absolutely sure, with logits like `[1000., 0.]`.
 
 
@@ -565,7 +629,8 @@ def kd_loss(student, teacher, labels, T, alpha): ...
 exercises.check("04.B", kd_loss)
 
 # %% [markdown] tags=["hint"]
-# `F.kl_div(log_q, p, reduction="batchmean")` wants the student's *log*-probabilities and the teacher's probabilities.
+# `F.kl_div(log_q, p, reduction="batchmean")` wants the student's *log*-probabilities and the
+# teacher's probabilities.
 
 # %% [markdown] tags=["hint"]
 # `teacher.detach()` ends the graph there. Temperature and $T^2$ belong to the soft half only.
@@ -619,13 +684,14 @@ def kd_loss(student, teacher, labels, T, alpha):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. The last mistake is ours: `soft_loss` above has it. Let the room find it there. Who swapped the arguments of `kl_div` gets a positive
-# number and a student that learns, a little worse: the most expensive kind of mistake.
+# 15 minutes. The last mistake is ours: `soft_loss` above has it. Let the room find it there. Who
+# swapped the arguments of `kl_div` gets a positive number and a student that learns, a little
+# worse: the most expensive kind of mistake.
 
 # %% [markdown]
 # ## Measure: temperature and alpha
-# Six settings, two seeds each (more of both in `full`), judged on validation. A heat map invites you to see hills; so the noise
-# is measured, too: how far two seeds of one cell lie apart.
+# Six settings, two seeds each (more of both in `full`), judged on validation. A heat map invites
+# you to see hills; so the noise is measured, too: how far two seeds of one cell lie apart.
 
 # %% tags=["nbval-ignore-output"]
 Ts = [1, 16] if SMOKE else [1, 2, 4, 8, 16, 32] if FULL else [1, 4, 16]
@@ -656,8 +722,12 @@ noise = float(
 
 # %% tags=["nbval-ignore-output"]
 reach = max(mean.values()) - min(mean.values())
-figure, ax = plots.axes("alpha, weight of the teacher", "temperature T", height=3.6,
-    title=f"From worst to best cell {reach:.1f} points; the noise of a cell ±{2 * noise:.1f}")  # fmt: skip
+figure, ax = plots.axes(
+    "alpha, weight of the teacher",
+    "temperature T",
+    height=3.6,
+    title=f"From worst to best cell {reach:.1f} points; the noise of a cell ±{2 * noise:.1f}",
+)
 table = np.array([[mean[T, a] for a in ALPHAS] for T in Ts])
 picture = ax.imshow(table, cmap="cividis", aspect="auto", origin="lower")
 for (row, column), value in np.ndenumerate(table):
@@ -681,10 +751,11 @@ plots.show(
 )
 
 # %% [markdown]
-# Compare the two numbers in the title. Cells that differ by less than the noise are not told apart, however different their
-# colours. Usually the columns differ more than the rows: how much weight the teacher gets matters, the temperature little once
-# T² is there. The cell with the highest number was picked *because* of its number, so that number is too good; the choice is
-# kept, and judged again on test images.
+# Compare the two numbers in the title. Cells that differ by less than the noise are not told apart,
+# however different their colours. Usually the columns differ more than the rows: how much weight
+# the teacher gets matters, the temperature little once T² is there. The cell with the highest
+# number was picked *because* of its number, so that number is too good; the choice is kept, and
+# judged again on test images.
 #
 # "The higher the temperature, the better" needs five seeds of its own.
 
@@ -693,15 +764,16 @@ results["clean"]["T = 16"] = [score(net) for net in taught_with(16, 0.9)]
 claims.verdict("04.higher_t_always_helps", gain("T = 16", "informed"))
 
 # %% [markdown]
-# For large $T$ the loss becomes the squared error of the logits, as derived. It then insists that even the logit of a class which is
-# out of the question be copied exactly. A small student may have better uses for its few weights; or, as with this teacher, it
-# may not mind.
+# For large $T$ the loss becomes the squared error of the logits, as derived. It then insists that
+# even the logit of a class which is out of the question be copied exactly. A small student may have
+# better uses for its few weights; or, as with this teacher, it may not mind.
 #
 # ## From scratch: features in place of logits
-# A teacher also has insides. *FitNets* (Romero et al. 2015): the student's feature map at some stage shall match the teacher's. The
-# student has fewer channels, so a 1 by 1 convolution, the *regressor*, translates; it is trained along and thrown away. *Attention
-# transfer* (Zagoruyko and Komodakis 2017): match only *where* the activity is, the mean square over the channels, scaled to length
-# one. Nothing needs to be translated then.
+# A teacher also has insides. *FitNets* (Romero et al. 2015): the student's feature map at some
+# stage shall match the teacher's. The student has fewer channels, so a 1 by 1 convolution, the
+# *regressor*, translates; it is trained along and thrown away. *Attention transfer* (Zagoruyko and
+# Komodakis 2017): match only *where* the activity is, the mean square over the channels, scaled to
+# length one. Nothing needs to be translated then.
 
 # %%
 inside = []  # the teacher's feature maps for every training image, filled when they are needed
@@ -713,7 +785,9 @@ def attention(f):
 
 
 def fitnet(stage, beta):
-    """Hard labels, and beta times the squared error of one stage behind a regressor. Returns (loss, its parameters)."""
+    """Hard labels, and beta times the squared error of one stage behind a regressor. Returns (loss,
+    its parameters).
+    """
     target = inside[stage]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -749,8 +823,10 @@ def feature_jobs(method, setting, seeds):
 
 # %% [markdown]
 # ## Measure: features against logits, with equal effort
-# Whoever tunes one method and takes the other as it comes finds that the first is better. So all three get the same number of settings (six in
-# `fast`; for the logits, those of the heat map), judged by the same first seed on validation, and the best one goes to the test images with all seeds.
+# Whoever tunes one method and takes the other as it comes finds that the first is better. So all
+# three get the same number of settings (six in `fast`; for the logits, those of the heat map),
+# judged by the same first seed on validation, and the best one goes to the test images with all
+# seeds.
 
 # %% tags=["nbval-ignore-output"]
 BETAS = (
@@ -797,19 +873,27 @@ results["clean"] |= {name: [score(net) for net in nets] for name, nets in finals
 feature = max(ways, key=lambda n: tried[n][best[n]])  # chosen on validation
 
 # %% tags=["nbval-ignore-output"]
-plots.seeds({n: results["clean"][n] for n in ("hard", *finals)}, ylabel="test accuracy (%)",
-            title="Against hard labels: " + ", ".join(f"{n} {gain(n).value:+.1f}" for n in finals),
-            alt="Test accuracy of every seed for hard labels, logits, squared logits, FitNet and attention transfer.")  # fmt: skip
+plots.seeds(
+    {n: results["clean"][n] for n in ("hard", *finals)},
+    ylabel="test accuracy (%)",
+    title="Against hard labels: " + ", ".join(f"{n} {gain(n).value:+.1f}" for n in finals),
+    alt=(
+        "Test accuracy of every seed for hard labels, logits, squared logits, FitNet and attention"
+        " transfer."
+    ),
+)
 for name in finals:
     print(f"{name:16} minus hard: {gain(name)}")
 display(claims.verdict("04.features_beat_logits", gain(feature, "logits")))
 
 # %% [markdown]
-# All columns but *hard* had the same information, that of the informed teacher. *Logits, squared* was not tuned at all: it is the
-# limit of large T. If the feature columns lie lower, that is no verdict on features as such: a student with a quarter of the
-# channels can't hold the teacher's features, and in `fast` it has a hundred steps. In RepDistiller's
-# [benchmark](https://github.com/HobbitLong/RepDistiller), too, FitNets hurt MobileNetV2 and plain logits were hard to beat.
-# Features have one advantage that no accuracy shows: they work where teacher and student have different classes, or none.
+# All columns but *hard* had the same information, that of the informed teacher. *Logits, squared*
+# was not tuned at all: it is the limit of large T. If the feature columns lie lower, that is no
+# verdict on features as such: a student with a quarter of the channels can't hold the teacher's
+# features, and in `fast` it has a hundred steps. In RepDistiller's
+# [benchmark](https://github.com/HobbitLong/RepDistiller), too, FitNets hurt MobileNetV2 and plain
+# logits were hard to beat. Features have one advantage that no accuracy shows: they work where
+# teacher and student have different classes, or none.
 
 # %% tags=["nbval-ignore-output"]
 close = measure.paired_t(np.array(results["clean"]["logits"]) - score(baseline), "points")
@@ -819,12 +903,14 @@ measure.release()
 claims.verdict("04.close_to_the_teacher", close)
 
 # %% [markdown]
-# *Close to its teacher* is asked of a student with a fifteenth of the parameters and 1,000 images (see datasets/README.md, 2026, for what the
-# teacher had). Distillation narrows the gap; it does not abolish capacity, nor data.
+# *Close to its teacher* is asked of a student with a fifteenth of the parameters and 1,000 images
+# (see datasets/README.md, 2026, for what the teacher had). Distillation narrows the gap; it does
+# not abolish capacity, nor data.
 #
 # ## Measure: the three times faster student
-# *ResNet-152 teaches MobileNetV3, which runs at 3x the speed*, says an article of 2025 that many repeat. The two are in torchvision. Their speed does not depend on what
-# they have learned, so random weights will do.
+# *ResNet-152 teaches MobileNetV3, which runs at 3x the speed*, says an article of 2025 that many
+# repeat. The two are in torchvision. Their speed does not depend on what they have learned, so
+# random weights will do.
 
 # %% tags=["nbval-ignore-output"]
 from torchvision.models import mobilenet_v3_large, resnet152
@@ -850,24 +936,37 @@ fewer = {
     n: a / b
     for n, a, b in zip(("parameters", "multiply–accumulates"), *counts.values(), strict=True)
 }
-plots.bars({"said": 3.0} | {f"fewer {n}": v for n, v in fewer.items()} | {"faster, measured": apart.interval},
-           ylabel="ResNet-152 over MobileNetV3-large (x)", logx=True,
-           title=f"{fewer['multiply–accumulates']:.0f} times less arithmetic, {apart.ratio:.1f} times faster",
-           alt="Four bars on a logarithmic axis: the claimed three, the ratios of parameters and arithmetic, the measured speed-up.")  # fmt: skip
+plots.bars(
+    {"said": 3.0}
+    | {f"fewer {n}": v for n, v in fewer.items()}
+    | {"faster, measured": apart.interval},
+    ylabel="ResNet-152 over MobileNetV3-large (x)",
+    logx=True,
+    title=(
+        f"{fewer['multiply–accumulates']:.0f} times less arithmetic, {apart.ratio:.1f} times faster"
+    ),
+    alt=(
+        "Four bars on a logarithmic axis: the claimed three, the ratios of parameters and"
+        " arithmetic, the measured speed-up."
+    ),
+)
 exercises.reveal("04.speedup", apart.ratio, "times")
 claims.verdict("04.three_times_faster", apart)
 
 # %% [markdown]
-# If your bar lies far beyond 3, the claim fails *upwards*: the pair is better than its advertisement, at least on a processor
-# with batch 1. It can fail and still sell a good idea. A figure like that belongs to one machine, one batch size and one library;
-# the article names none of the three. And your speed-up is still far below the ratio of the arithmetic. Depthwise convolutions
-# move many bytes for each multiplication: [chapter 1](01_measurement.ipynb) placed one on the roofline.
+# If your bar lies far beyond 3, the claim fails *upwards*: the pair is better than its
+# advertisement, at least on a processor with batch 1. It can fail and still sell a good idea. A
+# figure like that belongs to one machine, one batch size and one library; the article names none of
+# the three. And your speed-up is still far below the ratio of the arithmetic. Depthwise
+# convolutions move many bytes for each multiplication: [chapter 1](01_measurement.ipynb) placed one
+# on the roofline.
 #
 # ## The real pair, and a training run that survives
-# For the accuracy of the real two there is no short cut: both must be trained. That takes hours, and in hours something happens: the lid is closed,
-# a notebook server restarts. So first a training loop that can be killed at any moment. What must be stored? Weights, BatchNorm's
-# statistics, the optimizer's momentum, and the step. The learning rate is a function of the step and the order of images a
-# function of the epoch, so both come back by themselves.
+# For the accuracy of the real two there is no short cut: both must be trained. That takes hours,
+# and in hours something happens: the lid is closed, a notebook server restarts. So first a training
+# loop that can be killed at any moment. What must be stored? Weights, BatchNorm's statistics, the
+# optimizer's momentum, and the step. The learning rate is a function of the step and the order of
+# images a function of the epoch, so both come back by themselves.
 
 
 # %%
@@ -875,7 +974,9 @@ from safetensors.torch import load_file, save_file
 
 
 def save_state(folder, step, net, optimizer):
-    """A folder a checkpoint; it gets its name when it is whole, and only then the older one goes."""
+    """A folder a checkpoint; it gets its name when it is whole, and only then the older one
+    goes.
+    """
     part = folder / f"step-{step:07}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -901,7 +1002,9 @@ def load_state(folder, net, optimizer):
 
 # %%
 def resumable(net, x, loss, folder, *, epochs, size=32, every=200, stop=None, prepare=ready):
-    """Train net on uint8 images x; go on where a checkpoint in `folder` says. `stop` plays the interruption."""
+    """Train net on uint8 images x; go on where a checkpoint in `folder` says. `stop` plays the
+    interruption.
+    """
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
     net.to(memory_format=torch.channels_last).train()
     a_pass, first = len(x) // size, load_state(folder, net, optimizer)
@@ -928,8 +1031,9 @@ def resumable(net, x, loss, folder, *, epochs, size=32, every=200, stop=None, pr
 
 
 # %% [markdown]
-# The proof: one run in one go; another one stopped in the middle of an epoch, and continued by a *new* network and optimizer that know only the folder. They must
-# be equal bit for bit. One thread, so that sums are taken in the same order.
+# The proof: one run in one go; another one stopped in the middle of an epoch, and continued by a
+# *new* network and optimizer that know only the folder. They must be equal bit for bit. One thread,
+# so that sums are taken in the same order.
 
 
 # %%
@@ -954,8 +1058,9 @@ pairs = zip(in_one_go.state_dict().values(), continued.state_dict().values(), st
 print("equal bit for bit:", all(torch.equal(a, b) for a, b in pairs))
 
 # %% [markdown]
-# Now the pair, at 32 by 32 pixels in three equal channels. The teacher is trained, asked once for its logits, and released; then two students,
-# one on labels and one on logits. In `full` the next cells do it: with `55000` images after `course data --full`, with the embedded `12000` otherwise.
+# Now the pair, at 32 by 32 pixels in three equal channels. The teacher is trained, asked once for
+# its logits, and released; then two students, one on labels and one on logits. In `full` the next
+# cells do it: with `55000` images after `course data --full`, with the embedded `12000` otherwise.
 # In every other profile they measure single steps and say how long it would take *you*.
 
 
@@ -974,7 +1079,9 @@ def logits_of(net, x, prepare, size=250):
 
 
 def train_pair(make_teacher, make_student, x, y, test, folder, *, epochs, prepare=colour, **how):
-    """Logits of teacher, hard student and distilled student for `test`. Each of the three runs can be resumed."""
+    """Logits of teacher, hard student and distilled student for `test`. Each of the three runs can
+    be resumed.
+    """
     go_on = functools.partial(resumable, x=x, epochs=epochs, prepare=prepare, **how)
     teacher = go_on(make_teacher(), loss=hard(y, 0.05), folder=folder / "teacher")
     found = {"teacher": logits_of(teacher, test, prepare)}
@@ -1023,7 +1130,8 @@ for name, make in (("ResNet-152", resnet152), ("MobileNetV3-large", mobilenet_v3
     measure.release()
 print({n: f"{REAL_BATCH / s:.0f} images a second" for n, s in step_of.items()})
 print(
-    f"expected here: {hours(step_of, 12_000):.1f} hours with 12,000 images, {hours(step_of, 55_000):.1f} with 55,000"
+    f"expected here: {hours(step_of, 12_000):.1f} hours with 12,000 images,"
+    f" {hours(step_of, 55_000):.1f} with 55,000"
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -1051,8 +1159,9 @@ else:
 claims.verdict("04.the_real_pair_is_close", real_pair)
 
 # %% [markdown]
-# If you interrupt it, run the cells again: each network goes on from its last checkpoint. One seed of each can't separate
-# the training's luck from the method; the interval is about the test images alone, and says little about another run.
+# If you interrupt it, run the cells again: each network goes on from its last checkpoint. One seed
+# of each can't separate the training's luck from the method; the interval is about the test images
+# alone, and says little about another run.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1088,9 +1197,10 @@ assert ways["probabilities as input"] < 0
 assert torch.isclose(ways["right"], ways["... and saying so"])
 
 # %% [markdown]
-# A target in logarithms gives *nan* unless `log_target=True` says so. Probabilities as input give a negative number that falls and falls: the
-# student "improves". The default reduction divides by the number of *classes* as well, here two; with
-# ten, the teacher has a tenth of the weight that your $\alpha$ says. Rule: a divergence of equal inputs is 0, of others positive; test both once.
+# A target in logarithms gives *nan* unless `log_target=True` says so. Probabilities as input give a
+# negative number that falls and falls: the student "improves". The default reduction divides by the
+# number of *classes* as well, here two; with ten, the teacher has a tenth of the weight that your
+# $\alpha$ says. Rule: a divergence of equal inputs is 0, of others positive; test both once.
 #
 # ## Myth: a teacher in train mode
 # `eval()` and `no_grad()` are forgotten often, and again nothing complains.
@@ -1118,12 +1228,13 @@ print("the graph more than doubles its memory:", with_graph > 2 * without)
 
 
 # %% [markdown]
-# In train mode BatchNorm takes mean and deviation from the batch. So the answer to an image depends on its neighbours, and each call moves the
-# running statistics: the teacher drifts while it teaches. The graph, which nobody needs, keeps all activations.
+# In train mode BatchNorm takes mean and deviation from the batch. So the answer to an image depends
+# on its neighbours, and each call moves the running statistics: the teacher drifts while it
+# teaches. The graph, which nobody needs, keeps all activations.
 #
 # ## Myth: T² forgotten, and an untrained teacher
-# You have seen both. Without T², at `T = 4` and `alpha = 0.9`, the teacher's part of the gradient shrinks sixteenfold; what does that cost
-# on noisy labels, where the teacher is needed?
+# You have seen both. Without T², at `T = 4` and `alpha = 0.9`, the teacher's part of the gradient
+# shrinks sixteenfold; what does that cost on noisy labels, where the teacher is needed?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1145,8 +1256,8 @@ print("untrained teacher minus hard labels:", gain("untrained"))
 
 # %% [markdown]
 # ## Myth: soft labels with one output
-# An example that circulates distils a regression with a single output, `nn.Linear(10, 1)`, by softmax and KL divergence. Softmax over one number is 1,
-# whatever the number.
+# An example that circulates distils a regression with a single output, `nn.Linear(10, 1)`, by
+# softmax and KL divergence. Softmax over one number is 1, whatever the number.
 
 # %%
 one_student = torch.randn(8, 1, requires_grad=True)
@@ -1160,16 +1271,18 @@ print(
 )
 
 # %% [markdown]
-# The loss is 0 and so is every gradient: nothing is learned, and the loss looks perfect. For a regression, match the number itself, by
-# squared error.
+# The loss is 0 and so is every gradient: nothing is learned, and the loss looks perfect. For a
+# regression, match the number itself, by squared error.
 #
 # ## Exercise C · a student under a budget, with wrong labels
-# Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28, 28)`, of whose labels 40% were
-# redrawn (this exercise's own rule, 2026), and the logits of a teacher, `(N, 10)`. It returns a network in eval mode with **at
-# most** `budget` parameters that gets three quarters of unseen images right. The budget is not always the same; it allows a
-# `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a fault in its kernels for four channels.)
-# `check` calls you twice, with two budgets and one torch thread. You have 20 seconds of an idle machine for the two networks, of
-# which 100 to 150 steps with 64 images each need a part.
+# Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28,
+# 28)`, of whose labels 40% were redrawn (this exercise's own rule, 2026), and the logits of a
+# teacher, `(N, 10)`. It returns a network in eval mode with **at most** `budget` parameters that
+# gets three quarters of unseen images right. The budget is not always the same; it allows a
+# `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a fault in its
+# kernels for four channels.) `check` calls you twice, with two budgets and one torch thread. You
+# have 20 seconds of an idle machine for the two networks, of which 100 to 150 steps with 64 images
+# each need a part.
 
 
 # %% tags=["exercise"]
@@ -1186,7 +1299,8 @@ exercises.check("04.C", distil)
 # The labels are wrong in every third case. Who knows better, and which `alpha` says so?
 
 # %% [markdown] tags=["hint"]
-# Use your `kd_loss` with `T = 4` and `alpha = 1`, SGD with a one-cycle schedule up to 0.1, eight epochs.
+# Use your `kd_loss` with `T = 4` and `alpha = 1`, SGD with a one-cycle schedule up to 0.1, eight
+# epochs.
 
 
 # %% tags=["solution"]
@@ -1289,13 +1403,15 @@ def distil(x, labels, teacher_logits, budget):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Let pairs compete for the smallest network that passes. Ask: with the labels ignored altogether (alpha 1), what would the
-# student do where the teacher is wrong? It copies the mistake; see *Break it*.
+# 20 minutes. Let pairs compete for the smallest network that passes. Ask: with the labels ignored
+# altogether (alpha 1), what would the student do where the teacher is wrong? It copies the mistake;
+# see *Break it*.
 
 # %% [markdown]
 # ## The tool of the field
-# torch has the loss: `nn.KLDivLoss`. NVIDIA's [Model Optimizer](https://github.com/NVIDIA/Model-Optimizer) (Linux) wraps a teacher and a student into one model and brings
-# `LogitsDistillationLoss`, T² included. Yours, torch's and theirs must agree.
+# torch has the loss: `nn.KLDivLoss`. NVIDIA's [Model
+# Optimizer](https://github.com/NVIDIA/Model-Optimizer) (Linux) wraps a teacher and a student into
+# one model and brings `LogitsDistillationLoss`, T² included. Yours, torch's and theirs must agree.
 
 # %% tags=["nbval-ignore-output"]
 ours = 16 * soft_loss(half_way, cached, 4)
@@ -1316,12 +1432,13 @@ else:
     print(machine.skip("package:modelopt", "Model Optimizer's distillation loss"))
 
 # %% [markdown]
-# They agree when it is told `batchmean`. Its default is `mean`, which divides by the number of classes, too: the trap of
-# `kl_div`'s default again, in a library of the field. That is a choice of scale and no error, as long as you know that the same
-# $\alpha$ then means another weight.
+# They agree when it is told `batchmean`. Its default is `mean`, which divides by the number of
+# classes, too: the trap of `kl_div`'s default again, in a library of the field. That is a choice of
+# scale and no error, as long as you know that the same $\alpha$ then means another weight.
 #
 # ## Break it
-# *A student too small.* A linear model of the pixels, one convolution, and width 8, all taught by the same informed teacher.
+# *A student too small.* A linear model of the pixels, one convolution, and width 8, all taught by
+# the same informed teacher.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1354,16 +1471,21 @@ for name, make, rates in (
         reached.append([score(net) for net in chosen])
     small_gain[name] = measure.paired_t(np.subtract(*reversed(reached)), "points")
 least = min(small_gain, key=lambda n: small_gain[n].value)
-plots.intervals(small_gain, xlabel="distilled minus hard labels (points)", same=None,
-                title=f"Least gain: {least}, {round(small_gain[least].value, 1) + 0.0:+.1f} points",
-                alt="Gain by distillation for three students, each with its interval.")  # fmt: skip
+plots.intervals(
+    small_gain,
+    xlabel="distilled minus hard labels (points)",
+    same=None,
+    title=f"Least gain: {least}, {round(small_gain[least].value, 1) + 0.0:+.1f} points",
+    alt="Gain by distillation for three students, each with its interval.",
+)
 claims.verdict("04.transfer_suits_every_model", small_gain[least])
 
 # %% [markdown]
-# A student gains only what it can express *and* has not learned from the labels anyway. If an interval touches zero on yours, "suits every model" is not
-# shown for that one.
+# A student gains only what it can express *and* has not learned from the labels anyway. If an
+# interval touches zero on yours, "suits every model" is not shown for that one.
 #
-# *A teacher that never saw the data.* Turn the images upside down. The labels stay right; the teacher has never met a shirt on its head, and answers all the same.
+# *A teacher that never saw the data.* Turn the images upside down. The labels stay right; the
+# teacher has never met a shirt on its head, and answers all the same.
 
 # %% tags=["nbval-ignore-output"]
 turned_x, turned_test = train_x.flip(2), test_x.flip(2)
@@ -1372,19 +1494,32 @@ arms = {"hard labels": hard(labels), "taught": distilled(labels, blind)}
 pupils = together({n: jobs_of(loss, range(3), x=turned_x) for n, loss in arms.items()})
 upside = {n: [score(net, turned_test) for net in nets] for n, nets in pupils.items()}
 teacher_now = score(baseline, turned_test)
-plots.seeds(upside, ylabel="accuracy upside down (%)",
-            title=f"The teacher gets {teacher_now:.0f}%, its pupils {np.mean(upside['taught']):.0f}%, pupils of the labels {np.mean(upside['hard labels']):.0f}%",
-            alt="Accuracy on images turned upside down: pupils of the labels and pupils of the teacher, and each seed's points joined.")  # fmt: skip
+plots.seeds(
+    upside,
+    ylabel="accuracy upside down (%)",
+    title=(
+        f"The teacher gets {teacher_now:.0f}%, its pupils {np.mean(upside['taught']):.0f}%, pupils"
+        f" of the labels {np.mean(upside['hard labels']):.0f}%"
+    ),
+    alt=(
+        "Accuracy on images turned upside down: pupils of the labels and pupils of the teacher, and"
+        " each seed's points joined."
+    ),
+)
 
 # %% [markdown]
-# The student trusts the teacher at nine tenths and inherits its errors. Softer is not wiser. Before you distil on new data, measure the teacher *there*, on
-# a few hundred labelled images; if it is worse than the labels, give it little weight or none.
+# The student trusts the teacher at nine tenths and inherits its errors. Softer is not wiser. Before
+# you distil on new data, measure the teacher *there*, on a few hundred labelled images; if it is
+# worse than the labels, give it little weight or none.
 #
 # ## Exit quiz
 # **1. A teacher trained on the student's own images and labels can pass on**
-# <details><summary>new facts about the test images</summary>It has seen none that the student has not.</details>
-# <details><summary>its own way of smoothing and ordering the classes</summary>Right; whether that helps, you measured.</details>
-# <details><summary>nothing, ever</summary>Its wrong-class probabilities are not in the labels; they may help or harm.</details>
+# <details><summary>new facts about the test images</summary>It has seen none that the student has
+# not.</details>
+# <details><summary>its own way of smoothing and ordering the classes</summary>Right; whether that
+# helps, you measured.</details>
+# <details><summary>nothing, ever</summary>Its wrong-class probabilities are not in the labels; they
+# may help or harm.</details>
 #
 # **2. T goes from 4 to 16, without T² in the loss. The teacher's gradient**
 # <details><summary>stays</summary>It would with the factor.</details>
@@ -1392,9 +1527,11 @@ plots.seeds(upside, ylabel="accuracy upside down (%)",
 # <details><summary>falls to a quarter</summary>That is one of the two factors 1/T only.</details>
 #
 # **3. The loss is −0.8 and falling. You have**
-# <details><summary>given probabilities where logarithms are due</summary>Right: a divergence can't be negative.</details>
+# <details><summary>given probabilities where logarithms are due</summary>Right: a divergence can't
+# be negative.</details>
 # <details><summary>a very good student</summary>The best possible divergence is 0.</details>
-# <details><summary>a temperature that is too high</summary>That changes the size, not the sign.</details>
+# <details><summary>a temperature that is too high</summary>That changes the size, not the
+# sign.</details>
 #
 # **4. FitNets with its published β loses to logits with a tuned T. You conclude**
 # <details><summary>logits are better</summary>One was tuned, the other was not.</details>
@@ -1402,20 +1539,30 @@ plots.seeds(upside, ylabel="accuracy upside down (%)",
 # <details><summary>the teacher is too small</summary>Nothing here speaks of that.</details>
 #
 # **5. Cached logits and mirrored training images:**
-# <details><summary>use the image's logits for both</summary>The teacher's answer to the mirrored image is another one.</details>
-# <details><summary>cache the answers to both</summary>Right: two rows an image are still little.</details>
-# <details><summary>then a cache is impossible</summary>With few fixed transformations it is not; with random crops it becomes large.</details>
+# <details><summary>use the image's logits for both</summary>The teacher's answer to the mirrored
+# image is another one.</details>
+# <details><summary>cache the answers to both</summary>Right: two rows an image are still
+# little.</details>
+# <details><summary>then a cache is impossible</summary>With few fixed transformations it is not;
+# with random crops it becomes large.</details>
 #
-# **Key points** · soft labels carry what the teacher knows beyond the labels, errors included · temperature acts on logits, T² keeps the weight · for large T
-# it is a squared error of logits · cache the teacher; eval, no gradient · a gain needs its controls: smoothing, a same-data teacher, as many
-# trials for each rival · measure the teacher on *your* data first.
+# **Key points** · soft labels carry what the teacher knows beyond the labels, errors included ·
+# temperature acts on logits, T² keeps the weight · for large T it is a squared error of logits ·
+# cache the teacher; eval, no gradient · a gain needs its controls: smoothing, a same-data teacher,
+# as many trials for each rival · measure the teacher on *your* data first.
 #
-# **Sources** · G. Hinton, O. Vinyals, J. Dean, *Distilling the Knowledge in a Neural Network*, 2015, [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) ·
-# A. Romero et al., *FitNets*, 2015, [arXiv 1412.6550](https://arxiv.org/abs/1412.6550) · S. Zagoruyko, N. Komodakis, *Paying More Attention to Attention*, 2017,
-# [arXiv 1612.03928](https://arxiv.org/abs/1612.03928) · T. Furlanello et al., *Born-Again Neural Networks*, 2018, [arXiv 1805.04770](https://arxiv.org/abs/1805.04770) ·
-# Y. Li et al., *Learning from Noisy Labels with Distillation*, 2017, [arXiv 1703.02391](https://arxiv.org/abs/1703.02391) · L. Yuan et al., *Revisiting Knowledge Distillation
-# via Label Smoothing Regularization*, 2020, [arXiv 1909.11723](https://arxiv.org/abs/1909.11723) · Y. Tian et al., *Contrastive Representation Distillation*, 2020, with
-# [RepDistiller](https://github.com/HobbitLong/RepDistiller) · the claims: 〈如何提升模型推理速度?深度学习优化全攻略〉 2025; 〈8.1 模型压缩与加速〉; 〈大模型的优化与加速技术〉.
+# **Sources** · G. Hinton, O. Vinyals, J. Dean, *Distilling the Knowledge in a Neural Network*,
+# 2015, [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) · A. Romero et al., *FitNets*, 2015,
+# [arXiv 1412.6550](https://arxiv.org/abs/1412.6550) · S. Zagoruyko, N. Komodakis, *Paying More
+# Attention to Attention*, 2017, [arXiv 1612.03928](https://arxiv.org/abs/1612.03928) · T.
+# Furlanello et al., *Born-Again Neural Networks*, 2018, [arXiv
+# 1805.04770](https://arxiv.org/abs/1805.04770) · Y. Li et al., *Learning from Noisy Labels with
+# Distillation*, 2017, [arXiv 1703.02391](https://arxiv.org/abs/1703.02391) · L. Yuan et al.,
+# *Revisiting Knowledge Distillation via Label Smoothing Regularization*, 2020, [arXiv
+# 1909.11723](https://arxiv.org/abs/1909.11723) · Y. Tian et al., *Contrastive Representation
+# Distillation*, 2020, with [RepDistiller](https://github.com/HobbitLong/RepDistiller) · the claims:
+# 〈如何提升模型推理速度?深度学习优化全攻略〉 2025; 〈8.1 模型压缩与加速〉; 〈大模型的优化与加速技术〉.
 #
-# **For the capstone** row 04 of your ledger, *distillation*, now says what a student gains, and on which teacher that depends.
-# Next: [05 · Quantization math](05_quantization_math.ipynb), where the network keeps its shape and its numbers lose bits.
+# **For the capstone** row 04 of your ledger, *distillation*, now says what a student gains, and on
+# which teacher that depends. Next: [05 · Quantization math](05_quantization_math.ipynb), where the
+# network keeps its shape and its numbers lose bits.

@@ -1,17 +1,20 @@
 # %% [markdown]
 # # 05 · Quantization math
 #
-# **What does a number lose when it gets only a few bits, and can you know it before you run anything?**
+# **What does a number lose when it gets only a few bits, and can you know it before you run
+# anything?**
 #
 # After this chapter you can
 # - *compute* a scale and a zero-point by hand, and say which error they allow,
-# - *predict* the signal-to-noise ratio of a quantized tensor from its range, and say when the prediction breaks,
+# - *predict* the signal-to-noise ratio of a quantized tensor from its range, and say when the
+#   prediction breaks,
 # - *write* a linear layer that uses integers from its input to its output,
 # - *choose* a clipping range by four methods and defend the choice,
-# - *compare* quantization with its rivals (codebook, Huffman code, low rank) by the bytes of real files.
+# - *compare* quantization with its rivals (codebook, Huffman code, low rank) by the bytes of real
+#   files.
 #
-# 90 minutes, 75 without the two parts called *Further* · before this: 01 Measurement, and the idea of a trained network
-# from 02 · runs on any CPU
+# 90 minutes, 75 without the two parts called *Further* · before this: 01 Measurement, and the idea
+# of a trained network from 02 · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -36,20 +39,26 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. In chapter 1 a comparison gave a speed-up of 1.04 with the interval [0.98, 1.11]. Which of the four verdicts is it?
-#    <details><summary>Answer</summary>Inconclusive. The interval holds 1, so neither arm is known to be faster, and it reaches
-#    beyond ±3%, so "no difference" would claim too much.</details>
-# 2. Chapter 2 split the data three ways. On which part do you choose a clipping range, and on which do you report?
-#    <details><summary>Answer</summary>You choose on validation images (or on training images, where only ranges are read off).
-#    The test images are for the verdict alone: a choice made on them would flatter itself.</details>
-# 3. In chapter 3 (if you took it) nine weights of ten were set to zero. How much smaller did the saved file become?
-#    <details><summary>Answer</summary>Not at all: a zero in fp32 takes four bytes like any other number. Today you meet the two
-#    things that make a file smaller: fewer bits for each number, and a code that spends few bits on frequent ones.</details>
+# 1. In chapter 1 a comparison gave a speed-up of 1.04 with the interval [0.98, 1.11]. Which of the
+#    four verdicts is it?
+#    <details><summary>Answer</summary>Inconclusive. The interval holds 1, so neither arm is known
+#    to be faster, and it reaches beyond ±3%, so "no difference" would claim too much.</details>
+# 2. Chapter 2 split the data three ways. On which part do you choose a clipping range, and on which
+#    do you report?
+#    <details><summary>Answer</summary>You choose on validation images (or on training images, where
+#    only ranges are read off). The test images are for the verdict alone: a choice made on them
+#    would flatter itself.</details>
+# 3. In chapter 3 (if you took it) nine weights of ten were set to zero. How much smaller did the
+#    saved file become?
+#    <details><summary>Answer</summary>Not at all: a zero in fp32 takes four bytes like any other
+#    number. Today you meet the two things that make a file smaller: fewer bits for each number, and
+#    a code that spends few bits on frequent ones.</details>
 
 # %% [markdown]
 # ## Predict
-# The course's trained network stores every weight in 32 bits. Rounded to fewer bits it will at some point fail.
-# Take one scale for each output channel: down to how many bits does the network stay within one point of its accuracy?
+# The course's trained network stores every weight in 32 bits. Rounded to fewer bits it will at some
+# point fail. Take one scale for each output channel: down to how many bits does the network stay
+# within one point of its accuracy?
 
 # %%
 my_guess = ...  # a number of bits, for example 6
@@ -57,8 +66,8 @@ exercises.predict("05.fewest_bits", my_guess)
 
 # %% [markdown]
 # ## From scratch: counting steps
-# Four weights, three bits. Three bits can tell eight things apart, so there are seven steps from the smallest weight to the
-# largest.
+# Four weights, three bits. Three bits can tell eight things apart, so there are seven steps from
+# the smallest weight to the largest.
 
 # %%
 w = torch.tensor([-0.6, -0.07, 0.25, 0.8])
@@ -71,12 +80,13 @@ print("back     ", [round(v, 2) for v in back.tolist()])
 print("error    ", [round(v, 2) for v in (back - w).tolist()])
 
 # %% [markdown]
-# The width of one step is the *scale* $s$. What is stored is the number of steps, the *code*. Rounding moves a weight by at
-# most half a step, so no error can exceed $s/2$, here 0.1. That is the *error bound*, and it holds for every number between
-# the two ends.
+# The width of one step is the *scale* $s$. What is stored is the number of steps, the *code*.
+# Rounding moves a weight by at most half a step, so no error can exceed $s/2$, here 0.1. That is
+# the *error bound*, and it holds for every number between the two ends.
 #
-# You may know the same map as *min–max normalisation*: bring the weights to the interval from 0 to 1, then multiply by the
-# largest code and round. The division by the range happens first instead of last; nothing else differs.
+# You may know the same map as *min–max normalisation*: bring the weights to the interval from 0 to
+# 1, then multiply by the largest code and round. The division by the range happens first instead of
+# last; nothing else differs.
 
 # %%
 normalised = (w - w.min()) / (w.max() - w.min())
@@ -87,17 +97,20 @@ start = float(shifted.min() / scale)
 print(f"0.0 lies {-start:.1f} steps from the left end")
 
 # %% [markdown]
-# The second line is a problem. After the shift, zero lies *between* two codes, so no code stands for it. Zero is not any
-# number: padding is made of zeros, a ReLU gives zeros, pruned weights are zeros. A small error on each of them adds up.
+# The second line is a problem. After the shift, zero lies *between* two codes, so no code stands
+# for it. Zero is not any number: padding is made of zeros, a ReLU gives zeros, pruned weights are
+# zeros. A small error on each of them adds up.
 #
-# So the grid is moved until zero is on it. The code that means 0.0 is the *zero-point* $z$, an integer:
+# So the grid is moved until zero is on it. The code that means 0.0 is the *zero-point* $z$, an
+# integer:
 #
 # $$q = \mathrm{clamp}\bigl(\mathrm{round}(x/s) + z,\; q_{min},\; q_{max}\bigr), \qquad \hat x = s\,(q - z)$$
 #
-# Here $x$ is a number, $q$ its code, $\hat x$ what comes back; $q_{min}$ and $q_{max}$ are the smallest and the largest
-# code, 0 and $2^b - 1$ for $b$ bits. The clamp is called *saturation*: what lies beyond the last code gets the last code.
-# A grid whose zero-point is free is *affine*. A grid with $z = 0$ and as many codes below zero as above is *symmetric*; of the
-# even number of codes it leaves one unused.
+# Here $x$ is a number, $q$ its code, $\hat x$ what comes back; $q_{min}$ and $q_{max}$ are the
+# smallest and the largest code, 0 and $2^b - 1$ for $b$ bits. The clamp is called *saturation*:
+# what lies beyond the last code gets the last code. A grid whose zero-point is free is *affine*. A
+# grid with $z = 0$ and as many codes below zero as above is *symmetric*; of the even number of
+# codes it leaves one unused.
 
 
 # %%
@@ -111,7 +124,9 @@ def affine_grid(rows, bits):
 
 
 def symmetric_grid(rows, bits):
-    """A scale for each row of `rows` (R, N); the zero-point is 0, the codes run from -(2^(bits-1)-1) to the same above."""
+    """A scale for each row of `rows` (R, N); the zero-point is 0, the codes run from
+    -(2^(bits-1)-1) to the same above.
+    """
     top = 2 ** (bits - 1) - 1
     scale = F.pad(rows, (0, 1)).abs().amax(1, keepdim=True) / top
     return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale), -top, top
@@ -133,7 +148,8 @@ def dequantize(codes, scale, zero_point):
 
 
 # %% [markdown]
-# A function like this is judged by its edges. Look at each line before you read on: what would you have expected?
+# A function like this is judged by its edges. Look at each line before you read on: what would you
+# have expected?
 
 
 # %%
@@ -159,13 +175,15 @@ with exercises.fails(ValueError):
     quantize(torch.tensor([1.0, float("nan"), float("inf")]), *one)
 
 # %% [markdown]
-# Ties go to the *even* neighbour: always rounding them up would push every mean up. One-sided tensors put the zero-point at
-# an end, and equal values survive because the range reaches down to zero. NaN and infinity are refused. A library that
-# accepts a NaN has to invent a code for it; *The tool of the field* shows which.
+# Ties go to the *even* neighbour: always rounding them up would push every mean up. One-sided
+# tensors put the zero-point at an end, and equal values survive because the range reaches down to
+# zero. NaN and infinity are refused. A library that accepts a NaN has to invent a code for it; *The
+# tool of the field* shows which.
 
 # %% [markdown]
 # ## Measure: inside the range and outside it
-# The bound has two halves. Send a ramp of numbers through a `4`-bit grid made for the range from −1 to 1, and go beyond it.
+# The bound has two halves. Send a ramp of numbers through a `4`-bit grid made for the range from −1
+# to 1, and go beyond it.
 
 # %% tags=["nbval-ignore-output"]
 ramp = torch.linspace(-1.6, 1.6, 1601)
@@ -174,9 +192,13 @@ error = (dequantize(quantize(ramp[None], *grid), *grid[:2])[0] - ramp).numpy()
 half, inside = float(grid[0]) / 2, ramp.abs().numpy() <= 1 + 1e-6
 
 figure, ax = plots.axes(
-    "number x", "error after the round trip",
-    title=f"Inside at most {np.abs(error[inside]).max():.3f} (half a step is {half:.3f}), outside up to {np.abs(error).max():.2f}",
-)  # fmt: skip
+    "number x",
+    "error after the round trip",
+    title=(
+        f"Inside at most {np.abs(error[inside]).max():.3f} (half a step is {half:.3f}), outside up"
+        f" to {np.abs(error).max():.2f}"
+    ),
+)
 ax.axvspan(-1, 1, color="0.92", label="the range")
 ax.plot(ramp, error, color=plots.COLOURS[0])
 ax.axhline(half, color="0.4", linestyle="--", linewidth=1, label="half a step")
@@ -184,20 +206,23 @@ ax.axhline(-half, color="0.4", linestyle="--", linewidth=1)
 ax.legend()
 plots.show(
     figure,
-    "The error is a sawtooth within half a step inside the range and grows as a straight line outside it.",
+    "The error is a sawtooth within half a step inside the range and grows as a straight line"
+    " outside it.",
 )
 
 # %% [markdown]
-# Between the two ends the error is a sawtooth that never leaves the dashed lines: *rounding error*. Beyond them it grows
-# without bound, one for one with the number: *clipping error*. Everything in this chapter trades one for the other. A wider
-# range means wider teeth, a narrower range means more numbers out on the slopes.
+# Between the two ends the error is a sawtooth that never leaves the dashed lines: *rounding error*.
+# Beyond them it grows without bound, one for one with the number: *clipping error*. Everything in
+# this chapter trades one for the other. A wider range means wider teeth, a narrower range means
+# more numbers out on the slopes.
 
 # %% [markdown]
 # ## Measure: does each bit buy six decibels?
-# The sawtooth has a size you can compute. If a number is equally likely to fall anywhere in a step, its error is uniform
-# between $-s/2$ and $s/2$, and the mean squared error is $s^2/12$. One bit more halves $s$ and so divides the squared error
-# by four. In decibels that is $10\log_{10}4 = 6.02$, the *six-decibel rule* (Bennett 1948). The ratio of the signal's power to the
-# error's power is the *SQNR*, the signal-to-quantization-noise ratio.
+# The sawtooth has a size you can compute. If a number is equally likely to fall anywhere in a step,
+# its error is uniform between $-s/2$ and $s/2$, and the mean squared error is $s^2/12$. One bit
+# more halves $s$ and so divides the squared error by four. In decibels that is $10\log_{10}4 =
+# 6.02$, the *six-decibel rule* (Bennett 1948). The ratio of the signal's power to the error's power
+# is the *SQNR*, the signal-to-quantization-noise ratio.
 
 # %% tags=["nbval-ignore-output"]
 model = models.baseline()
@@ -233,7 +258,10 @@ figure, ax = plots.axes(
     "bits",
     "SQNR (dB)",
     height=3.8,
-    title=f"Theory is off by {gap[bits >= 8].max():.2f} dB at most from 8 bits on, by up to {gap.max():.0f} dB below",
+    title=(
+        f"Theory is off by {gap[bits >= 8].max():.2f} dB at most from 8 bits on, by up to"
+        f" {gap.max():.0f} dB below"
+    ),
 )
 for i, name in enumerate(tensors):
     ax.plot(bits, theory[name], linestyle="--", color=plots.COLOURS[i], linewidth=1)
@@ -242,16 +270,18 @@ ax.plot([], [], linestyle="--", color="0.4", label="theory: $s^2/12$")
 ax.legend()
 plots.show(
     figure,
-    "SQNR against bits for three tensors: measured points on dashed straight theory lines, lower for the tensor with an outlier.",
+    "SQNR against bits for three tensors: measured points on dashed straight theory lines, lower"
+    " for the tensor with an outlier.",
 )
 
 # %% [markdown]
-# All three tensors climb with the same slope; they differ in height. The height is set by the ratio of the range to the
-# typical size of a number: the outlier stretches the range, so it costs all the others some bits at every width. At few bits
-# the points leave the dashed lines, because then most weights share one or two codes and their error is no longer uniform in a step.
+# All three tensors climb with the same slope; they differ in height. The height is set by the ratio
+# of the range to the typical size of a number: the outlier stretches the range, so it costs all the
+# others some bits at every width. At few bits the points leave the dashed lines, because then most
+# weights share one or two codes and their error is no longer uniform in a step.
 #
-# The claim is about the slope. Fit it from four bits on, one fit for each layer of the network, and treat the ten layers as
-# the sample.
+# The claim is about the slope. Fit it from four bits on, one fit for each layer of the network, and
+# treat the ten layers as the sample.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -267,23 +297,28 @@ for x in weights.values():
     slopes.append(np.polyfit(fit, curve, 1)[0])
 exact = np.polyfit(fit, [20 * math.log10(2**b - 1) for b in fit], 1)[0]
 print(
-    f"theory with 2^b codes: 6.02 dB a bit; with the 2^b - 1 steps between them: {exact:.2f} dB a bit"
+    f"theory with 2^b codes: 6.02 dB a bit; with the 2^b - 1 steps between them: {exact:.2f} dB"
+    " a bit"
 )
 claims.verdict("05.six_db_a_bit", measure.paired_t(slopes, "dB"))
 
 # %% [markdown]
-# Why a little above 6.02? Because $2^b$ codes have only $2^b - 1$ steps between them. From four bits to five the step shrinks to
-# $15/31$ of itself, a little less than half. The line printed above the verdict has the slope that this predicts.
+# Why a little above 6.02? Because $2^b$ codes have only $2^b - 1$ steps between them. From four
+# bits to five the step shrinks to $15/31$ of itself, a little less than half. The line printed
+# above the verdict has the slope that this predicts.
 
 # %% [markdown]
 # ## Measure: who shares a scale?
-# One scale for a whole tensor is set by its largest weight, wherever it sits. Give each output channel its own scale, or
-# each group of 32 neighbours, and an outlier costs its own row only. This choice is called the *granularity*.
+# One scale for a whole tensor is set by its largest weight, wherever it sits. Give each output
+# channel its own scale, or each group of 32 neighbours, and an outlier costs its own row only. This
+# choice is called the *granularity*.
 
 
 # %%
 def rows_of(w, granularity, group=32):
-    """The weight as rows that share one scale. A channel that groups of 32 do not divide stays one row."""
+    """The weight as rows that share one scale. A channel that groups of 32 do not divide stays one
+    row.
+    """
     if granularity == "tensor":
         return w.reshape(1, -1)
     if granularity == "channel" or w[0].numel() % group:
@@ -323,17 +358,24 @@ points = {
 near = [b for b, a in zip(widths, points["channel"], strict=True) if a >= 100 * full_precision - 1]
 fewest = min(near, default=32)
 plots.lines(
-    widths, points, xlabel="bits for a weight (symmetric grid)", ylabel="accuracy on validation images (%)",
+    widths,
+    points,
+    xlabel="bits for a weight (symmetric grid)",
+    ylabel="accuracy on validation images (%)",
     title=f"One scale a channel: within a point of fp32 down to {fewest} bits",
     reference=(100 * full_precision, "fp32"),
-    alt="Accuracy against bits for one scale a tensor, a channel and a group: flat at many bits, then a cliff, at more bits for coarser scales.",
-)  # fmt: skip
+    alt=(
+        "Accuracy against bits for one scale a tensor, a channel and a group: flat at many bits,"
+        " then a cliff, at more bits for coarser scales."
+    ),
+)
 exercises.reveal("05.fewest_bits", fewest, "bits")
 
 # %% [markdown]
-# The decibels fell evenly; the accuracy does not. It stays flat over several bits and then drops off a cliff. A network
-# tolerates noise up to a point, so a rule about noise tells you how far you are from the cliff, never how steep it is.
-# The finer the granularity, the fewer bits the cliff is at. Test images give the verdict, at four bits.
+# The decibels fell evenly; the accuracy does not. It stays flat over several bits and then drops
+# off a cliff. A network tolerates noise up to a point, so a rule about noise tells you how far you
+# are from the cliff, never how steep it is. The finer the granularity, the fewer bits the cliff is
+# at. Test images give the verdict, at four bits.
 
 # %% tags=["nbval-ignore-output"]
 test_images, test_labels = (t[:TEST] for t in data.fashion_mnist("test"))
@@ -354,8 +396,9 @@ claims.verdict(
 
 # %% [markdown]
 # ## Measure: the file
-# Fake-quantized weights are fp32 numbers: saved as they are, they save nothing. To shrink the file you must store the codes
-# in one byte each, with the scales beside them, and leave BatchNorm and the biases in fp32.
+# Fake-quantized weights are fp32 numbers: saved as they are, they save nothing. To shrink the file
+# you must store the codes in one byte each, with the scales beside them, and leave BatchNorm and
+# the biases in fp32.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -369,7 +412,9 @@ def int8_parts(w):
 
 
 def file_of(encode, network=model):
-    """Bytes of the saved network whose weights went through `encode`, and the weights as they come back."""
+    """Bytes of the saved network whose weights went through `encode`, and the weights as they come
+    back.
+    """
     state, restored = {}, {}
     for name, t in network.state_dict().items():
         if t.dim() < 2:
@@ -393,18 +438,21 @@ for name, network in {"ResNet-18": resnet18(), "the course's network": model}.it
 claims.verdict("05.four_times_smaller", ratio)
 
 # %% [markdown]
-# Both ratios fall short of four, and the small network's more so. What keeps them below is everything that did not shrink: the
-# scales, the BatchNorm numbers, the header with the names. In a network of millions of weights this remainder hardly shows;
-# in a small one, or with a scale for every few weights, it does. The verdict is about the small one.
+# Both ratios fall short of four, and the small network's more so. What keeps them below is
+# everything that did not shrink: the scales, the BatchNorm numbers, the header with the names. In a
+# network of millions of weights this remainder hardly shows; in a small one, or with a scale for
+# every few weights, it does. The verdict is about the small one.
 
 # %% [markdown]
 # ## Measure: where to clip
-# Weights are known, so their range is known. Activations are not: you look at some batches and fix a range before you
-# deploy. That is *calibration*. Four methods are in wide use. Each answers one question: where should the range end?
+# Weights are known, so their range is known. Activations are not: you look at some batches and fix
+# a range before you deploy. That is *calibration*. Four methods are in wide use. Each answers one
+# question: where should the range end?
 # - *Maximum*: at the largest value seen.
 # - *Percentile*: where only a thousandth of the values lies beyond.
 # - *Squared error*: where the measured error of the round trip is smallest.
-# - *Entropy*: where the histogram of the quantized values tells least apart from the original one (Migacz 2017).
+# - *Entropy*: where the histogram of the quantized values tells least apart from the original one
+#   (Migacz 2017).
 
 
 # %%
@@ -428,10 +476,11 @@ def by_squared_error(x, bits):
 
 
 # %% [markdown]
-# The entropy method needs more lines. For each candidate range it builds two histograms: $P$, in which everything
-# beyond the range is pushed into the last bin, and $Q$, which has only $2^b$ different heights. It keeps the range with the
-# smallest *Kullback–Leibler divergence* $\sum P \log(P/Q)$: how many surprises you would meet if you believed $Q$ and saw $P$.
-# Zeros are left out: a ReLU makes so many of them that they would decide alone, and a zero is exact at any range.
+# The entropy method needs more lines. For each candidate range it builds two histograms: $P$, in
+# which everything beyond the range is pushed into the last bin, and $Q$, which has only $2^b$
+# different heights. It keeps the range with the smallest *Kullback–Leibler divergence* $\sum P
+# \log(P/Q)$: how many surprises you would meet if you believed $Q$ and saw $P$. Zeros are left out:
+# a ReLU makes so many of them that they would decide alone, and a zero is exact at any range.
 
 
 # %%
@@ -461,9 +510,10 @@ METHODS = {
 }
 
 # %% [markdown]
-# First numbers whose law is known: Laplace, with mean size 1. Banner et al. (2019) derive the error of clipping them at $c$:
-# $2e^{-c}$ for what lies beyond, plus the rounding error $s^2/12$, where the step $s$ grows with $c$. Then one real tensor, what a ReLU of the network gives
-# for training images.
+# First numbers whose law is known: Laplace, with mean size 1. Banner et al. (2019) derive the error
+# of clipping them at $c$: $2e^{-c}$ for what lies beyond, plus the rounding error $s^2/12$, where
+# the step $s$ grows with $c$. Then one real tensor, what a ReLU of the network gives for training
+# images.
 
 # %%
 torch.manual_seed(1)
@@ -486,8 +536,15 @@ relu = seen[relus[1]]
 shares = torch.linspace(0.1, 1, 37)
 curve = [float((clipped(relu, s * relu.max(), 3) - relu).square().mean()) for s in shares]
 
-figure, panels = plots.axes("clip", "mean squared error", title=f"Laplace: best clip {clips[np.argmin(found)]:.1f} measured, "
-                            f"{clips[theory.argmin()]:.1f} in theory; a ReLU's: {shares[np.argmin(curve)]:.2f} of its maximum", columns=2)  # fmt: skip
+figure, panels = plots.axes(
+    "clip",
+    "mean squared error",
+    title=(
+        f"Laplace: best clip {clips[np.argmin(found)]:.1f} measured, {clips[theory.argmin()]:.1f}"
+        f" in theory; a ReLU's: {shares[np.argmin(curve)]:.2f} of its maximum"
+    ),
+    columns=2,
+)
 panels[0].plot(clips, theory, "--", color="0.4", label="theory")
 panels[0].plot(
     clips, found, "o", color=plots.COLOURS[0], markersize=4, label="measured, Laplace, 4 bits"
@@ -500,13 +557,18 @@ for i, (name, method) in enumerate(METHODS.items()):
 for panel in panels:
     panel.set_yscale("log")
     panel.legend(fontsize=8, loc="upper center")
-plots.show(figure, "Squared error against the clip: a valley between clipping error on the left and rounding error on the right, for Laplace numbers on the "
-           "theory's curve and for a ReLU's output with the choices of four calibration methods marked.")  # fmt: skip
+plots.show(
+    figure,
+    "Squared error against the clip: a valley between clipping error on the left and rounding error"
+    " on the right, for Laplace numbers on the theory's curve and for a ReLU's output with the"
+    " choices of four calibration methods marked.",
+)
 
 # %% [markdown]
-# Both curves are valleys. On the left slope clipping error rules, on the right slope rounding error, and the bottom lies far
-# below the maximum: a rare large value is not worth a wide step for all the others. The theory finds the same bottom.
-# Does it matter for accuracy? Every ReLU's output goes through its own grid now, the weights stay fp32.
+# Both curves are valleys. On the left slope clipping error rules, on the right slope rounding
+# error, and the bottom lies far below the maximum: a rare large value is not worth a wide step for
+# all the others. The theory finds the same bottom. Does it matter for accuracy? Every ReLU's output
+# goes through its own grid now, the weights stay fp32.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -523,20 +585,26 @@ def accuracy_clipped(method, bits):
 by_method = {name: 100 * accuracy_clipped(method, 3) for name, method in METHODS.items()}
 ahead = max(by_method, key=by_method.get)
 plots.bars(
-    {"fp32 activations": 100 * training.accuracy(model, images[:1000], labels[:1000])} | by_method, ylabel="accuracy on validation images (%), activations in 3 bits",
-    title=f"{ahead.capitalize()} leads the plain maximum by {by_method[ahead] - by_method['maximum']:.1f} points",
+    {"fp32 activations": 100 * training.accuracy(model, images[:1000], labels[:1000])} | by_method,
+    ylabel="accuracy on validation images (%), activations in 3 bits",
+    title=(
+        f"{ahead.capitalize()} leads the plain maximum by"
+        f" {by_method[ahead] - by_method['maximum']:.1f} points"
+    ),
     alt="Accuracy with 3-bit activations for the four calibration methods and for fp32.",
-)  # fmt: skip
+)
 
 # %% [markdown]
-# At three bits the method decides. Run `accuracy_clipped(by_maximum, 8)` in a cell of your own: at eight bits the
-# steps are so fine that hardly any choice of range can hurt, which is why the plain maximum
-# keeps its good name. Mind that it can only grow with more calibration images, while the other three settle.
+# At three bits the method decides. Run `accuracy_clipped(by_maximum, 8)` in a cell of your own: at
+# eight bits the steps are so fine that hardly any choice of range can hurt, which is why the plain
+# maximum keeps its good name. Mind that it can only grow with more calibration images, while the
+# other three settle.
 
 # %% [markdown]
 # ## From scratch: an explorer
-# Four knobs are on the table: bits, scheme, granularity, clip. Move them and watch the codes (ticks below the histogram)
-# spread over the weights of one layer. Without a running Jupyter kernel you see no sliders; the figure after them says the same.
+# Four knobs are on the table: bits, scheme, granularity, clip. Move them and watch the codes (ticks
+# below the histogram) spread over the weights of one layer. Without a running Jupyter kernel you
+# see no sliders; the figure after them says the same.
 
 # %%
 knobs = {
@@ -548,7 +616,9 @@ explored = weights["stages.1.conv1.weight"]
 
 
 def explore(bits, scheme, granularity, clip):
-    """SQNR in dB of the explored layer, the range of each row cut to `clip` of its largest size; also what came back."""
+    """SQNR in dB of the explored layer, the range of each row cut to `clip` of its largest size;
+    also what came back.
+    """
     rows = rows_of(explored, granularity)
     end = clip * rows.abs().amax(1, keepdim=True)
     grid = knobs["scheme"][scheme](rows.clamp(-end, end), bits)
@@ -589,9 +659,15 @@ grid_of = {
 }
 best = max((k for k in grid_of if k[2] == 4), key=lambda k: max(grid_of[k]))
 figure, panels = plots.axes(
-    "clip (share of the largest size)", "SQNR (dB)", columns=2, height=3.6,
-    title=f"At 4 bits the best is {best[0]}, one scale a {best[1]}, clipped at {ends[np.argmax(grid_of[best])]:.2f}: {max(grid_of[best]):.1f} dB",
-)  # fmt: skip
+    "clip (share of the largest size)",
+    "SQNR (dB)",
+    columns=2,
+    height=3.6,
+    title=(
+        f"At 4 bits the best is {best[0]}, one scale a {best[1]}, clipped at"
+        f" {ends[np.argmax(grid_of[best])]:.2f}: {max(grid_of[best]):.1f} dB"
+    ),
+)
 for panel, scheme in zip(panels, knobs["scheme"], strict=True):
     for i, b in enumerate((8, 4, 3)):
         for g, style in (("tensor", "-"), ("group", "--")):
@@ -603,18 +679,21 @@ panels[1].set_ylim(panels[0].get_ylim())
 panels[0].legend(fontsize=7)
 plots.show(
     figure,
-    "SQNR against the clip for 3, 4 and 8 bits, whole tensor and groups, in two panels for the symmetric and the affine scheme.",
+    "SQNR against the clip for 3, 4 and 8 bits, whole tensor and groups, in two panels for the"
+    " symmetric and the affine scheme.",
 )
 
 # %% [markdown]
-# Read along one curve: with few bits it rises to a peak and falls, and the peak is the best clip. With eight bits it climbs
-# almost to the right end, since rounding costs little there and clipping is all that is left to lose. A group has few
-# weights and so hardly any outliers: clipping has less to give it.
+# Read along one curve: with few bits it rises to a peak and falls, and the peak is the best clip.
+# With eight bits it climbs almost to the right end, since rounding costs little there and clipping
+# is all that is left to lose. A group has few weights and so hardly any outliers: clipping has less
+# to give it.
 
 # %% [markdown]
 # ## From scratch: a linear layer in integers
-# So far the codes were turned back into fp32 before any arithmetic. Hardware earns its speed by *not* doing that.
-# A linear layer sums products $x_k w_k$ over $K$ inputs. Put $x = s_x(q_x - z_x)$ and $w = s_w(q_w - z_w)$ into it:
+# So far the codes were turned back into fp32 before any arithmetic. Hardware earns its speed by
+# *not* doing that. A linear layer sums products $x_k w_k$ over $K$ inputs. Put $x = s_x(q_x - z_x)$
+# and $w = s_w(q_w - z_w)$ into it:
 #
 # $$\sum_k x_k w_k = s_x s_w \Bigl(\underbrace{\textstyle\sum q_x q_w}_{\text{the product}} - z_w\!\underbrace{\textstyle\sum q_x}_{\text{row sum}}
 # - z_x\!\underbrace{\textstyle\sum q_w}_{\text{column sum}} + K z_x z_w\Bigr)$$
@@ -637,12 +716,14 @@ print("product, row sum, column sum, constant:", [int(t) for t in terms])
 print("their sum:", int(sum(terms)), " computed directly:", int(direct))
 
 # %% [markdown]
-# How large can the bracket get? Both differences stay within ±255, so a product stays within ±65,025, and $K$ of them
-# are added. The *accumulator* has 32 bits, which is enough for $K$ up to 33,000 even in the worst case.
+# How large can the bracket get? Both differences stay within ±255, so a product stays within
+# ±65,025, and $K$ of them are added. The *accumulator* has 32 bits, which is enough for $K$ up to
+# 33,000 even in the worst case.
 #
-# The result must become an 8-bit code again, for the next layer. Its scale is $s_y$, so the accumulator has to be multiplied by
-# $M = s_x s_w / s_y$, a real number. Integers can do that too (Jacob et al. 2018): write $M$ as a 31-bit integer $m_0$ over a power of two,
-# multiply in 64 bits, add one half, shift right. This step is *requantization*.
+# The result must become an 8-bit code again, for the next layer. Its scale is $s_y$, so the
+# accumulator has to be multiplied by $M = s_x s_w / s_y$, a real number. Integers can do that too
+# (Jacob et al. 2018): write $M$ as a 31-bit integer $m_0$ over a power of two, multiply in 64 bits,
+# add one half, shift right. This step is *requantization*.
 
 
 # %%
@@ -654,7 +735,9 @@ def fixed_point(multiplier):
 
 
 def requantize(accumulator, m0, shift, zero_point):
-    """int32 sums → codes 0 … 255, in integers: multiply, add half, shift, add the zero-point, saturate."""
+    """int32 sums → codes 0 … 255, in integers: multiply, add half, shift, add the zero-point,
+    saturate.
+    """
     rounded = (accumulator.to(torch.int64) * m0 + (1 << (shift - 1))) >> shift
     return (rounded + zero_point).clamp(0, 255).to(torch.uint8)
 
@@ -665,9 +748,9 @@ sums = torch.tensor([1000, -1000, 10**9], dtype=torch.int32)
 print("1000, -1000 and 10**9 become", requantize(sums, m0, shift, 100).tolist())
 
 # %% [markdown]
-# Now the network's own last layer, on real features. The judge is ONNX, the exchange format whose operators are
-# defined in a standard and in a *reference implementation* in plain numpy. `MatMulInteger` gives the accumulators,
-# `QLinearMatMul` the codes.
+# Now the network's own last layer, on real features. The judge is ONNX, the exchange format whose
+# operators are defined in a standard and in a *reference implementation* in plain numpy.
+# `MatMulInteger` gives the accumulators, `QLinearMatMul` the codes.
 
 # %%
 from onnx import helper
@@ -697,7 +780,9 @@ def onnx_reference(operator, *inputs, output_type, **attributes):
 
 # %%
 def last_layer(pictures):
-    """What goes into the network's last layer and what comes out: features (N, 128), logits (N, 10)."""
+    """What goes into the network's last layer and what comes out: features (N, 128), logits (N,
+    10).
+    """
     seen = []
     hook = model.fc.register_forward_hook(lambda m, inputs, y: seen.append((inputs[0], y)))
     training.predict(model, pictures)
@@ -742,14 +827,16 @@ print(f"codes unlike QLinearMatMul's: {int((difference > 0).sum())} of {differen
 print(f"same class as the fp32 layer: {100 * same:.2f}% of {len(features)} images")
 
 # %% [markdown]
-# The accumulators must be equal, since integers leave no room for rounding. The codes may differ by one: `QLinearMatMul` does its
-# requantization in floating point, and a sum that lands next to a tie can fall to either side. Such sums are rare.
+# The accumulators must be equal, since integers leave no room for rounding. The codes may differ by
+# one: `QLinearMatMul` does its requantization in floating point, and a sum that lands next to a tie
+# can fall to either side. Such sums are rare.
 
 # %% [markdown]
 # ## From scratch: Further · grids that are not even
-# Weights crowd around zero. Why should the codes be spread evenly? A *codebook* stores any $2^b$ values and a code says which
-# one; *k-means* finds the values by turns: each weight goes to its nearest value, each value moves to the mean of its weights
-# (Lloyd 1982). A *logarithmic* grid takes powers of two, so that a multiplication becomes a shift.
+# Weights crowd around zero. Why should the codes be spread evenly? A *codebook* stores any $2^b$
+# values and a code says which one; *k-means* finds the values by turns: each weight goes to its
+# nearest value, each value moves to the mean of its weights (Lloyd 1982). A *logarithmic* grid
+# takes powers of two, so that a multiplication becomes a shift.
 
 
 # %%
@@ -780,9 +867,9 @@ gaps = values.diff()
 print(len(values), "values; gaps grow outwards:", bool(gaps[0] > gaps[7] < gaps[-1]))
 
 # %% [markdown]
-# At the far end stand two grids with almost no codes. *Binary*: a sign, times the mean size of the row, which is the best factor in the
-# sense of squares (Rastegari et al. 2016). *Ternary*: zero below a threshold of `0.7` times the mean size, a sign above it (Li and
-# Liu 2016).
+# At the far end stand two grids with almost no codes. *Binary*: a sign, times the mean size of the
+# row, which is the best factor in the sense of squares (Rastegari et al. 2016). *Ternary*: zero
+# below a threshold of `0.7` times the mean size, a sign above it (Li and Liu 2016).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -809,21 +896,30 @@ rivals = {
 }
 ratios = {name: sqnr_db(w, r) for name, r in rivals.items()}
 plots.bars(
-    ratios, ylabel="SQNR (dB) of one layer",
-    title=f"At 4 bits a codebook is worth {ratios['4 bits, codebook'] - ratios['4 bits, even steps']:.1f} dB over even steps",
-    alt="SQNR of one layer for even 4-bit steps, a 4-bit codebook, powers of two, ternary and binary weights.",
-)  # fmt: skip
+    ratios,
+    ylabel="SQNR (dB) of one layer",
+    title=(
+        "At 4 bits a codebook is worth"
+        f" {ratios['4 bits, codebook'] - ratios['4 bits, even steps']:.1f} dB over even steps"
+    ),
+    alt=(
+        "SQNR of one layer for even 4-bit steps, a 4-bit codebook, powers of two, ternary and"
+        " binary weights."
+    ),
+)
 
 # %% [markdown]
-# On this measure the best codebook can't be worse than even steps, because even steps are one of the codebooks it could choose;
-# k-means starts from even steps and never makes the error larger. It has its price: the codes are no longer numbers one can
-# multiply, so every weight must be looked up before it is used.
+# On this measure the best codebook can't be worse than even steps, because even steps are one of
+# the codebooks it could choose; k-means starts from even steps and never makes the error larger. It
+# has its price: the codes are no longer numbers one can multiply, so every weight must be looked up
+# before it is used.
 
 # %% [markdown]
 # ## From scratch: Further · a code for frequent numbers
-# In a histogram of codes some bars are high. A *Huffman code* (1952) gives short bit strings to those and long ones
-# to the rare. Take the two rarest symbols, join them to one, repeat; every join makes their strings one bit longer.
-# Only the lengths need to be stored: the strings follow from them (the *canonical* code).
+# In a histogram of codes some bars are high. A *Huffman code* (1952) gives short bit strings to
+# those and long ones to the rare. Take the two rarest symbols, join them to one, repeat; every join
+# makes their strings one bit longer. Only the lengths need to be stored: the strings follow from
+# them (the *canonical* code).
 
 # %%
 import heapq
@@ -885,9 +981,10 @@ entropy, mean_bits = float(-(share * share.log2()).sum()), 8 * len(packed) / cod
 print("mean bits lie between the entropy and one more:", entropy <= mean_bits + 1e-6 < entropy + 1)
 
 # %% [markdown]
-# No code that gives every symbol its own string can go below the *entropy* of the histogram (Shannon 1948), and Huffman's stays less than a
-# bit above it. How much does that save on top of a 4-bit codebook? Deep Compression (Han et al. 2016) reports 20 to 30%,
-# on networks that had been pruned first. Ours has not. So both are measured.
+# No code that gives every symbol its own string can go below the *entropy* of the histogram
+# (Shannon 1948), and Huffman's stays less than a bit above it. How much does that save on top of a
+# 4-bit codebook? Deep Compression (Han et al. 2016) reports 20 to 30%, on networks that had been
+# pruned first. Ours has not. So both are measured.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -908,14 +1005,16 @@ print(f"saved as the network is: {plain};  with 70% of the weights pruned: {prun
 claims.verdict("05.huffman_saves_a_quarter", plain)
 
 # %% [markdown]
-# The verdict depends on the histogram. A codebook already evens it out, for it puts more values where more weights are, and what is even
-# cannot be coded shorter. Pruning makes one bar tower over the rest. This is the missing half of the lesson of chapter 3:
-# zeros shrink a file once a code makes use of them.
+# The verdict depends on the histogram. A codebook already evens it out, for it puts more values
+# where more weights are, and what is even cannot be coded shorter. Pruning makes one bar tower over
+# the rest. This is the missing half of the lesson of chapter 3: zeros shrink a file once a code
+# makes use of them.
 
 # %% [markdown]
 # ## Measure: what each byte buys
-# One rival remains. A matrix of rank $r$ is a product of two thin ones, $W \approx U V$, and the *singular value decomposition* finds the
-# best pair (Eckart and Young 1936). It stores fewer numbers, not shorter ones. All candidates now write their file.
+# One rival remains. A matrix of rank $r$ is a product of two thin ones, $W \approx U V$, and the
+# *singular value decomposition* finds the best pair (Eckart and Young 1936). It stores fewer
+# numbers, not shorter ones. All candidates now write their file.
 
 
 # %%
@@ -979,8 +1078,12 @@ for name, encode in candidates.items():
     files[name] = (size, 100 * accuracy_with(restored, images, labels))
 good = {n: size for n, (size, accuracy) in files.items() if accuracy >= 100 * full_precision - 1}
 smallest = min(good, key=good.get)
-figure, ax = plots.axes("saved file (kB)", "accuracy on validation images (%)", height=4.2,
-                        title=f"Within a point of fp32, the smallest file is {smallest}: {good[smallest] / 1e3:.0f} kB")  # fmt: skip
+figure, ax = plots.axes(
+    "saved file (kB)",
+    "accuracy on validation images (%)",
+    height=4.2,
+    title=f"Within a point of fp32, the smallest file is {smallest}: {good[smallest] / 1e3:.0f} kB",
+)
 for i, (name, (size, accuracy)) in enumerate(files.items()):
     label = f"{name}: {size / 1e3:.0f} kB, {accuracy:.1f}%"
     ax.plot(
@@ -996,19 +1099,22 @@ ax.set_xticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
 ax.legend(fontsize=8)
 plots.show(
     figure,
-    "Accuracy against file size for fp32, int8, int4, codebook, codebook with Huffman, ternary, binary and two low ranks.",
+    "Accuracy against file size for fp32, int8, int4, codebook, codebook with Huffman, ternary,"
+    " binary and two low ranks.",
 )
 
 # %% [markdown]
-# Fewer bits for each number go a long way before accuracy gives; fewer numbers do not, since the weights of this
-# network are not near any low rank. Binary and ternary fall off the cliff. They were meant to be trained that way,
-# and none of these candidates got any training after it was squeezed: chapter 06 does that.
+# Fewer bits for each number go a long way before accuracy gives; fewer numbers do not, since the
+# weights of this network are not near any low rank. Binary and ternary fall off the cliff. They
+# were meant to be trained that way, and none of these candidates got any training after it was
+# squeezed: chapter 06 does that.
 
 # %% [markdown]
 # ## Measure: the update that rounding loses
-# Rounding to nearest is best for weights that stand still. Training moves them in tiny steps. A weight on a grid of
-# $1/256$ that is told to fall by $0.001$ is rounded right back, again and again. *Stochastic rounding* goes up with a
-# probability equal to the fraction it is above the lower code, so the mean comes out right.
+# Rounding to nearest is best for weights that stand still. Training moves them in tiny steps. A
+# weight on a grid of $1/256$ that is told to fall by $0.001$ is rounded right back, again and
+# again. *Stochastic rounding* goes up with a probability equal to the fraction it is above the
+# lower code, so the mean comes out right.
 
 
 # %%
@@ -1028,14 +1134,17 @@ for name, reached in {"nearest": nearest, "bf16": bf16.float(), "stochastic": st
     print(f"200 steps of -0.001 from 1: {name:10} {reached.mean():.2f}")
 
 # %% [markdown]
-# Nearest rounding lost all 200 updates, and bf16, a format that networks are trained in, lost them too: its grid just below 1 is as
-# coarse. Stochastic rounding arrives where exact arithmetic would, with noise. Does it save a real training? The network's
-# last layer is trained from zero on its real features, its weights kept on a grid of $1/128$ after every step.
+# Nearest rounding lost all 200 updates, and bf16, a format that networks are trained in, lost them
+# too: its grid just below 1 is as coarse. Stochastic rounding arrives where exact arithmetic would,
+# with noise. Does it save a real training? The network's last layer is trained from zero on its
+# real features, its weights kept on a grid of $1/128$ after every step.
 
 
 # %% tags=["nbval-ignore-output"]
 def train_on_grid(rounding, seed, x, y, steps=1 / 128, lr=0.02):
-    """A linear layer (128 → 10), one pass of plain SGD, its weights rounded to multiples of `steps`."""
+    """A linear layer (128 → 10), one pass of plain SGD, its weights rounded to multiples of
+    `steps`.
+    """
     generator = torch.Generator().manual_seed(seed)
     w = torch.zeros(128, 10)
     for index in torch.randperm(len(x), generator=generator).split(64):
@@ -1057,23 +1166,31 @@ for seed in SEEDS:
         answers = (features @ train_on_grid(arm, seed, x_train, y_train)).argmax(1)
         scores[name].append(100 * float((answers == labels).float().mean()))
 gain = measure.paired_t(np.subtract(scores["stochastic"], scores["nearest"]), "points")
-plots.seeds(scores, ylabel="accuracy on validation images (%)", title=f"Stochastic against nearest rounding: {gain.value:+.1f} points",
-            alt="Accuracy of a linear layer trained on a coarse grid with nearest, stochastic and no rounding, five seeds each.")  # fmt: skip
+plots.seeds(
+    scores,
+    ylabel="accuracy on validation images (%)",
+    title=f"Stochastic against nearest rounding: {gain.value:+.1f} points",
+    alt=(
+        "Accuracy of a linear layer trained on a coarse grid with nearest, stochastic and no"
+        " rounding, five seeds each."
+    ),
+)
 claims.verdict("05.stochastic_rounding_trains", gain)
 
 # %% [markdown]
 # ## Explain: three numbers decide
-# Put the pieces together. For a tensor in $b$ bits whose range is $R$ and whose typical size (root mean square) is $\sigma$,
-# the step is $R/(2^b-1)$ and the error's power is $s^2/12$. So
+# Put the pieces together. For a tensor in $b$ bits whose range is $R$ and whose typical size (root
+# mean square) is $\sigma$, the step is $R/(2^b-1)$ and the error's power is $s^2/12$. So
 #
 # $$\text{SQNR} \approx 6.02\,b + 10.8 - 20\log_{10}(R/\sigma) \quad \text{decibels.}$$
 #
-# Bits raise it, a wide range for its typical size lowers it. Every method of this chapter works on one of the three:
-# more *bits*; a smaller *R*, by clipping or by letting fewer weights share it; or another *grid*, which no longer has one step.
-# The formula says nothing about the network's answer. That was measured: flat, then a cliff.
+# Bits raise it, a wide range for its typical size lowers it. Every method of this chapter works on
+# one of the three: more *bits*; a smaller *R*, by clipping or by letting fewer weights share it; or
+# another *grid*, which no longer has one step. The formula says nothing about the network's answer.
+# That was measured: flat, then a cliff.
 #
-# The integer layer needs no such formula. Its sums are exact, so all its error comes from the three roundings: of the
-# inputs, of the weights, and of the result.
+# The integer layer needs no such formula. Its sums are exact, so all its error comes from the three
+# roundings: of the inputs, of the weights, and of the result.
 
 # %% [markdown]
 # ## If yours shows no gain
@@ -1088,7 +1205,8 @@ claims.verdict("05.stochastic_rounding_trains", gain)
 
 # %% [markdown]
 # ## Myth: a scale made of bits alone
-# This formula for $b$-bit quantization circulates: $W_q = \mathrm{round}(W \cdot 2^b / 2^b) \cdot 2^b$ (〈第八章:AI大模型的部署与优化〉). Run it.
+# This formula for $b$-bit quantization circulates: $W_q = \mathrm{round}(W \cdot 2^b / 2^b) \cdot
+# 2^b$ (〈第八章:AI大模型的部署与优化〉). Run it.
 
 # %%
 w = torch.tensor([-0.6, -0.07, 0.25, 0.8])
@@ -1097,13 +1215,13 @@ print("the formula  ", (torch.round(w * 2**b / 2**b) * 2**b).tolist())
 print("a real scale ", [round(v, 3) for v in round_trip(w[None], b)[0].tolist()])
 
 # %% [markdown]
-# $2^b / 2^b$ is 1. The weights are rounded to whole numbers, whatever $b$ is, and then blown up. The number of bits cannot
-# make a scale; the range must come in.
+# $2^b / 2^b$ is 1. The weights are rounded to whole numbers, whatever $b$ is, and then blown up.
+# The number of bits cannot make a scale; the range must come in.
 
 # %% [markdown]
 # ## Myth: `F.quantize`
-# Code that calls `torch.nn.functional.quantize(x, bits)` is passed around. There is no such function. What exists takes
-# the grid, not the bits, because bits alone are not enough.
+# Code that calls `torch.nn.functional.quantize(x, bits)` is passed around. There is no such
+# function. What exists takes the grid, not the bits, because bits alone are not enough.
 
 # %%
 with exercises.fails(AttributeError):
@@ -1113,8 +1231,9 @@ torch.fake_quantize_per_tensor_affine(w, float(scale), 0, qmin, qmax)
 
 # %% [markdown]
 # ## Myth: padding is zero, and zero is zero
-# A grid fitted to the values alone, here from 0.5 to 1.5, has no code for 0.0. Pad a quantized image all the same, with 0.0 or
-# with the code 0, and a convolution is silently wrong at its border. The check: compare with padding before quantizing.
+# A grid fitted to the values alone, here from 0.5 to 1.5, has no code for 0.0. Pad a quantized
+# image all the same, with 0.0 or with the code 0, and a convolution is silently wrong at its
+# border. The check: compare with padding before quantizing.
 
 # %%
 image = torch.full((1, 1, 4, 4), 1.5)
@@ -1135,12 +1254,14 @@ for name, result in {"range without zero": wrong, "zero-point as padding": right
     print(f"{name:22} error inside {error[1:-1, 1:-1].max():.3f}, at the border {error.max():.3f}")
 
 # %% [markdown]
-# The value of the code 0 is 0.5 there, and a corner of this kernel sees five of them. Nothing fails, and nobody looks at
-# the border. The right way has two parts: widen the range until it holds 0, and pad with the zero-point.
+# The value of the code 0 is 0.5 there, and a corner of this kernel sees five of them. Nothing
+# fails, and nobody looks at the border. The right way has two parts: widen the range until it holds
+# 0, and pad with the zero-point.
 
 # %% [markdown]
 # ## Myth: int8 numbers are summed in int8
-# The inputs are int8, the weights are int8, so the sum is int8? Two products are enough to disprove it.
+# The inputs are int8, the weights are int8, so the sum is int8? Two products are enough to disprove
+# it.
 
 # %%
 a, b = torch.tensor([[100, 90]], dtype=torch.int8), torch.tensor([[2], [3]], dtype=torch.int8)
@@ -1150,18 +1271,20 @@ print("int32 accumulator:", int(right), right.dtype)
 print("they differ by a multiple of 256:", (int(right) - int(wrapped)) % 256 == 0)
 
 # %% [markdown]
-# The int8 sum wraps round modulo 256, without a word. Inputs and weights are narrow, the accumulator is wide: that is
-# why an int8 matrix instruction has int32 outputs.
+# The int8 sum wraps round modulo 256, without a word. Inputs and weights are narrow, the
+# accumulator is wide: that is why an int8 matrix instruction has int32 outputs.
 
 # %% [markdown]
 # ## Exercise A · the code that means zero
-# `affine_grid` always counts from 0. Many runtimes want signed codes, from −128 to 127, or fewer bits. Complete the one line
-# so that `scale_and_zero_point(low, high, qmin, qmax)` works for every range and every pair of codes.
+# `affine_grid` always counts from 0. Many runtimes want signed codes, from −128 to 127, or fewer
+# bits. Complete the one line so that `scale_and_zero_point(low, high, qmin, qmax)` works for every
+# range and every pair of codes.
 #
-# It takes the smallest and largest value (floats, `low <= high`) and the smallest and largest code (ints), and returns
-# `(scale, zero_point)`: `zero_point` is a Python `int` between `qmin` and `qmax`, the code of exactly 0.0, and both
-# ends of the widened range must come back within half a step. For `(-1.0, 3.0, -128, 127)` the answer is
-# `(4 / 255, -64)`: zero lies `63.75` steps above `low`, and −128 + 64 = −64.
+# It takes the smallest and largest value (floats, `low <= high`) and the smallest and largest code
+# (ints), and returns `(scale, zero_point)`: `zero_point` is a Python `int` between `qmin` and
+# `qmax`, the code of exactly 0.0, and both ends of the widened range must come back within half a
+# step. For `(-1.0, 3.0, -128, 127)` the answer is `(4 / 255, -64)`: zero lies `63.75` steps above
+# `low`, and −128 + 64 = −64.
 
 
 # %% tags=["exercise"]
@@ -1224,24 +1347,29 @@ def scale_and_zero_point(low, high, qmin, qmax):
 
 
 # %% [markdown] tags=["instructor"]
-# 6 minutes. Let the room do `(-1, 3)` by hand for signed and unsigned codes before anyone types: the scale is the same, the
-# zero-point moves by 128. Ask what the zero-point of a ReLU's output is (`qmin`), and what that does to the cross terms.
+# 6 minutes. Let the room do `(-1, 3)` by hand for signed and unsigned codes before anyone types:
+# the scale is the same, the zero-point moves by 128. Ask what the zero-point of a ReLU's output is
+# (`qmin`), and what that does to the cross terms.
 
 # %% [markdown]
 # ## Exercise B · a linear layer in integers
-# The layer above had one scale for all weights. Write the one that runtimes use: each output column has its own weight
-# zero-point and its own multiplier, and there is a bias. No floating-point tensor may appear anywhere.
+# The layer above had one scale for all weights. Write the one that runtimes use: each output column
+# has its own weight zero-point and its own multiplier, and there is a bias. No floating-point
+# tensor may appear anywhere.
 #
 # `int8_linear(qx, zx, qw, zw, bias, m0, shift, zy)` takes
-# - `qx`, uint8 codes `(N, K)`, with the zero-point `zx` (int), and `qw`, int8 codes `(K, M)`, with the zero-points `zw` (int32, `(M,)`),
+# - `qx`, uint8 codes `(N, K)`, with the zero-point `zx` (int), and `qw`, int8 codes `(K, M)`, with
+#   the zero-points `zw` (int32, `(M,)`),
 # - `bias` (int32, `(M,)`), a code of the accumulator's scale,
-# - `m0` and `shift` (int64, `(M,)`): column `j` is multiplied by `m0[j] / 2**shift[j]`, where `2**30 <= m0[j] < 2**31`,
+# - `m0` and `shift` (int64, `(M,)`): column `j` is multiplied by `m0[j] / 2**shift[j]`, where
+#   `2**30 <= m0[j] < 2**31`,
 # - `zy`, the output's zero-point (int),
 #
-# and returns `(accumulator, y)`: the int32 sums $\sum_k (q_x - z_x)(q_w - z_w)$ plus the bias, and the uint8 codes: multiplied,
-# rounded to the nearest with ties upwards, plus `zy`, saturated to 0 … 255.
-# With `qx = [[130, 120]]`, `zx = 128`, `qw = [[3], [-4]]`, `zw = [1]`, `bias = [5]`, `m0 = [2**30]`, `shift = [31]`, `zy = 10`
-# the sum is 2·2 + (−8)·(−5) + 5 = 49; half of it is 24.5, which rounds to 25, so `y = [[35]]`.
+# and returns `(accumulator, y)`: the int32 sums $\sum_k (q_x - z_x)(q_w - z_w)$ plus the bias, and
+# the uint8 codes: multiplied, rounded to the nearest with ties upwards, plus `zy`, saturated to 0 …
+# 255. With `qx = [[130, 120]]`, `zx = 128`, `qw = [[3], [-4]]`, `zw = [1]`, `bias = [5]`, `m0 =
+# [2**30]`, `shift = [31]`, `zy = 10` the sum is 2·2 + (−8)·(−5) + 5 = 49; half of it is 24.5, which
+# rounds to 25, so `y = [[35]]`.
 
 
 # %% tags=["exercise"]
@@ -1255,7 +1383,8 @@ exercises.check("05.B", int8_linear)
 # Convert to a wide integer type *before* you subtract: in uint8, 120 − 128 is 248.
 
 # %% [markdown] tags=["hint"]
-# `accumulator * m0` needs up to 62 bits. And "half" differs from column to column: `1 << (shift - 1)` works on a tensor too.
+# `accumulator * m0` needs up to 62 bits. And "half" differs from column to column: `1 << (shift -
+# 1)` works on a tensor too.
 
 
 # %% tags=["solution"]
@@ -1311,19 +1440,21 @@ def int8_linear(qx, zx, qw, zw, bias, m0, shift, zy):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Most first attempts subtract in uint8. Let them print `torch.tensor([120], dtype=torch.uint8) - 128`.
-# A good question for the fast ones: which of the cross terms could be moved into `bias` before any input arrives?
+# 20 minutes. Most first attempts subtract in uint8. Let them print `torch.tensor([120],
+# dtype=torch.uint8) - 128`. A good question for the fast ones: which of the cross terms could be
+# moved into `bias` before any input arrives?
 
 # %% [markdown]
 # ## Exercise C · choose the clip
-# Write `choose_clip(x, bits, error)` for tensors with heavy tails. It returns a positive float: the end of the range for a
-# symmetric grid. You are judged by the mean squared error of the round trip, and it must be at most `1.05` times that of the best
-# clip there is.
+# Write `choose_clip(x, bits, error)` for tensors with heavy tails. It returns a positive float: the
+# end of the range for a symmetric grid. You are judged by the mean squared error of the round trip,
+# and it must be at most `1.05` times that of the best clip there is.
 #
-# You have a budget. `error(clip)` returns the mean squared error of `x` clipped there, and you may call it at most 40 times.
-# `x` is a one-dimensional float tensor, `bits` is between 3 and 8. Do not count on the kind of its tail: it may be uniform (cut
-# nothing), Laplace or Student's t (cut a lot), or all zeros (then return any positive number).
-# For `x = [1.0, -2.0]` and 8 bits nothing is gained by clipping: 2.0 is a right answer.
+# You have a budget. `error(clip)` returns the mean squared error of `x` clipped there, and you may
+# call it at most 40 times. `x` is a one-dimensional float tensor, `bits` is between 3 and 8. Do not
+# count on the kind of its tail: it may be uniform (cut nothing), Laplace or Student's t (cut a
+# lot), or all zeros (then return any positive number). For `x = [1.0, -2.0]` and 8 bits nothing is
+# gained by clipping: 2.0 is a right answer.
 
 
 # %% tags=["exercise"]
@@ -1334,11 +1465,12 @@ def choose_clip(x, bits, error): ...
 exercises.check("05.C", choose_clip)
 
 # %% [markdown] tags=["hint"]
-# The best clip lies somewhere between a fiftieth of the largest size and the largest size. Forty candidates in even steps waste most of
-# them at the far end; even *ratios* (`np.geomspace`) do not.
+# The best clip lies somewhere between a fiftieth of the largest size and the largest size. Forty
+# candidates in even steps waste most of them at the far end; even *ratios* (`np.geomspace`) do not.
 
 # %% [markdown] tags=["hint"]
-# Spend half the budget on a coarse look, then the other half between the two neighbours of the best.
+# Spend half the budget on a coarse look, then the other half between the two neighbours of the
+# best.
 
 
 # %% tags=["solution"]
@@ -1382,14 +1514,16 @@ def choose_clip(x, bits, error):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Let pairs first draw the valley by hand and say which side is steep. Whoever reaches for bisection should
-# be asked what guarantees a single valley: nothing does, one far outlier makes a second one.
+# 15 minutes. Let pairs first draw the valley by hand and say which side is steep. Whoever reaches
+# for bisection should be asked what guarantees a single valley: nothing does, one far outlier makes
+# a second one.
 
 # %% [markdown]
 # ## The tool of the field
-# Two libraries, two conventions. Torch multiplies by the reciprocal of the scale, ONNX divides by the scale. In exact arithmetic that is
-# the same; in fp32 the two differ when a number lies next to a tie. Yours must be equal to *each of them, bit for bit*, in its own
-# convention: random numbers, numbers beyond the range, and numbers placed on ties on purpose.
+# Two libraries, two conventions. Torch multiplies by the reciprocal of the scale, ONNX divides by
+# the scale. In exact arithmetic that is the same; in fp32 the two differ when a number lies next to
+# a tie. Yours must be equal to *each of them, bit for bit*, in its own convention: random numbers,
+# numbers beyond the range, and numbers placed on ties on purpose.
 
 # %%
 torch.manual_seed(0)
@@ -1433,7 +1567,8 @@ for per_row, name in ((rows, "channel"), (rows.reshape(-1, 32), "group of 32")):
 print("bit-equal to torch and to ONNX: one scale a tensor, a channel, a group")
 
 # %% [markdown]
-# The edges of *From scratch* once more, against both judges: ties, saturation, a zero-point at either end, equal values, no values.
+# The edges of *From scratch* once more, against both judges: ties, saturation, a zero-point at
+# either end, equal values, no values.
 
 # %%
 edges = {
@@ -1458,7 +1593,8 @@ for name, numbers in edges.items():
     print(f"{name:13} {by_onnx.tolist()}")
 
 # %% [markdown]
-# And what no code can stand for? The kernels refuse nothing. Here is what comes out, and how the two conventions fare on ties.
+# And what no code can stand for? The kernels refuse nothing. Here is what comes out, and how the
+# two conventions fare on ties.
 
 # %% tags=["nbval-ignore-output"]
 import onnxruntime
@@ -1495,18 +1631,21 @@ near_ties = onnx_runtime(
 split = quantize(ties, torch.tensor(0.0123), 77, 0, 255) != quantize(
     ties, torch.tensor(0.0123), 77, 0, 255, divide=False
 )
-print(f"of {len(ties)} numbers on ties the two conventions part on {100 * split.float().mean():.1f}%; "
-      f"ONNX Runtime divides: {np.array_equal(near_ties, quantize(ties, torch.tensor(0.0123), 77, 0, 255))}")  # fmt: skip
+print(
+    f"of {len(ties)} numbers on ties the two conventions part on {100 * split.float().mean():.1f}%;"
+    " ONNX Runtime divides:"
+    f" {np.array_equal(near_ties, quantize(ties, torch.tensor(0.0123), 77, 0, 255))}"
+)
 
 # %% [markdown]
-# A NaN that becomes an ordinary code is a fault that no later layer can see: hence the refusal. And the share of ties on
-# which the conventions part is why comparing two runtimes needs a tolerance of one code, while comparing with one
-# needs none.
+# A NaN that becomes an ordinary code is a fault that no later layer can see: hence the refusal. And
+# the share of ties on which the conventions part is why comparing two runtimes needs a tolerance of
+# one code, while comparing with one needs none.
 
 # %% [markdown]
 # ## Break it
-# One weight in a layer, ten times as large as the largest so far, as a fault in memory or a careless training would leave it.
-# What does it cost, and which remedy gives it back?
+# One weight in a layer, ten times as large as the largest so far, as a fault in memory or a
+# careless training would leave it. What does it cost, and which remedy gives it back?
 
 # %% tags=["nbval-ignore-output"]
 w = weights["stages.2.conv2.weight"].clone()
@@ -1532,62 +1671,91 @@ remedies = {
 remedies["one scale, clipped"] = of_the_others(cut.reshape(w.shape))
 lost = float((fake_quantize(w, 4, "tensor")[honest] == 0).float().mean())
 plots.bars(
-    remedies, ylabel="SQNR of all other weights (dB), 4 bits",
+    remedies,
+    ylabel="SQNR of all other weights (dB), 4 bits",
     title=f"One weight, and {100 * lost:.1f}% of the others become zero",
-    alt="SQNR of the remaining weights of a layer with one outlier, for one scale a tensor, a channel, a group, and with clipping.",
-)  # fmt: skip
+    alt=(
+        "SQNR of the remaining weights of a layer with one outlier, for one scale a tensor, a"
+        " channel, a group, and with clipping."
+    ),
+)
 
 # %% [markdown]
-# With one scale the step is wider than nearly all weights, and they are rounded away. A scale for each channel confines the
-# damage to one channel, a group confines it to 32 weights. Clipping saves the others at the price of the one, which is
-# right if it was a fault, and wrong if the network relies on it: large language models do (chapter 14).
+# With one scale the step is wider than nearly all weights, and they are rounded away. A scale for
+# each channel confines the damage to one channel, a group confines it to 32 weights. Clipping saves
+# the others at the price of the one, which is right if it was a fault, and wrong if the network
+# relies on it: large language models do (chapter 14).
 
 # %% [markdown]
 # ## Exit quiz
 # **1. You halve the range of a tensor and keep the bits. The largest rounding error becomes**
-# <details><summary>half as large</summary>Right: the step halves, and the error is at most half a step.</details>
-# <details><summary>a quarter</summary>That is the mean squared error. The largest error goes with the step itself.</details>
-# <details><summary>the same</summary>The number of codes stays, but they stand closer together.</details>
+# <details><summary>half as large</summary>Right: the step halves, and the error is at most half a
+# step.</details>
+# <details><summary>a quarter</summary>That is the mean squared error. The largest error goes with
+# the step itself.</details>
+# <details><summary>the same</summary>The number of codes stays, but they stand closer
+# together.</details>
 #
-# **2. The output of a ReLU lies between 0.4 and 6.0 in all calibration images. Its affine grid should reach**
-# <details><summary>from 0 to 6</summary>Right: zero must have a code, for padding and for the zeros the next image brings.</details>
-# <details><summary>from 0.4 to 6</summary>Then no code stands for 0.0, and every padded border is wrong.</details>
-# <details><summary>from −6 to 6</summary>Half of the codes would never be used: a bit is thrown away.</details>
+# **2. The output of a ReLU lies between 0.4 and 6.0 in all calibration images. Its affine grid
+# should reach**
+# <details><summary>from 0 to 6</summary>Right: zero must have a code, for padding and for the zeros
+# the next image brings.</details>
+# <details><summary>from 0.4 to 6</summary>Then no code stands for 0.0, and every padded border is
+# wrong.</details>
+# <details><summary>from −6 to 6</summary>Half of the codes would never be used: a bit is thrown
+# away.</details>
 #
 # **3. Which cross term must be computed anew for each input?**
-# <details><summary>the row sum of the inputs, times the weights' zero-point</summary>Right, unless that zero-point is 0: the reason for symmetric weights.</details>
-# <details><summary>the column sum of the weights, times the inputs' zero-point</summary>The weights are known beforehand: it joins the bias.</details>
-# <details><summary>none, the zero-points are constants</summary>The zero-points are, the sums of the inputs are not.</details>
+# <details><summary>the row sum of the inputs, times the weights' zero-point</summary>Right, unless
+# that zero-point is 0: the reason for symmetric weights.</details>
+# <details><summary>the column sum of the weights, times the inputs' zero-point</summary>The weights
+# are known beforehand: it joins the bias.</details>
+# <details><summary>none, the zero-points are constants</summary>The zero-points are, the sums of
+# the inputs are not.</details>
 #
 # **4. Your integer layer and `QLinearMatMul` differ by one code in a few outputs. That is**
-# <details><summary>expected</summary>Right: one requantizes in integers, the other in floating point, and they part next to ties.</details>
-# <details><summary>a bug in the accumulators</summary>Compare those by themselves: they must be equal, so look there first if the difference is larger than one.</details>
-# <details><summary>caused by the number of threads</summary>Integer sums come out the same in any order.</details>
+# <details><summary>expected</summary>Right: one requantizes in integers, the other in floating
+# point, and they part next to ties.</details>
+# <details><summary>a bug in the accumulators</summary>Compare those by themselves: they must be
+# equal, so look there first if the difference is larger than one.</details>
+# <details><summary>caused by the number of threads</summary>Integer sums come out the same in any
+# order.</details>
 #
 # **5. A file of 4-bit codes is Huffman-coded and hardly shrinks. Why?**
-# <details><summary>the codes are about equally frequent</summary>Right: the entropy is then close to four bits, and no code can beat it.</details>
+# <details><summary>the codes are about equally frequent</summary>Right: the entropy is then close
+# to four bits, and no code can beat it.</details>
 # <details><summary>Huffman codes need 8-bit symbols</summary>They work on any symbols.</details>
-# <details><summary>the weights were not sorted</summary>Order does not matter to it: only frequencies do.</details>
+# <details><summary>the weights were not sorted</summary>Order does not matter to it: only
+# frequencies do.</details>
 #
 # **Key points**
-# - The scale comes from the range, never from the bits alone. Inside the range the error is at most half a step; outside it has no bound.
+# - The scale comes from the range, never from the bits alone. Inside the range the error is at most
+#   half a step; outside it has no bound.
 # - Zero must have a code of its own.
-# - A bit is worth six decibels, and the range costs what the largest number is above the typical one. Accuracy follows neither: it is flat, then a cliff.
-# - Sums of int8 products live in int32. The way back to 8 bits is one integer multiplication and a shift.
+# - A bit is worth six decibels, and the range costs what the largest number is above the typical
+#   one. Accuracy follows neither: it is flat, then a cliff.
+# - Sums of int8 products live in int32. The way back to 8 bits is one integer multiplication and a
+#   shift.
 # - Only a file tells you what you saved.
 # - Nearest rounding for what stands still, stochastic rounding for what moves in small steps.
 #
-# **Sources** · W. R. Bennett, *Spectra of quantized signals*, 1948 · R. Gray, D. Neuhoff, *Quantization*, 1998 · D. Huffman, *A method for the
-# construction of minimum-redundancy codes*, 1952 · S. Lloyd, *Least squares quantization in PCM*, 1982 · B. Jacob et al., *Quantization and
-# training of neural networks for efficient integer-arithmetic-only inference*, 2018 · R. Krishnamoorthi, *Quantizing deep convolutional
-# networks for efficient inference: a whitepaper*, 2018 · S. Migacz, *8-bit inference with TensorRT*, 2017 · R. Banner et al., *Post training 4-bit
-# quantization of convolutional networks for rapid-deployment*, 2019 · M. Nagel et al., *A white paper on neural network quantization*, 2021 ·
-# S. Han et al., *Deep compression*, 2016 · M. Rastegari et al., *XNOR-Net*, 2016 · F. Li, B. Liu, *Ternary weight networks*, 2016 · S. Gupta et al.,
-# *Deep learning with limited numerical precision*, 2015 · C. Eckart, G. Young, *The approximation of one matrix by another of lower rank*, 1936 ·
-# C. Shannon, *A mathematical theory of communication*, 1948 ·
-# ONNX operators [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html), [QLinearMatMul](https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html)
+# **Sources** · W. R. Bennett, *Spectra of quantized signals*, 1948 · R. Gray, D. Neuhoff,
+# *Quantization*, 1998 · D. Huffman, *A method for the construction of minimum-redundancy codes*,
+# 1952 · S. Lloyd, *Least squares quantization in PCM*, 1982 · B. Jacob et al., *Quantization and
+# training of neural networks for efficient integer-arithmetic-only inference*, 2018 · R.
+# Krishnamoorthi, *Quantizing deep convolutional networks for efficient inference: a whitepaper*,
+# 2018 · S. Migacz, *8-bit inference with TensorRT*, 2017 · R. Banner et al., *Post training 4-bit
+# quantization of convolutional networks for rapid-deployment*, 2019 · M. Nagel et al., *A white
+# paper on neural network quantization*, 2021 · S. Han et al., *Deep compression*, 2016 · M.
+# Rastegari et al., *XNOR-Net*, 2016 · F. Li, B. Liu, *Ternary weight networks*, 2016 · S. Gupta et
+# al., *Deep learning with limited numerical precision*, 2015 · C. Eckart, G. Young, *The
+# approximation of one matrix by another of lower rank*, 1936 · C. Shannon, *A mathematical theory
+# of communication*, 1948 · ONNX operators
+# [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html),
+# [QLinearMatMul](https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html)
 #
-# For the capstone's ledger, this chapter adds five verdicts: six decibels a bit, one scale a channel, four times smaller, Huffman's share,
-# stochastic rounding.
+# For the capstone's ledger, this chapter adds five verdicts: six decibels a bit, one scale a
+# channel, four times smaller, Huffman's share, stochastic rounding.
 #
-# Next: [06 · Quantization in practice](06_quantization_in_practice.ipynb), where a whole network gets 8 bits and a clock decides.
+# Next: [06 · Quantization in practice](06_quantization_in_practice.ipynb), where a whole network
+# gets 8 bits and a clock decides.

@@ -3,8 +3,9 @@
 #
 # **When does INT8 pay, and what does it cost?**
 #
-# After this chapter you can: *quantize* a trained network with and without training · *find* the layer that breaks ·
-# *measure* INT8 against the right baseline · *explain* a case in which INT8 is slower · *choose* bits layer by layer.
+# After this chapter you can: *quantize* a trained network with and without training · *find* the
+# layer that breaks · *measure* INT8 against the right baseline · *explain* a case in which INT8 is
+# slower · *choose* bits layer by layer.
 #
 # 90 minutes · before this: 01 Measurement, 05 Quantization math · runs on any CPU
 
@@ -35,14 +36,20 @@ machine.card()
 # %% [markdown]
 # ## Recall
 # 1. (Chapter 5) What is the largest rounding error inside the range, in units of the scale?
-#    <details><summary>Answer</summary>Half of it: rounding moves a number by at most half a step.</details>
-# 2. (Chapter 5) One weight is a hundred times larger than the others. What happens to the others at 8 bits per tensor?
-#    <details><summary>Answer</summary>Most become 0: the step is as wide as they are. A scale per channel confines the damage.</details>
-# 3. (Chapter 1) Program and precision change at once and the new way is five times faster. What do you know about the precision?
-#    <details><summary>Answer</summary>Nothing yet. It needs a comparison within one program.</details>
+#    <details><summary>Answer</summary>Half of it: rounding moves a number by at most half a
+#    step.</details>
+# 2. (Chapter 5) One weight is a hundred times larger than the others. What happens to the others at
+#    8 bits per tensor?
+#    <details><summary>Answer</summary>Most become 0: the step is as wide as they are. A scale per
+#    channel confines the damage.</details>
+# 3. (Chapter 1) Program and precision change at once and the new way is five times faster. What do
+#    you know about the precision?
+#    <details><summary>Answer</summary>Nothing yet. It needs a comparison within one
+#    program.</details>
 #
 # ## Predict
-# ResNet-50 in ONNX Runtime, batch 1: how many times faster is INT8 than fp32 *in the same runtime*, on your machine?
+# ResNet-50 in ONNX Runtime, batch 1: how many times faster is INT8 than fp32 *in the same runtime*,
+# on your machine?
 
 # %%
 my_guess = ...
@@ -50,14 +57,16 @@ exercises.predict("06.resnet50", my_guess)
 
 # %% [markdown]
 # ## From scratch: fold first, then round
-# A BatchNorm in inference multiplies each channel by a constant and adds another. Both can move into the convolution before
-# it, and an INT8 convolution needs them there: its output is rounded once, after everything. `fold` does it for the course's
-# network; chapter 10 does it for any.
+# A BatchNorm in inference multiplies each channel by a constant and adds another. Both can move
+# into the convolution before it, and an INT8 convolution needs them there: its output is rounded
+# once, after everything. `fold` does it for the course's network; chapter 10 does it for any.
 
 
 # %%
 def fold(conv, bn):
-    """One convolution that computes bn(conv(x)): weight × γ/σ for each output channel, and the shift as bias."""
+    """One convolution that computes bn(conv(x)): weight × γ/σ for each output channel, and the
+    shift as bias.
+    """
     factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     folded = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
@@ -88,14 +97,17 @@ layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d 
 list(layers)
 
 # %% [markdown]
-# Nine convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$ bits and back, the *fake
-# quantization* of [chapter 5](05_quantization_math.ipynb). The numbers stay fp32, but at most $2^b - 1$ different ones are left in
-# each tensor or channel: a symmetric grid leaves one code unused.
+# Nine convolutions and a linear layer are left, no BatchNorm. Now each weight is rounded to $b$
+# bits and back, the *fake quantization* of [chapter 5](05_quantization_math.ipynb). The numbers
+# stay fp32, but at most $2^b - 1$ different ones are left in each tensor or channel: a symmetric
+# grid leaves one code unused.
 
 
 # %%
 def round_to_bits(w, bits, per_channel):
-    """Symmetric: integers −(2^(b−1)−1) … 2^(b−1)−1, one scale for the tensor or one for each output channel."""
+    """Symmetric: integers −(2^(b−1)−1) … 2^(b−1)−1, one scale for the tensor or one for each output
+    channel.
+    """
     axes = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
     top = 2 ** (bits - 1) - 1
     scale = w.abs().amax(axes, keepdim=True).clamp_min(1e-12) / top
@@ -111,7 +123,8 @@ def with_rounded_weights(model, bits, per_channel, only=None):
 
 
 # %% [markdown]
-# How few bits are enough? The choice is made on validation images; the test images wait for the verdicts.
+# How few bits are enough? The choice is made on validation images; the test images wait for the
+# verdicts.
 
 # %% tags=["nbval-ignore-output"]
 images, labels = data.fashion_mnist("validation")
@@ -131,23 +144,32 @@ plots.lines(
     xlabel="bits a weight",
     ylabel="validation accuracy (%)",
     reference=(before, "fp32"),
-    title=f"Rounded to 3 bits: {curves['per tensor'][2]:.0f}% per tensor, {curves['per channel'][2]:.0f}% per channel",
-    alt="Accuracy against bits: flat at 8, falling below 4, with per channel above per tensor; near chance at 2 bits.",
+    title=(
+        f"Rounded to 3 bits: {curves['per tensor'][2]:.0f}% per tensor,"
+        f" {curves['per channel'][2]:.0f}% per channel"
+    ),
+    alt=(
+        "Accuracy against bits: flat at 8, falling below 4, with per channel above per tensor; near"
+        " chance at 2 bits."
+    ),
 )
 
 # %% [markdown]
-# At 8 bits nothing is lost, with either scheme. Folding has made the channels unequal, so one scale for the whole tensor
-# serves the largest channel and starves the rest; that shows at 4 and 3 bits. At 2 bits a weight is one of three numbers,
-# and both fall towards chance, one in ten.
+# At 8 bits nothing is lost, with either scheme. Folding has made the channels unequal, so one scale
+# for the whole tensor serves the largest channel and starves the rest; that shows at 4 and 3 bits.
+# At 2 bits a weight is one of three numbers, and both fall towards chance, one in ten.
 #
 # ## From scratch: an observer for the activations
-# Weights are known before anything runs. Activations are not: someone has to watch them. That is an *observer*. It sits
-# before each layer, sees some calibration images, and keeps the smallest and the largest value.
+# Weights are known before anything runs. Activations are not: someone has to watch them. That is an
+# *observer*. It sits before each layer, sees some calibration images, and keeps the smallest and
+# the largest value.
 
 
 # %%
 class MinMaxObserver:
-    """Watches what enters a layer; afterwards rounds it to unsigned 8 bits over the range it saw."""
+    """Watches what enters a layer; afterwards rounds it to unsigned 8 bits over the range it
+    saw.
+    """
 
     def __init__(self):
         self.low, self.high, self.watching = (
@@ -167,7 +189,9 @@ class MinMaxObserver:
 
 
 def static_int8(model, calibration):
-    """Post-training static quantization: weights per channel, activations over the observed range."""
+    """Post-training static quantization: weights per channel, activations over the observed
+    range.
+    """
     model = with_rounded_weights(model, 8, per_channel=True)
     observers = {name: MinMaxObserver() for name in layers}
     for name, layer in model.named_modules():
@@ -184,21 +208,25 @@ calibration = data.fashion_mnist("train")[0][:256]
 by_hand, observers = static_int8(net, calibration)
 for name, observer in observers.items():
     print(
-        f"{name:20} sees {observer.low:6.2f} … {observer.high:6.2f}, one step is {(observer.high - observer.low) / 255:.4f}"
+        f"{name:20} sees {observer.low:6.2f} … {observer.high:6.2f}, one step is"
+        f" {(observer.high - observer.low) / 255:.4f}"
     )
 print(
-    f"validation accuracy {100 * training.accuracy(by_hand, images, labels):.2f}%, fp32 {before:.2f}%"
+    f"validation accuracy {100 * training.accuracy(by_hand, images, labels):.2f}%, fp32"
+    f" {before:.2f}%"
 )
 
 # %% [markdown]
-# Every layer but the first sees nothing below zero: a ReLU stands before it. So *unsigned* integers use all 256 levels. Keep
-# that in mind; it will decide about speed, too.
+# Every layer but the first sees nothing below zero: a ReLU stands before it. So *unsigned* integers
+# use all 256 levels. Keep that in mind; it will decide about speed, too.
 #
 # ## From scratch: train with the rounding in the loop
-# Until here a trained network was quantized and left alone: *post-training quantization* (PTQ). At 2 bits it is ruined, yet its
-# weights could be others: weights for which three levels suffice. *Quantization-aware training* (QAT) looks for them. It rounds
-# in the forward pass and keeps the unrounded weights for the update. One thing is in the way: rounding is a staircase, and a
-# staircase has slope zero. The *straight-through estimator* (Bengio et al. 2013) pretends that the slope is one.
+# Until here a trained network was quantized and left alone: *post-training quantization* (PTQ). At
+# 2 bits it is ruined, yet its weights could be others: weights for which three levels suffice.
+# *Quantization-aware training* (QAT) looks for them. It rounds in the forward pass and keeps the
+# unrounded weights for the update. One thing is in the way: rounding is a staircase, and a
+# staircase has slope zero. The *straight-through estimator* (Bengio et al. 2013) pretends that the
+# slope is one.
 
 
 # %%
@@ -231,8 +259,9 @@ def qat(model, bits):
 
 
 # %% [markdown]
-# Five networks get the same epoch of training on the same images: 2, 3, 4 and 8 bits, and one that is not quantized at all. The
-# last one is the *control*. Without it nobody knows whether the rounding was learned or the extra epoch helped.
+# Five networks get the same epoch of training on the same images: 2, 3, 4 and 8 bits, and one that
+# is not quantized at all. The last one is the *control*. Without it nobody knows whether the
+# rounding was learned or the extra epoch helped.
 
 # %% tags=["nbval-ignore-output"]
 train_images, train_labels = data.fashion_mnist("train")
@@ -270,7 +299,10 @@ plots.lines(
     ylabel="test accuracy (%)",
     reference=(control, "control: fp32 after the same epoch"),
     title=f"QAT takes 2 bits from {100 * rounded[2].mean():.0f}% to {100 * learned[2].mean():.0f}%",
-    alt="Test accuracy against bits: rounding alone falls at 2 bits, QAT stays close to the control.",
+    alt=(
+        "Test accuracy against bits: rounding alone falls at 2 bits, QAT stays close to the"
+        " control."
+    ),
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -280,21 +312,27 @@ claims.verdict("06.qat_rescues_two_bits", measure.paired_share(rounded[2], learn
 claims.verdict("06.qat_beats_ptq", measure.paired_share(rounded[8], learned[8]))
 
 # %% [markdown]
-# Two verdicts on one technique. Where rounding destroys the network, QAT brings it back. Where rounding costs nothing, there
-# is nothing to bring back, and an epoch of training moves the network a little in some direction, as the control shows. The
-# sentence "QAT beats PTQ" is missing its number of bits.
+# Two verdicts on one technique. Where rounding destroys the network, QAT brings it back. Where
+# rounding costs nothing, there is nothing to bring back, and an epoch of training moves the network
+# a little in some direction, as the control shows. The sentence "QAT beats PTQ" is missing its
+# number of bits.
 #
 # ## Measure: which layer breaks?
-# Not all layers suffer alike. Round *one* layer to 2 bits, leave the others, and look at the accuracy on validation.
+# Not all layers suffer alike. Round *one* layer to 2 bits, leave the others, and look at the
+# accuracy on validation.
 
 # %% tags=["nbval-ignore-output"]
 part = slice(0, 200 if SMOKE else 1500)
 reference = training.accuracy(net, images[part], labels[part])
 drop = {
-    name: 100
-    * (
-        reference
-        - training.accuracy(with_rounded_weights(net, 2, True, {name}), images[part], labels[part])
+    name: (
+        100
+        * (
+            reference
+            - training.accuracy(
+                with_rounded_weights(net, 2, True, {name}), images[part], labels[part]
+            )
+        )
     )
     for name in layers
 }
@@ -302,14 +340,18 @@ worst = max(drop, key=drop.get)
 plots.bars(
     drop,
     ylabel="points of accuracy lost with this layer alone at 2 bits",
-    title=f"{worst} loses {drop[worst]:.0f} points, the median layer {np.median(list(drop.values())):.1f}",
+    title=(
+        f"{worst} loses {drop[worst]:.0f} points, the median layer"
+        f" {np.median(list(drop.values())):.1f}"
+    ),
     alt="One bar a layer: points of accuracy lost when only that layer is rounded to 2 bits.",
 )
 
 # %% [markdown]
-# So bits can be spent where they are needed. Start with 8 bits everywhere. Go through the layers, first those that lose least for
-# each weight, and give each one 4 bits if validation accuracy stays above a floor, here one point below fp32. Then the same with 3
-# bits, and with 2. Exercise C asks you for a more careful choice.
+# So bits can be spent where they are needed. Start with 8 bits everywhere. Go through the layers,
+# first those that lose least for each weight, and give each one 4 bits if validation accuracy stays
+# above a floor, here one point below fp32. Then the same with 3 bits, and with 2. Exercise C asks
+# you for a more careful choice.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -329,18 +371,22 @@ for lower in (4, 3, 2):
     for name in order:
         if accuracy_with(bits | {name: lower}) >= reference - 0.01:
             bits[name] = lower
-kilobytes = {n: sum(layers[k].weight.numel() * b for k, b in choice.items()) / 8e3
-             for n, choice in (("8 bits", dict.fromkeys(layers, 8)), ("mixed", bits))}  # fmt: skip
+kilobytes = {
+    n: sum(layers[k].weight.numel() * b for k, b in choice.items()) / 8e3
+    for n, choice in (("8 bits", dict.fromkeys(layers, 8)), ("mixed", bits))
+}
 print(bits)
 print(
-    f"{kilobytes['8 bits']:.0f} kB → {kilobytes['mixed']:.0f} kB; validation {100 * accuracy_with(bits):.2f}%, fp32 {100 * reference:.2f}%"
+    f"{kilobytes['8 bits']:.0f} kB → {kilobytes['mixed']:.0f} kB; validation"
+    f" {100 * accuracy_with(bits):.2f}%, fp32 {100 * reference:.2f}%"
 )
 
 # %% [markdown]
 # ## Measure: a real architecture on real INT8 kernels
-# Until here every number was still computed in fp32. Speed needs integer kernels. ResNet-50 (He et al. 2016) goes to ONNX; its
-# weights are random, which changes no time. ONNX Runtime's static quantization inserts *Q/DQ* pairs: QuantizeLinear rounds a
-# tensor to integers, DequantizeLinear brings it back, and the runtime replaces each DQ → Conv → Q by one integer kernel.
+# Until here every number was still computed in fp32. Speed needs integer kernels. ResNet-50 (He et
+# al. 2016) goes to ONNX; its weights are random, which changes no time. ONNX Runtime's static
+# quantization inserts *Q/DQ* pairs: QuantizeLinear rounds a tensor to integers, DequantizeLinear
+# brings it back, and the runtime replaces each DQ → Conv → Q by one integer kernel.
 
 # %% tags=["nbval-ignore-output"]
 from collections import Counter
@@ -401,7 +447,8 @@ if have_onnx:
     graph = None
 
 # %% [markdown]
-# Three arms, so that runtime and precision are not confused: eager PyTorch in fp32, ONNX Runtime in fp32, ONNX Runtime in INT8.
+# Three arms, so that runtime and precision are not confused: eager PyTorch in fp32, ONNX Runtime in
+# fp32, ONNX Runtime in INT8.
 
 # %% tags=["nbval-ignore-output"]
 speedups = {}
@@ -424,8 +471,14 @@ if have_onnx:
     plots.intervals(
         {name: c.interval for name, c in speedups.items()},
         xlabel="speed-up of INT8 in ONNX Runtime (x)",
-        title=f"INT8 is {own[0].ratio:.1f}x within one runtime; the rest of {speedups['batch 1: against eager fp32'].ratio:.1f}x is the runtime",
-        alt="Four speed-ups with intervals: INT8 against eager and against the same runtime's fp32, at two batch sizes.",
+        title=(
+            f"INT8 is {own[0].ratio:.1f}x within one runtime; the rest of"
+            f" {speedups['batch 1: against eager fp32'].ratio:.1f}x is the runtime"
+        ),
+        alt=(
+            "Four speed-ups with intervals: INT8 against eager and against the same runtime's fp32,"
+            " at two batch sizes."
+        ),
     )
     exercises.reveal("06.resnet50", own[0].ratio, "times")
     big = sessions = eager = fp32 = int8 = None  # half a gigabyte that nobody needs again
@@ -440,14 +493,16 @@ file_sizes = [(folder / n).stat().st_size for n in ("big.onnx", "big8.onnx")] if
 claims.verdict("06.quarter_size", file_sizes[0] / file_sizes[1] if have_onnx else no_onnx)
 
 # %% [markdown]
-# Whoever prints the first row as "INT8 makes it faster" has sold you the runtime, too. The second row is what 8 bits do.
-# Published figures differ as much as yours may, and each has its own baseline: OpenVINO's table of 2020 has ResNet-50 at
-# `3.5–3.9x` with VNNI and `1.8x` without (OpenVINO 2020.4 benchmarks); PyTorch's x86 back end reported `2.97x` as a geometric
-# mean over 69 models (PyTorch blog, 2023).
+# Whoever prints the first row as "INT8 makes it faster" has sold you the runtime, too. The second
+# row is what 8 bits do. Published figures differ as much as yours may, and each has its own
+# baseline: OpenVINO's table of 2020 has ResNet-50 at `3.5–3.9x` with VNNI and `1.8x` without
+# (OpenVINO 2020.4 benchmarks); PyTorch's x86 back end reported `2.97x` as a geometric mean over 69
+# models (PyTorch blog, 2023).
 #
 # ## Measure: when INT8 is slower
-# The same network of this course, the same 8 bits, three ways. Signed instead of unsigned activations; and *dynamic*
-# quantization, which finds each range while it runs and therefore needs no calibration.
+# The same network of this course, the same 8 bits, three ways. Signed instead of unsigned
+# activations; and *dynamic* quantization, which finds each range while it runs and therefore needs
+# no calibration.
 
 # %% tags=["nbval-ignore-output"]
 slow = {}
@@ -473,7 +528,10 @@ if have_onnx:
     plots.intervals(
         {name: c.interval for name, c in slow.items()},
         xlabel="speed-up over fp32 in the same runtime (x)",
-        title=f"Three ways to INT8: from {min(c.ratio for c in slow.values()):.1f}x to {max(c.ratio for c in slow.values()):.1f}x",
+        title=(
+            f"Three ways to INT8: from {min(c.ratio for c in slow.values()):.1f}x to"
+            f" {max(c.ratio for c in slow.values()):.1f}x"
+        ),
         alt="Speed-ups of three INT8 versions of one network over fp32.",
     )
 
@@ -481,12 +539,13 @@ if have_onnx:
 claims.verdict("06.dynamic_always_faster", slow["dynamic"] if have_onnx else no_onnx)
 
 # %% [markdown]
-# On x86 the fast instruction multiplies an *unsigned* by a *signed* byte. A runtime without a kernel for the other pairing
-# works round it, number by number, and may lose all that 8 bits had gained. And a convolution that must first look for the
-# range of its input passes over it twice. All three files are "INT8", and of about the same size.
+# On x86 the fast instruction multiplies an *unsigned* by a *signed* byte. A runtime without a
+# kernel for the other pairing works round it, number by number, and may lose all that 8 bits had
+# gained. And a convolution that must first look for the range of its input passes over it twice.
+# All three files are "INT8", and of about the same size.
 #
-# Dynamic quantization is made for another case: large matrix products with few rows, in which most bytes are weights. MiniLM, a
-# small relative of BERT, embeds sentences of *Persuasion*.
+# Dynamic quantization is made for another case: large matrix products with few rows, in which most
+# bytes are weights. MiniLM, a small relative of BERT, embeds sentences of *Persuasion*.
 
 # %% tags=["nbval-ignore-output"]
 import importlib.util
@@ -555,7 +614,8 @@ if have_minilm:
     vectors = [np.concatenate([s.run(None, chunk)[0] for chunk in chunks]) for s in before_after]
     print(minilm)
     print(
-        f"mean cosine between the two embeddings of a text: {float((vectors[0] * vectors[1]).sum(1).mean()):.4f}"
+        "mean cosine between the two embeddings of a text:"
+        f" {float((vectors[0] * vectors[1]).sum(1).mean()):.4f}"
     )
     embed = bert = before_after = arms = None
     measure.release()
@@ -567,13 +627,16 @@ claims.verdict(
 
 # %% [markdown]
 # ## Measure: weights alone
-# *Weight-only* quantization stores the weights in 8 bits and leaves the arithmetic in floating point. Without a kernel that
-# unpacks while it multiplies, each call turns the whole matrix back into floats first. By hand, and as torchao does it:
+# *Weight-only* quantization stores the weights in 8 bits and leaves the arithmetic in floating
+# point. Without a kernel that unpacks while it multiplies, each call turns the whole matrix back
+# into floats first. By hand, and as torchao does it:
 
 
 # %% tags=["nbval-ignore-output"]
 class WeightOnly(nn.Module):
-    """A linear layer with int8 codes and one scale a row; the float weight exists during the call only."""
+    """A linear layer with int8 codes and one scale a row; the float weight exists during the call
+    only.
+    """
 
     def __init__(self, linear):
         super().__init__()
@@ -602,9 +665,10 @@ ratio = measure.saved_bytes(wide) / measure.saved_bytes(weights_only["by hand"])
 print(f"{ratio:.2f} times fewer bytes")
 
 # %% [markdown]
-# The bytes are a quarter on disk and in memory, and the time is what unpacking costs. Weight-only pays where a fused kernel unpacks
-# inside the product, as llama.cpp's do (chapter 14), or where memory is the limit and not time. And read the library's result
-# with care: `quantize_` changes linear layers. A convolution is passed over in silence.
+# The bytes are a quarter on disk and in memory, and the time is what unpacking costs. Weight-only
+# pays where a fused kernel unpacks inside the product, as llama.cpp's do (chapter 14), or where
+# memory is the limit and not time. And read the library's result with care: `quantize_` changes
+# linear layers. A convolution is passed over in silence.
 
 # %%
 if machine.can("package:torchao"):
@@ -619,10 +683,12 @@ else:
 
 # %% [markdown]
 # ## Explain: one instruction
-# What makes INT8 fast on a CPU is one instruction. To multiply four pairs of bytes and add the products to a 32-bit sum, AVX-512
-# took three: multiply and add pairs, widen, add. VNNI (`vpdpbusd`) does all of it in one (Intel 2018). You can see it on one
-# machine that has it. oneDNN, the library under PyTorch, can be told to ignore instructions it has. One child process for each
-# cap; all are alive at once and take their turns in random order, so that whatever slows the machine slows them all (chapter 1).
+# What makes INT8 fast on a CPU is one instruction. To multiply four pairs of bytes and add the
+# products to a 32-bit sum, AVX-512 took three: multiply and add pairs, widen, add. VNNI
+# (`vpdpbusd`) does all of it in one (Intel 2018). You can see it on one machine that has it.
+# oneDNN, the library under PyTorch, can be told to ignore instructions it has. One child process
+# for each cap; all are alive at once and take their turns in random order, so that whatever slows
+# the machine slows them all (chapter 1).
 
 # %%
 CONVOLUTION = """
@@ -646,8 +712,11 @@ def sample():
 
 # %% tags=["nbval-ignore-output"]
 caps = {"AVX2": "avx2", "AVX512_CORE": "avx512_f", "AVX512_CORE_VNNI": "avx512_vnni"}
-here = {cap: {"ONEDNN_MAX_CPU_ISA": cap, "OMP_NUM_THREADS": "1"}
-        for cap, needs in caps.items() if needs in machine.isa()}  # fmt: skip
+here = {
+    cap: {"ONEDNN_MAX_CPU_ISA": cap, "OMP_NUM_THREADS": "1"}
+    for cap, needs in caps.items()
+    if needs in machine.isa()
+}
 if here:
     capped = measure.turns(CONVOLUTION, here, rounds=8 if SMOKE else 36)
     ratios = {cap: [t["fp32"] / t["int8"] for t in times] for cap, times in capped.items()}
@@ -657,7 +726,10 @@ if here:
         ylabel="speed-up of INT8 over fp32 (x), one convolution, one thread",
         reference=(1.0, "as fast as fp32"),
         title="INT8 over fp32: " + ", ".join(f"{g.value:.1f}x" for g in gains.values()),
-        alt="Speed-up of an INT8 convolution over fp32 under each cap this processor can be given, with intervals.",
+        alt=(
+            "Speed-up of an INT8 convolution over fp32 under each cap this processor can be given,"
+            " with intervals."
+        ),
     )
 else:
     print(machine.Skip("isa", "no x86 instruction set to cap: oneDNN's caps are for x86."))
@@ -686,15 +758,17 @@ else:
 claims.verdict("06.vnni_like_a_gpu", against_gpu)
 
 # %% [markdown]
-# A bar for each instruction set that your processor has: if none of them names VNNI, yours is the world without it. There, INT8
-# still multiplies more numbers in one instruction than fp32 does, but spends further instructions on the sums, so it gains less.
-# In a whole network, where rounding between the layers costs time as well, little or nothing of that gain may be left. This is a
+# A bar for each instruction set that your processor has: if none of them names VNNI, yours is the
+# world without it. There, INT8 still multiplies more numbers in one instruction than fp32 does, but
+# spends further instructions on the sums, so it gains less. In a whole network, where rounding
+# between the layers costs time as well, little or nothing of that gain may be left. This is a
 # frequent reason why somebody's INT8 shows no gain.
 #
 # ## Measure: a network that is hard to quantize
-# EfficientNet-Lite0 comes with weights trained on ImageNet (Tan and Le 2019; Google 2020). Its depthwise layers have channels
-# of very different sizes. There are no ImageNet labels here, so what is compared is *fidelity*: does the INT8 network choose the class
-# that fp32 chooses? Calibration uses the left half of two photographs, the comparison the right half.
+# EfficientNet-Lite0 comes with weights trained on ImageNet (Tan and Le 2019; Google 2020). Its
+# depthwise layers have channels of very different sizes. There are no ImageNet labels here, so what
+# is compared is *fidelity*: does the INT8 network choose the class that fp32 chooses? Calibration
+# uses the left half of two photographs, the comparison the right half.
 
 # %% tags=["nbval-ignore-output"]
 have_lite = (
@@ -768,7 +842,10 @@ if have_lite:
     plots.bars(
         share,
         ylabel="same class as fp32 (%)",
-        title=f"A scale for each channel: {share['per tensor']:.0f}% → {share['per channel']:.0f}% agreement",
+        title=(
+            f"A scale for each channel: {share['per tensor']:.0f}% → {share['per channel']:.0f}%"
+            " agreement"
+        ),
         alt="Two bars: agreement with fp32 for INT8 per tensor and per channel.",
     )
     print("per channel minus per tensor:", difference)
@@ -776,10 +853,11 @@ if have_lite:
     measure.release()
 
 # %% [markdown]
-# One scale for the whole tensor keeps the largest channel and rounds the small ones to a handful of levels. That part of the
-# trouble is not the eight bits, but what they are shared among. What still disagrees with a scale for each channel has other
-# causes: the activations of a layer share one scale all the same, their ranges were seen on few images, and many squares cut from
-# a photograph have no clear class, so that a small error puts another one first.
+# One scale for the whole tensor keeps the largest channel and rounds the small ones to a handful of
+# levels. That part of the trouble is not the eight bits, but what they are shared among. What still
+# disagrees with a scale for each channel has other causes: the activations of a layer share one
+# scale all the same, their ranges were seen on few images, and many squares cut from a photograph
+# have no clear class, so that a small error puts another one first.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -793,9 +871,9 @@ if have_lite:
 # | accuracy drops at 8 bits | per tensor on a depthwise network, or an outlier in calibration | per channel; *Break it* |
 #
 # ## The tool of the field: PyTorch's own path
-# Today PyTorch quantizes a graph (*PT2E*, PyTorch 2 export): `torch.export` writes it, torchao inserts the observers and
-# converts, and inductor, the compiler behind `torch.compile`, turns Q/DQ into oneDNN's INT8 kernels. From end to end, on the
-# course's network:
+# Today PyTorch quantizes a graph (*PT2E*, PyTorch 2 export): `torch.export` writes it, torchao
+# inserts the observers and converts, and inductor, the compiler behind `torch.compile`, turns Q/DQ
+# into oneDNN's INT8 kernels. From end to end, on the course's network:
 
 # %% tags=["nbval-ignore-output"]
 have_ao = machine.can("package:torchao")
@@ -866,8 +944,9 @@ else:
     print(machine.Skip("profile", "compiling takes longer than all of smoke; fast does it."))
 
 # %% [markdown]
-# In `full`, the same on ResNet-50. torchvision's block uses one ReLU module three times, and the quantizer refuses that (`Input
-# partition has more than one output node`). So each use gets a module of its own first.
+# In `full`, the same on ResNet-50. torchvision's block uses one ReLU module three times, and the
+# quantizer refuses that (`Input partition has more than one output node`). So each use gets a
+# module of its own first.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -909,10 +988,11 @@ else:
     print(machine.skip(missing, "PT2E on ResNet-50"))
 
 # %% [markdown]
-# Two lines, and they repeat the chapter's lesson: a compiled INT8 network against an eager fp32 one, and against a compiled fp32 one.
+# Two lines, and they repeat the chapter's lesson: a compiled INT8 network against an eager fp32
+# one, and against a compiled fp32 one.
 #
-# A second opinion, from another house: NNCF quantizes, OpenVINO runs. Precision is set to fp32 for the baseline, because OpenVINO
-# takes bf16 on its own where the processor has it.
+# A second opinion, from another house: NNCF quantizes, OpenVINO runs. Precision is set to fp32 for
+# the baseline, because OpenVINO takes bf16 on its own where the processor has it.
 
 # %% tags=["nbval-ignore-output"]
 if have_onnx and machine.can("package:openvino") and machine.can("package:nncf"):
@@ -932,22 +1012,27 @@ if have_onnx and machine.can("package:openvino") and machine.can("package:nncf")
         for m in (float_model, int8_model)
     ]
     feed = models.normalise(images[:32]).numpy()
-    arms = [measure.Arm(lambda r=r: r.infer({0: feed}), n, torch.get_num_threads(), batch=32)
-            for r, n in zip(requests, ("OpenVINO fp32", "OpenVINO INT8"), strict=True)]  # fmt: skip
+    arms = [
+        measure.Arm(lambda r=r: r.infer({0: feed}), n, torch.get_num_threads(), batch=32)
+        for r, n in zip(requests, ("OpenVINO fp32", "OpenVINO INT8"), strict=True)
+    ]
     print(measure.compare(*arms, seconds=SECONDS))
     answers = [
         requests[1].infer({0: models.normalise(p).numpy()})[0].argmax(1) for p in images.split(300)
     ]
     print(
-        f"validation accuracy {100 * float((np.concatenate(answers) == labels.numpy()).mean()):.2f}%, fp32 {before:.2f}%"
+        "validation accuracy"
+        f" {100 * float((np.concatenate(answers) == labels.numpy()).mean()):.2f}%, fp32"
+        f" {before:.2f}%"
     )
 else:
     print(machine.skip("package:openvino", "NNCF with OpenVINO"))
 
 # %% [markdown]
 # ## Myth: `quantize_dynamic` on a convolutional network
-# A recipe in circulation calls it with `{nn.Conv2d, nn.Linear}` on a model that is on the GPU. The old function is deprecated;
-# the next cell catches its warning and prints it, to show what the function does, not because it should be used.
+# A recipe in circulation calls it with `{nn.Conv2d, nn.Linear}` on a model that is on the GPU. The
+# old function is deprecated; the next cell catches its warning and prints it, to show what the
+# function does, not because it should be used.
 
 # %% tags=["nbval-ignore-output"]
 toy = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 26 * 26, 10))
@@ -958,8 +1043,8 @@ print(old)
 print({w.category.__name__ for w in said}, "·", str(said[0].message).split("\n")[0])
 
 # %% [markdown]
-# The convolution is still an ordinary one: nothing was done to it, and nothing was said. And the quantized layer's kernel exists for
-# CPUs alone; on a CUDA tensor it ends in an error.
+# The convolution is still an ordinary one: nothing was done to it, and nothing was said. And the
+# quantized layer's kernel exists for CPUs alone; on a CUDA tensor it ends in an error.
 #
 # | once | its state today | what replaced it |
 # |---|---|---|
@@ -974,7 +1059,8 @@ with exercises.fails(AttributeError):
 
 # %% [markdown]
 # ## Myth: add two quantized tensors with `+`
-# Eager mode's residual connection. The sum of two numbers with different scales needs a third scale, and `+` has no place for it:
+# Eager mode's residual connection. The sum of two numbers with different scales needs a third
+# scale, and `+` has no place for it:
 
 # %% tags=["nbval-ignore-output"]
 with warnings.catch_warnings():
@@ -985,8 +1071,9 @@ with exercises.fails(NotImplementedError):
 
 # %% [markdown]
 # ## Myth: QAT without an optimizer step, converted in train mode
-# This loop circulates as "QAT": forward and backward inside CUDA autocast, then convert. There is no `optimizer.step()`, so it runs, prints a
-# loss, and learns nothing. And in train mode BatchNorm uses the batch's statistics, so the answer for one image depends on its neighbours.
+# This loop circulates as "QAT": forward and backward inside CUDA autocast, then convert. There is
+# no `optimizer.step()`, so it runs, prints a loss, and learns nothing. And in train mode BatchNorm
+# uses the batch's statistics, so the answer for one image depends on its neighbours.
 
 # %%
 circulating = qat(baseline, 8)
@@ -1003,14 +1090,15 @@ print("a weight changed:", changed)
 print("an image's answer is the same in another batch:", torch.allclose(eight[:4], four, atol=1e-3))
 
 # %% [markdown]
-# The right way is `training.fit` above: zero the gradients, backward, step; then `eval()`, then convert. And compare INT8 with
-# the same runtime's fp32, never with eager.
+# The right way is `training.fit` above: zero the gradients, backward, step; then `eval()`, then
+# convert. And compare INT8 with the same runtime's fp32, never with eager.
 
 # %% [markdown]
 # ## Exercise A · find the layer that breaks
-# Complete the line. `names` lists the layers' names. `evaluate(layers)` quantizes exactly the layers in the set `layers` and
-# returns the network's accuracy; `evaluate(set())` quantizes none. `worst_layer` returns the name of the layer whose quantization
-# *alone* loses most accuracy. A layer whose quantization happens to help is not a bad one. If `a` alone loses 0.02 and `b` alone
+# Complete the line. `names` lists the layers' names. `evaluate(layers)` quantizes exactly the
+# layers in the set `layers` and returns the network's accuracy; `evaluate(set())` quantizes none.
+# `worst_layer` returns the name of the layer whose quantization *alone* loses most accuracy. A
+# layer whose quantization happens to help is not a bad one. If `a` alone loses 0.02 and `b` alone
 # loses 0.10, a right answer is `"b"`.
 
 
@@ -1056,15 +1144,16 @@ def worst_layer(evaluate, names):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Ask why the losses of single layers do not add up to the loss of all (they share errors, and later layers see
-# inputs that are already wrong).
+# 8 minutes. Ask why the losses of single layers do not add up to the loss of all (they share
+# errors, and later layers see inputs that are already wrong).
 
 # %% [markdown]
 # ## Exercise B · straight through
-# Write the autograd function that QAT stands on, with the range known. `StraightThroughB.apply(w, scale, low, high)` returns
-# `w` rounded to whole steps of `scale`, the integers clamped to `low … high`. Backwards it passes the gradient on where `w` was inside
-# the range and 0 where it was clamped: there, moving `w` changes nothing. With scale 0.5, low −2, high 1, the weights
-# `[0.3, 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`.
+# Write the autograd function that QAT stands on, with the range known. `StraightThroughB.apply(w,
+# scale, low, high)` returns `w` rounded to whole steps of `scale`, the integers clamped to `low …
+# high`. Backwards it passes the gradient on where `w` was inside the range and 0 where it was
+# clamped: there, moving `w` changes nothing. With scale 0.5, low −2, high 1, the weights `[0.3,
+# 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`.
 
 
 # %% tags=["exercise"]
@@ -1080,11 +1169,12 @@ class StraightThroughB(torch.autograd.Function):
 exercises.check("06.B", StraightThroughB)
 
 # %% [markdown] tags=["hint"]
-# `steps = torch.round(w / scale)` before clamping tells who is inside: `(steps >= low) & (steps <= high)`.
+# `steps = torch.round(w / scale)` before clamping tells who is inside: `(steps >= low) & (steps <=
+# high)`.
 
 # %% [markdown] tags=["hint"]
-# `ctx.save_for_backward(mask)` in `forward`, `(mask,) = ctx.saved_tensors` in `backward`. `backward` returns one value for
-# each input of `forward`; `None` for those that need no gradient.
+# `ctx.save_for_backward(mask)` in `forward`, `(mask,) = ctx.saved_tensors` in `backward`.
+# `backward` returns one value for each input of `forward`; `None` for those that need no gradient.
 
 
 # %% tags=["solution"]
@@ -1154,16 +1244,18 @@ class StraightThroughB(torch.autograd.Function):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. The chapter's own `StraightThrough` has no mask because its range is that of the tensor itself: nothing is ever clamped.
-# Let the room find out why.
+# 15 minutes. The chapter's own `StraightThrough` has no mask because its range is that of the
+# tensor itself: nothing is ever clamped. Let the room find out why.
 
 # %% [markdown]
 # ## Exercise C · the smallest network above a floor
-# Write `choose_bits(weights, accuracy, floor)`. `weights` maps layer names to their number of weights. `accuracy(bits)` takes a dict from
-# *every* layer name to 2, 3, 4 or 8 and returns the validation accuracy. Return such a dict with an accuracy of at least `floor` and as few
-# bits in all as you can, counting weights × bits. If even 8 bits everywhere miss the floor, return `None`. You may call `accuracy`
-# at most 250 times. With one layer that loses 0.01 at 4 bits and 0.2 at 3, and a floor 0.05 below fp32, a right answer is `{"layer": 4}`.
-# An answer within a tenth of the smallest passes.
+# Write `choose_bits(weights, accuracy, floor)`. `weights` maps layer names to their number of
+# weights. `accuracy(bits)` takes a dict from *every* layer name to 2, 3, 4 or 8 and returns the
+# validation accuracy. Return such a dict with an accuracy of at least `floor` and as few bits in
+# all as you can, counting weights × bits. If even 8 bits everywhere miss the floor, return `None`.
+# You may call `accuracy` at most 250 times. With one layer that loses 0.01 at 4 bits and 0.2 at 3,
+# and a floor 0.05 below fp32, a right answer is `{"layer": 4}`. An answer within a tenth of the
+# smallest passes.
 
 
 # %% tags=["exercise"]
@@ -1174,10 +1266,12 @@ def choose_bits(weights, accuracy, floor): ...
 exercises.check("06.C", choose_bits)
 
 # %% [markdown] tags=["hint"]
-# Start with 8 bits everywhere. Which single step, one layer to fewer bits, saves most bits for each unit of accuracy it costs?
+# Start with 8 bits everywhere. Which single step, one layer to fewer bits, saves most bits for each
+# unit of accuracy it costs?
 
 # %% [markdown] tags=["hint"]
-# Repeat until no step stays above the floor. A last pass over all layers picks up small savings that the greedy order left.
+# Repeat until no step stays above the floor. A last pass over all layers picks up small savings
+# that the greedy order left.
 
 
 # %% tags=["solution"]
@@ -1242,13 +1336,13 @@ def choose_bits(weights, accuracy, floor):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. On a real network the losses do not add up as they do in the check; discuss what a second greedy pass, or a few
-# fine-tuning steps after each choice, would change.
+# 20 minutes. On a real network the losses do not add up as they do in the check; discuss what a
+# second greedy pass, or a few fine-tuning steps after each choice, would change.
 
 # %% [markdown]
 # ## Break it
-# Min–max calibration believes every image. Put one bad one among the 256: a picture whose pixels were scaled twice, so that its
-# numbers are forty times too large.
+# Min–max calibration believes every image. Put one bad one among the 256: a picture whose pixels
+# were scaled twice, so that its numbers are forty times too large.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1274,48 +1368,66 @@ plots.lines(
     logx=True,
     reference=(before, "fp32"),
     title=f"One bad image of 256: from {broken[0]:.0f}% down to {broken[-1]:.0f}%",
-    alt="Accuracy against the size of one outlier image in calibration: it falls as the outlier grows.",
+    alt=(
+        "Accuracy against the size of one outlier image in calibration: it falls as the outlier"
+        " grows."
+    ),
 )
 
 # %% [markdown]
-# The range grew with the outlier, and the honest activations share the few levels that are left near zero. A percentile in place of
-# the maximum, from chapter 5, ignores a single image. Look at your calibration data as you look at your training data.
+# The range grew with the outlier, and the honest activations share the few levels that are left
+# near zero. A percentile in place of the maximum, from chapter 5, ignores a single image. Look at
+# your calibration data as you look at your training data.
 #
 # ## Exit quiz
 # **1. INT8 in ONNX Runtime is 5 times faster than eager PyTorch. The 8 bits gave**
 # <details><summary>5 times</summary>The runtime changed too.</details>
-# <details><summary>that can't be said from this</summary>Right: compare with the same runtime in fp32.</details>
-# <details><summary>4 times, because of the bits</summary>Bytes are a quarter; time depends on kernels.</details>
+# <details><summary>that can't be said from this</summary>Right: compare with the same runtime in
+# fp32.</details>
+# <details><summary>4 times, because of the bits</summary>Bytes are a quarter; time depends on
+# kernels.</details>
 #
 # **2. QAT at 8 bits brought nothing over rounding. Why?**
-# <details><summary>the learning rate was wrong</summary>It may be, but there is a simpler reason.</details>
-# <details><summary>rounding had lost nothing</summary>Right: there is nothing to win back.</details>
-# <details><summary>the straight-through estimator is biased</summary>It is, and at 2 bits it still helps.</details>
+# <details><summary>the learning rate was wrong</summary>It may be, but there is a simpler
+# reason.</details>
+# <details><summary>rounding had lost nothing</summary>Right: there is nothing to win
+# back.</details>
+# <details><summary>the straight-through estimator is biased</summary>It is, and at 2 bits it still
+# helps.</details>
 #
 # **3. Same file size, both INT8, one twice as slow as fp32. Look first at**
-# <details><summary>signed or unsigned activations</summary>Right on x86: the fast instruction wants unsigned times signed.</details>
-# <details><summary>the number of calibration images</summary>It changes accuracy, not speed.</details>
+# <details><summary>signed or unsigned activations</summary>Right on x86: the fast instruction wants
+# unsigned times signed.</details>
+# <details><summary>the number of calibration images</summary>It changes accuracy, not
+# speed.</details>
 # <details><summary>the weights' values</summary>Kernels do not care.</details>
 #
 # **4. Dynamic quantization suits**
-# <details><summary>a large matrix product with few rows</summary>Right: weights dominate the bytes, and ranges are cheap to find.</details>
-# <details><summary>a convolution on large images</summary>The activations are large, and each is searched for its range.</details>
+# <details><summary>a large matrix product with few rows</summary>Right: weights dominate the bytes,
+# and ranges are cheap to find.</details>
+# <details><summary>a convolution on large images</summary>The activations are large, and each is
+# searched for its range.</details>
 # <details><summary>every model</summary>You measured one for which it does not.</details>
 #
 # **5. The control in the QAT experiment answers**
 # <details><summary>whether more training alone explains the gain</summary>Right.</details>
 # <details><summary>whether 2 bits are enough</summary>It has 32.</details>
-# <details><summary>whether the seed was lucky</summary>For that you would need more seeds.</details>
+# <details><summary>whether the seed was lucky</summary>For that you would need more
+# seeds.</details>
 #
-# **Key points** · fold, observe, round · per channel for weights, and unsigned activations on x86 · rescue with QAT what rounding
-# broke, nothing else · compare within one runtime · without a dot-product instruction INT8 saves bytes, and less time or none ·
-# spend bits where the accuracy needs them.
+# **Key points** · fold, observe, round · per channel for weights, and unsigned activations on x86 ·
+# rescue with QAT what rounding broke, nothing else · compare within one runtime · without a
+# dot-product instruction INT8 saves bytes, and less time or none · spend bits where the accuracy
+# needs them.
 #
-# **Sources** · B. Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, 2018 ·
-# Y. Bengio et al., *Estimating or Propagating Gradients Through Stochastic Neurons*, 2013 · S. Esser et al., *Learned Step Size
-# Quantization*, 2020 · M. Tan, Q. Le, *EfficientNet*, 2019 · Intel, *Deep Learning Boost*, 2018 · the documentation of
-# [ONNX Runtime's quantization](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html) and of
-# [torchao's PT2E](https://docs.pytorch.org/ao/stable/).
+# **Sources** · B. Jacob et al., *Quantization and Training of Neural Networks for Efficient
+# Integer-Arithmetic-Only Inference*, 2018 · Y. Bengio et al., *Estimating or Propagating Gradients
+# Through Stochastic Neurons*, 2013 · S. Esser et al., *Learned Step Size Quantization*, 2020 · M.
+# Tan, Q. Le, *EfficientNet*, 2019 · Intel, *Deep Learning Boost*, 2018 · the documentation of [ONNX
+# Runtime's
+# quantization](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html) and
+# of [torchao's PT2E](https://docs.pytorch.org/ao/stable/).
 #
-# **For the capstone** row 06 of your ledger, *INT8*, now says what eight bits gain within one runtime on this machine, and at how many
-# bits accuracy breaks. Next: [07 · Mixed precision](07_mixed_precision.ipynb), where 16 bits serve training.
+# **For the capstone** row 06 of your ledger, *INT8*, now says what eight bits gain within one
+# runtime on this machine, and at how many bits accuracy breaks. Next: [07 · Mixed
+# precision](07_mixed_precision.ipynb), where 16 bits serve training.

@@ -3,9 +3,10 @@
 #
 # **What do 16 bits lose, what must stay in 32, and does your machine pay you for the change?**
 #
-# After this chapter you can: *read* a number from its bits in six formats · *predict* where fp16 and bf16 break ·
-# *write* autocast and a dynamic loss scaler that agree with PyTorch's bit for bit · *explain* why 16 bits are faster on one
-# processor and slower on another · *keep* an fp16 training run alive.
+# After this chapter you can: *read* a number from its bits in six formats · *predict* where fp16
+# and bf16 break · *write* autocast and a dynamic loss scaler that agree with PyTorch's bit for bit
+# · *explain* why 16 bits are faster on one processor and slower on another · *keep* an fp16
+# training run alive.
 #
 # 80 minutes · before this: 01 Measurement; 02, 05 and 06 help · runs on any CPU
 
@@ -34,18 +35,20 @@ machine.card()
 # %% [markdown]
 # ## Recall
 # 1. (Chapter 1) A speed-up has the interval [0.9, 1.3]. May you say "faster"?
-#    <details><summary>Answer</summary>No: it holds both slower and faster. The answer is "inconclusive".</details>
+#    <details><summary>Answer</summary>No: it holds both slower and faster. The answer is
+#    "inconclusive".</details>
 # 2. (Chapter 5) What is the largest error when you store a number on a grid of step $s$?
-#    <details><summary>Answer</summary>Half a step, $s/2$, inside the range. The formats below have a grid too, but its step grows
-#    with the number.</details>
-# 3. (Chapter 6, if you took it) INT8 gains much on one CPU and little or nothing on another. What is most often the difference?
-#    <details><summary>Answer</summary>One instruction. Fewer bits save bytes everywhere; how much arithmetic they save depends on
-#    the instructions that the processor has for them.</details>
+#    <details><summary>Answer</summary>Half a step, $s/2$, inside the range. The formats below have
+#    a grid too, but its step grows with the number.</details>
+# 3. (Chapter 6, if you took it) INT8 gains much on one CPU and little or nothing on another. What
+#    is most often the difference?
+#    <details><summary>Answer</summary>One instruction. Fewer bits save bytes everywhere; how much
+#    arithmetic they save depends on the instructions that the processor has for them.</details>
 #
 # ## Predict
-# You train a small residual network, once in fp32 and once with *autocast*, which lets PyTorch use the 16-bit format bf16 where
-# it thinks fit. How many times faster is a training step on *your* machine (below 1 means slower)? And by what factor does the
-# peak memory of the step shrink?
+# You train a small residual network, once in fp32 and once with *autocast*, which lets PyTorch use
+# the 16-bit format bf16 where it thinks fit. How many times faster is a training step on *your*
+# machine (below 1 means slower)? And by what factor does the peak memory of the step shrink?
 
 # %%
 my_speedup = ...  # times
@@ -55,8 +58,8 @@ exercises.predict("07.memory", my_saving)
 
 # %% [markdown]
 # ## From scratch: a number by its bits
-# Here is 0.1, as five formats of PyTorch store it. The first bit is the *sign*, the next group the *exponent*, the last the
-# *mantissa*.
+# Here is 0.1, as five formats of PyTorch store it. The first bit is the *sign*, the next group the
+# *exponent*, the last the *mantissa*.
 
 # %%
 FORMATS = {  # name: exponent bits, mantissa bits
@@ -86,18 +89,23 @@ for name, dtype in TORCH.items():
     print(f"{name:9}{text[0]} {text[1 : 1 + e]:8} {text[1 + e :]:23} is {back:.10g}")
 
 # %% [markdown]
-# Not one of them holds 0.1 exactly. bf16 is fp32 with the last 16 bits cut off (and rounded): the exponent is the same. fp16
-# spends three bits less than bf16 on the exponent and three more on the mantissa. Those three bits are what this chapter is about.
+# Not one of them holds 0.1 exactly. bf16 is fp32 with the last 16 bits cut off (and rounded): the
+# exponent is the same. fp16 spends three bits less than bf16 on the exponent and three more on the
+# mantissa. Those three bits are what this chapter is about.
 #
-# Write $E$ for the exponent's integer, $M$ for the mantissa's, $e$ and $m$ for their numbers of bits, and $b = 2^{e-1} - 1$ for
-# the *bias*. A *normal* number is $(1 + M/2^m)\cdot 2^{E-b}$. When $E$ is zero the leading 1 is dropped and the exponent stays at
-# $1 - b$: such numbers are *subnormal*, and they fill the gap between the smallest normal number and zero. When all bits of
-# $E$ are ones, the pattern means infinity ($M = 0$) or not-a-number. The e4m3 of PyTorch spends only one pattern a sign on that.
+# Write $E$ for the exponent's integer, $M$ for the mantissa's, $e$ and $m$ for their numbers of
+# bits, and $b = 2^{e-1} - 1$ for the *bias*. A *normal* number is $(1 + M/2^m)\cdot 2^{E-b}$. When
+# $E$ is zero the leading 1 is dropped and the exponent stays at $1 - b$: such numbers are
+# *subnormal*, and they fill the gap between the smallest normal number and zero. When all bits of
+# $E$ are ones, the pattern means infinity ($M = 0$) or not-a-number. The e4m3 of PyTorch spends
+# only one pattern a sign on that.
 
 
 # %%
 def decode(words, e, m, only_nan=False):
-    """Integers (int64) → the numbers they stand for (float64) with e exponent bits and m mantissa bits."""
+    """Integers (int64) → the numbers they stand for (float64) with e exponent bits and m mantissa
+    bits.
+    """
     bias = 2 ** (e - 1) - 1
     sign = 1.0 - 2.0 * (words >> (e + m))
     exponent, fraction = (words >> m) & (2**e - 1), (words & (2**m - 1)) / 2.0**m
@@ -119,14 +127,17 @@ for name, dtype in list(TORCH.items())[1:]:
     print(f"{name:9} all {len(words)} patterns agree with torch: {same}")
 
 # %% [markdown]
-# Every pattern of four formats, and you have read all of them. Now the other direction: store a number in *any* format, tf32
-# too, which PyTorch has no type for (it exists only inside NVIDIA's matrix units). The gap between neighbours is one step of the
-# mantissa at the number's exponent. It is called the *ulp*, the unit in the last place.
+# Every pattern of four formats, and you have read all of them. Now the other direction: store a
+# number in *any* format, tf32 too, which PyTorch has no type for (it exists only inside NVIDIA's
+# matrix units). The gap between neighbours is one step of the mantissa at the number's exponent. It
+# is called the *ulp*, the unit in the last place.
 
 
 # %%
 def stored(x, e, m):
-    """x (tensor or number) rounded to the nearest number with e exponent and m mantissa bits, ties to even."""
+    """x (tensor or number) rounded to the nearest number with e exponent and m mantissa bits, ties
+    to even.
+    """
     x = torch.as_tensor(x, dtype=torch.float64)
     bias = 2 ** (e - 1) - 1
     exponent = (torch.frexp(x).exponent - 1).clamp(min=1 - bias)  # subnormals share one exponent
@@ -138,11 +149,14 @@ def stored(x, e, m):
 
 x = torch.randn(100_000) * torch.exp2(torch.randint(-30, 20, (100_000,)).float())
 for name in ("bf16", "fp16"):
-    print(f"{name} as torch rounds:", torch.equal(stored(x, *FORMATS[name]), x.to(TORCH[name]).double()))  # fmt: skip
+    print(
+        f"{name} as torch rounds:",
+        torch.equal(stored(x, *FORMATS[name]), x.to(TORCH[name]).double()),
+    )
 
 # %% [markdown]
-# Range and precision can be found by experiment, without any formula: halve until nothing is left, double until nothing fits,
-# and add less and less to 1 until it stays 1.
+# Range and precision can be found by experiment, without any formula: halve until nothing is left,
+# double until nothing fits, and add less and less to 1 until it stays 1.
 
 
 # %%
@@ -164,13 +178,15 @@ for name, dtype in TORCH.items():
         f"{name:9} smallest 2^{small:<5} largest power 2^{large:<4} gap above one 2^{gap:<4}",
         end=" ",
     )
-    print(f"largest number {torch.finfo(dtype).max:.6g}")  # fmt: skip
+    print(f"largest number {torch.finfo(dtype).max:.6g}")
 
 # %% [markdown]
-# Two columns to remember. **fp16 ends at 65,504 and at $2^{-24}$; bf16 reaches as far as fp32 but has only a gap of $2^{-7}$
-# above 1**: it knows about two to three decimal digits. fp16's trouble will be range, bf16's precision.
+# Two columns to remember. **fp16 ends at 65,504 and at $2^{-24}$; bf16 reaches as far as fp32 but
+# has only a gap of $2^{-7}$ above 1**: it knows about two to three decimal digits. fp16's trouble
+# will be range, bf16's precision.
 #
-# The slider lets you build a format. Without a running Jupyter kernel you see no slider; the figure after it says the same.
+# The slider lets you build a format. Without a running Jupyter kernel you see no slider; the figure
+# after it says the same.
 
 
 # %%
@@ -188,7 +204,9 @@ def bits_text(value, e, m):
 
 
 def draw(value, rows):
-    """Rows of bits, coloured by their part; what is stored and how far off it is stands at the right."""
+    """Rows of bits, coloured by their part; what is stored and how far off it is stands at the
+    right.
+    """
     off = {n: float(stored(value, *f)) / value - 1 for n, f in rows.items()}
     worst = max(off, key=lambda n: abs(off[n]))
     title = f"{value:g} is off by {100 * abs(off[worst]):.2g}% in {worst}"
@@ -204,7 +222,9 @@ def draw(value, rows):
     ax.set_yticks(range(len(rows)), list(rows))
     ax.grid(visible=False)
     ax.invert_yaxis()
-    plots.show(figure, f"Bits of {value:g}: sign, exponent, mantissa, and at the right what is stored.")  # fmt: skip
+    plots.show(
+        figure, f"Bits of {value:g}: sign, exponent, mantissa, and at the right what is stored."
+    )
 
 
 # %% tags=["nbval-ignore-output"]
@@ -221,13 +241,14 @@ plots.explore(
 draw(0.1, FORMATS)
 
 # %% [markdown]
-# Orange is the sign, green the exponent, blue the mantissa; a dark box is a 1. Try 100,000 and 0.00000001 with the slider: fp16
-# says infinity and zero, bf16 is about right both times. Try 257: bf16 says 256. (The slider keeps the top exponent for infinity in
-# every format. Real e4m3 gives it up, and reaches 448.)
+# Orange is the sign, green the exponent, blue the mantissa; a dark box is a 1. Try 100,000 and
+# 0.00000001 with the slider: fp16 says infinity and zero, bf16 is about right both times. Try 257:
+# bf16 says 256. (The slider keeps the top exponent for infinity in every format. Real e4m3 gives it
+# up, and reaches 448.)
 #
 # ## Measure: where the numbers of a training step live
-# Take the course's trained network and one batch. Collect the sizes of all its weights, of what its convolutions compute, and
-# of its gradients. Where do they fall, and what would fp16 keep?
+# Take the course's trained network and one batch. Collect the sizes of all its weights, of what its
+# convolutions compute, and of its gradients. Where do they fall, and what would fp16 keep?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -255,13 +276,23 @@ sample = slice(0, 32 if SMOKE else 256)
 sizes = sizes_in_a_step(models.baseline(), models.normalise(images[sample]), labels[sample])
 lost = {k: float((stored(t, 5, 10) == 0).double().mean()) for k, t in sizes.items()}
 subnormal = {k: float((t < 2.0**-14).double().mean()) for k, t in sizes.items()}
-print({k: f"{lost[k]:.1%} become zero in fp16, {subnormal[k]:.1%} lie below its normal range" for k in sizes})  # fmt: skip
+print(
+    {
+        k: f"{lost[k]:.1%} become zero in fp16, {subnormal[k]:.1%} lie below its normal range"
+        for k in sizes
+    }
+)
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
-    "size, as a power of two", "share of the values (%)", height=4.2,
-    title=f"{100 * subnormal['gradients']:.0f}% of the gradients lie below fp16's normal range, {100 * lost['gradients']:.2g}% are zero in it",
-)  # fmt: skip
+    "size, as a power of two",
+    "share of the values (%)",
+    height=4.2,
+    title=(
+        f"{100 * subnormal['gradients']:.0f}% of the gradients lie below fp16's normal range,"
+        f" {100 * lost['gradients']:.2g}% are zero in it"
+    ),
+)
 edges = np.arange(-40, 20)
 for i, (name, t) in enumerate(sizes.items()):
     counts, _ = np.histogram(torch.log2(t).numpy(), edges)
@@ -269,15 +300,20 @@ for i, (name, t) in enumerate(sizes.items()):
 ax.axvspan(-14, 16, color="0.85", zorder=0, label="fp16, normal")
 ax.axvspan(-24, -14, color="0.93", zorder=0, label="fp16, subnormal")
 ax.legend(loc="upper left", fontsize=9)
-plots.show(figure, "Histograms of sizes on a scale of powers of two, with fp16's range shaded: gradients lie furthest left.")  # fmt: skip
+plots.show(
+    figure,
+    "Histograms of sizes on a scale of powers of two, with fp16's range shaded: gradients lie"
+    " furthest left.",
+)
 
 # %% [markdown]
-# The shaded part is what fp16 can hold, the lighter one with fewer and fewer digits. Weights and activations sit in the middle.
-# The gradients stand at the left, most of them where digits are missing, some beyond the edge, while the right half of the shaded
-# part stays empty. Micikevicius et al. (2018) show the same
-# picture for a detection network. So do not ask for more range: **shift the gradients to the right**. Multiply the loss
-# by a large $S$, and by the chain rule every gradient is multiplied by $S$. Divide at the end, in fp32. That is *loss scaling*.
-# bf16 has the range of fp32; for it the whole figure is shaded.
+# The shaded part is what fp16 can hold, the lighter one with fewer and fewer digits. Weights and
+# activations sit in the middle. The gradients stand at the left, most of them where digits are
+# missing, some beyond the edge, while the right half of the shaded part stays empty. Micikevicius
+# et al. (2018) show the same picture for a detection network. So do not ask for more range: **shift
+# the gradients to the right**. Multiply the loss by a large $S$, and by the chain rule every
+# gradient is multiplied by $S$. Divide at the end, in fp32. That is *loss scaling*. bf16 has the
+# range of fp32; for it the whole figure is shaded.
 #
 # ## From scratch: sums stop growing
 # Add 1, again and again, in each format. Then add up thousands of random numbers between 0 and 1.
@@ -309,23 +345,35 @@ def running_sum(terms, e, m):
 
 ends = np.linspace(0, len(terms) - 1, 40).astype(int)
 exact = terms.cumsum(0).numpy()
-paths = {n: np.array(running_sum(stored(terms, *FORMATS[n]), *FORMATS[n])) for n in ("bf16", "fp16")}  # fmt: skip
+paths = {
+    n: np.array(running_sum(stored(terms, *FORMATS[n]), *FORMATS[n])) for n in ("bf16", "fp16")
+}
 paths["bf16 terms, fp32 sum"] = np.array(running_sum(stored(terms, 8, 7), 8, 23))
 off = {n: 100 * (1 - p[-1] / exact[-1]) for n, p in paths.items()}
 plots.lines(
-    ends + 1, {n: p[ends] for n, p in paths.items()} | {"exact": exact[ends]},
-    xlabel="terms added", ylabel="running sum",
-    title=f"bf16 loses {off['bf16']:.0f}%, fp16 {off['fp16']:.0f}%; bf16 terms with an fp32 sum {abs(off['bf16 terms, fp32 sum']):.1g}%",
-    alt="Running sums: the bf16 line turns flat first, fp16 later, the one with an fp32 accumulator follows the exact line.",
-)  # fmt: skip
+    ends + 1,
+    {n: p[ends] for n, p in paths.items()} | {"exact": exact[ends]},
+    xlabel="terms added",
+    ylabel="running sum",
+    title=(
+        f"bf16 loses {off['bf16']:.0f}%, fp16 {off['fp16']:.0f}%; bf16 terms with an fp32 sum"
+        f" {abs(off['bf16 terms, fp32 sum']):.1g}%"
+    ),
+    alt=(
+        "Running sums: the bf16 line turns flat first, fp16 later, the one with an fp32 accumulator"
+        " follows the exact line."
+    ),
+)
 
 # %% [markdown]
-# A sum stops growing when a term is less than half of its ulp. The last path shows the remedy: **16-bit terms, 32-bit sum**. The
-# rounding of the terms goes in both directions and cancels; the rounding of the sum does not. Every matrix unit is built like
-# this, and so are PyTorch's kernels: that is why the product of ones, in the cell before, was counted right.
+# A sum stops growing when a term is less than half of its ulp. The last path shows the remedy:
+# **16-bit terms, 32-bit sum**. The rounding of the terms goes in both directions and cancels; the
+# rounding of the sum does not. Every matrix unit is built like this, and so are PyTorch's kernels:
+# that is why the product of ones, in the cell before, was counted right.
 #
 # ## From scratch: master weights
-# An update is a sum as well. Take a weight of 1 and 200 updates of −0.001, as [chapter 5](05_quantization_math.ipynb) did.
+# An update is a sum as well. Take a weight of 1 and 200 updates of −0.001, as [chapter
+# 5](05_quantization_math.ipynb) did.
 
 # %%
 for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.items():
@@ -335,10 +383,11 @@ for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch
     print(f"{name}: {weight.item():.4f}")
 
 # %% [markdown]
-# The bf16 weight never moves: half an ulp below 1 is larger than the update. So keep the weights in fp32, the *master weights*,
-# and make 16-bit copies for the products. Does it matter for a network? The next cell trains a small one three ways. All
-# arithmetic is fp32 here; only what an update leaves in the weight is rounded. *Stochastic* rounding goes up or down
-# by chance, with the probability that makes it right on average (chapter 5).
+# The bf16 weight never moves: half an ulp below 1 is larger than the update. So keep the weights in
+# fp32, the *master weights*, and make 16-bit copies for the products. Does it matter for a network?
+# The next cell trains a small one three ways. All arithmetic is fp32 here; only what an update
+# leaves in the weight is rounded. *Stochastic* rounding goes up or down by chance, with the
+# probability that makes it right on average (chapter 5).
 
 
 # %%
@@ -375,7 +424,9 @@ def accuracy(model):
 
 # %% tags=["nbval-ignore-output"]
 def train_rounded(how, seed, steps=STEPS, lr=0.01):
-    """Accuracy after SGD whose weights are rounded by `how` after each update; and the share of updates that did nothing."""
+    """Accuracy after SGD whose weights are rounded by `how` after each update; and the share of
+    updates that did nothing.
+    """
     model, idle = mlp(seed), []
     for x, y in batches(seed, steps):
         model.zero_grad()
@@ -393,17 +444,27 @@ SEEDS = range(3 if SMOKE else 5)
 runs = {how: [train_rounded(how, s) for s in SEEDS] for how in ("nearest", "stochastic", "master")}
 gap = measure.paired_t([m[0] - n[0] for m, n in zip(runs["master"], runs["nearest"], strict=True)])
 plots.seeds(
-    {f"{how}\n({100 * np.mean([r[1] for r in rs]):.0f}% of updates idle)": [r[0] for r in rs] for how, rs in runs.items()},
+    {
+        f"{how}\n({100 * np.mean([r[1] for r in rs]):.0f}% of updates idle)": [r[0] for r in rs]
+        for how, rs in runs.items()
+    },
     ylabel="test accuracy (%)",
-    title=f"Master weights against bf16 weights: {gap.value:+.1f} points [{gap.low:.1f}, {gap.high:.1f}]",
-    alt="Test accuracy of five seeds with bf16 weights rounded to nearest, rounded stochastically, and fp32 master weights.",
-)  # fmt: skip
+    title=(
+        f"Master weights against bf16 weights: {gap.value:+.1f} points [{gap.low:.1f},"
+        f" {gap.high:.1f}]"
+    ),
+    alt=(
+        "Test accuracy of five seeds with bf16 weights rounded to nearest, rounded stochastically,"
+        " and fp32 master weights."
+    ),
+)
 
 # %% [markdown]
-# Under each name stands the share of updates that left the weight where it was. Rounding to nearest throws many of them
-# away, always the small ones. Stochastic rounding loses nearly as many single updates but keeps their sum: it should be close to the
-# master weights. With a larger learning rate, or fewer steps, the three come together: the price depends on the size of an
-# update beside the ulp of the weight.
+# Under each name stands the share of updates that left the weight where it was. Rounding to nearest
+# throws many of them away, always the small ones. Stochastic rounding loses nearly as many single
+# updates but keeps their sum: it should be close to the master weights. With a larger learning
+# rate, or fewer steps, the three come together: the price depends on the size of an update beside
+# the ulp of the weight.
 #
 # ## From scratch: autocast
 # `torch.autocast` chooses a format for each *operation*. Ask it.
@@ -426,9 +487,10 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
         print(f"{name:22} {str(call().dtype).removeprefix('torch.')}")
 
 # %% [markdown]
-# Three lists. *Lower*: matrix products and convolutions, where the arithmetic is, get 16-bit inputs. *Upper*: losses and a few
-# others, which add up many terms, get fp32. *Neither*: the rest takes what comes, and two formats together become the wider one.
-# The lists differ between devices. On CUDA, softmax and layer norm stand in the upper list; on the CPU they take what comes. The
+# Three lists. *Lower*: matrix products and convolutions, where the arithmetic is, get 16-bit
+# inputs. *Upper*: losses and a few others, which add up many terms, get fp32. *Neither*: the rest
+# takes what comes, and two formats together become the wider one. The lists differ between devices.
+# On CUDA, softmax and layer norm stand in the upper list; on the CPU they take what comes. The
 # weights themselves stay fp32 all the time: they are your master weights.
 #
 # You can write it. A *function mode* sees each call of a torch function before it runs.
@@ -439,7 +501,9 @@ from torch.utils._pytree import tree_map
 
 
 class MyAutocast(TorchFunctionMode):
-    """Matrix products and convolutions in `dtype`, the loss in fp32, everything else as it comes."""
+    """Matrix products and convolutions in `dtype`, the loss in fp32, everything else as it
+    comes.
+    """
 
     LOWER = (F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
     UPPER = (F.cross_entropy, F.mse_loss)
@@ -477,20 +541,31 @@ for dtype in (torch.bfloat16, torch.float16):
     ours = step_gradients(net, MyAutocast(dtype), small_batch, labels[:16])
     theirs = step_gradients(net, torch.autocast("cpu", dtype=dtype), small_batch, labels[:16])
     equal = all(torch.equal(i, j) for i, j in zip(ours, theirs, strict=True))
-    print(f"{dtype}: loss and all {len(ours) - 1} gradients equal torch.autocast's bit by bit: {equal}")  # fmt: skip
+    print(
+        f"{dtype}: loss and all {len(ours) - 1} gradients equal torch.autocast's bit by bit:"
+        f" {equal}"
+    )
 
 # %% [markdown]
-# Thirty lines, and the same bits. Torch's version does one thing more: inside the `with` block it keeps the 16-bit copy of each
-# weight, so that a weight used twice is cast once. That *weight cache* comes back below, as a cost.
+# Thirty lines, and the same bits. Torch's version does one thing more: inside the `with` block it
+# keeps the 16-bit copy of each weight, so that a weight used twice is cast once. That *weight
+# cache* comes back below, as a cost.
 #
 # Here is the whole step, with the scaler that comes next.
 
 # %%
 FLOW = [
-    ("fp32\nmaster weights", 0, 1.4, 0), ("16-bit copies", 1, 1.4, 1), ("forward\n(autocast)", 2, 1.4, 1), ("loss\n(fp32)", 3, 1.4, 0),
-    ("loss × S", 4, 1.4, 0), ("backward\n(16 bits)", 4, 0, 1), ("gradients ÷ S\n(fp32)", 3, 0, 0), ("all finite?\nclip", 2, 0, 0),
-    ("update,\nperhaps S × 2", 1, 0, 0), ("else skip,\nS ÷ 2", 2, -1.2, 0),
-]  # fmt: skip
+    ("fp32\nmaster weights", 0, 1.4, 0),
+    ("16-bit copies", 1, 1.4, 1),
+    ("forward\n(autocast)", 2, 1.4, 1),
+    ("loss\n(fp32)", 3, 1.4, 0),
+    ("loss × S", 4, 1.4, 0),
+    ("backward\n(16 bits)", 4, 0, 1),
+    ("gradients ÷ S\n(fp32)", 3, 0, 0),
+    ("all finite?\nclip", 2, 0, 0),
+    ("update,\nperhaps S × 2", 1, 0, 0),
+    ("else skip,\nS ÷ 2", 2, -1.2, 0),
+]
 figure, ax = plots.axes("", "", title="One step: what is in 16 bits, what in 32", height=3.6)
 boxes = []
 for text, column, row, half in FLOW:
@@ -503,7 +578,11 @@ for start, end in [*((i, i + 1) for i in range(8)), (7, 9), (8, 0)]:
     ax.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.3", **ends})
 ax.set(xlim=(-0.6, 4.6), ylim=(-1.7, 2))
 ax.axis("off")
-plots.show(figure, "Flow of a step: fp32 weights, 16-bit copies, forward, fp32 loss, times S, 16-bit backward, fp32 gradients, check, update or skip.")  # fmt: skip
+plots.show(
+    figure,
+    "Flow of a step: fp32 weights, 16-bit copies, forward, fp32 loss, times S, 16-bit backward,"
+    " fp32 gradients, check, update or skip.",
+)
 
 # %% [markdown]
 # Orange boxes are 16 bits, grey ones 32.
@@ -532,7 +611,10 @@ def infer(on, dtype=torch.bfloat16):
 
 
 def against_fp32(call, name, **how):
-    arms = (measure.Arm(lambda: call(False), f"fp32 {name}"), measure.Arm(lambda: call(True, **how), f"{name} with autocast"))  # fmt: skip
+    arms = (
+        measure.Arm(lambda: call(False), f"fp32 {name}"),
+        measure.Arm(lambda: call(True, **how), f"{name} with autocast"),
+    )
     return measure.compare(*arms, seconds=SECONDS, precision=0.03)
 
 
@@ -544,15 +626,16 @@ claims.verdict("07.amp_speeds_up_inference", inference)
 
 # %% [markdown]
 # Blogs of Intel and PyTorch report a gain on processors with a bf16 instruction ([one of
-# them](https://pytorch.org/blog/empowering-pytorch-on-intel-xeon-scalable-processors-with-bfloat16/)). If your machine card at the top
-# lists `avx512_bf16`, `amx_bf16` or Arm's `bf16`, expect one. If it does not, you probably
-# saw a number *below* 1: the same bits, and slower. The next measurement says why.
+# them](https://pytorch.org/blog/empowering-pytorch-on-intel-xeon-scalable-processors-with-bfloat16/)).
+# If your machine card at the top lists `avx512_bf16`, `amx_bf16` or Arm's `bf16`, expect one. If it
+# does not, you probably saw a number *below* 1: the same bits, and slower. The next measurement
+# says why.
 #
 # ## Explain: bytes or arithmetic?
-# A processor can be short of two things (chapter 1, the roofline). Adding two long vectors does one operation for every dozen
-# bytes: it waits for memory. A matrix product of some size does dozens for
-# each byte: it waits for arithmetic. Half the bits means half the
-# bytes, on every machine. It means faster arithmetic only with an instruction for it; without one, a kernel has to widen every
+# A processor can be short of two things (chapter 1, the roofline). Adding two long vectors does one
+# operation for every dozen bytes: it waits for memory. A matrix product of some size does dozens
+# for each byte: it waits for arithmetic. Half the bits means half the bytes, on every machine. It
+# means faster arithmetic only with an instruction for it; without one, a kernel has to widen every
 # number to fp32 first, or falls back to code that nobody tuned.
 
 # %% tags=["nbval-ignore-output"]
@@ -579,25 +662,36 @@ products, additions = speedups(matmul, HALVES.values()), speedups(add, HALVES.va
 rows = {f"add, {n}": additions[d].interval for n, d in HALVES.items()}
 rows |= {f"matrix product, {n}": products[d].interval for n, d in HALVES.items()}
 plots.bars(
-    rows, ylabel="speed-up over fp32 (x)", logx=True, reference=(1.0, "as fast as fp32"),
-    title=f"16 bits: long additions {rows['add, bf16'].value:.2g}x, matrix products {rows['matrix product, bf16'].value:.2g}x (bf16), "
-    f"{rows['matrix product, fp16'].value:.2g}x (fp16)",
-    alt="Speed-up over fp32 of additions and matrix products in bf16 and fp16, on a logarithmic axis.",
-)  # fmt: skip
+    rows,
+    ylabel="speed-up over fp32 (x)",
+    logx=True,
+    reference=(1.0, "as fast as fp32"),
+    title=(
+        f"16 bits: long additions {rows['add, bf16'].value:.2g}x, matrix products"
+        f" {rows['matrix product, bf16'].value:.2g}x (bf16),"
+        f" {rows['matrix product, fp16'].value:.2g}x (fp16)"
+    ),
+    alt=(
+        "Speed-up over fp32 of additions and matrix products in bf16 and fp16, on a logarithmic"
+        " axis."
+    ),
+)
 measure.release()
 claims.verdict("07.fp16_is_fast_on_a_cpu", products[torch.float16])
 
 # %% [markdown]
-# The two upper bars are about bytes: they should lie on the right of the line, near 2, on any machine. The two lower ones are
-# about instructions, and the axis is logarithmic. One CPU, one format, and the answer to "are 16 bits faster?" is yes and no. For
-# fast fp16 products an x86 processor needs AVX512_FP16 or AMX with fp16; nearly all desktops have neither. Many Arm processors do
-# have fp16 arithmetic.
+# The two upper bars are about bytes: they should lie on the right of the line, near 2, on any
+# machine. The two lower ones are about instructions, and the axis is logarithmic. One CPU, one
+# format, and the answer to "are 16 bits faster?" is yes and no. For fast fp16 products an x86
+# processor needs AVX512_FP16 or AMX with fp16; nearly all desktops have neither. Many Arm
+# processors do have fp16 arithmetic.
 #
 # ## Measure: both worlds on one machine
-# oneDNN, the library behind PyTorch's convolutions on a CPU, can be told to ignore instructions that the processor has;
-# [chapter 6](06_quantization_in_practice.ipynb) did it for INT8. Below, a child process a *world* waits for its turn. In each
-# round every world times fp32 and bf16, a training step and an inference, in a random order of worlds, so that whatever slows
-# this computer for a while slows all of them. What is compared is the ratio within a round.
+# oneDNN, the library behind PyTorch's convolutions on a CPU, can be told to ignore instructions
+# that the processor has; [chapter 6](06_quantization_in_practice.ipynb) did it for INT8. Below, a
+# child process a *world* waits for its turn. In each round every world times fp32 and bf16, a
+# training step and an inference, in a random order of worlds, so that whatever slows this computer
+# for a while slows all of them. What is compared is the ratio within a round.
 
 # %%
 import contextlib
@@ -636,19 +730,29 @@ for line in sys.stdin:
 
 # %%
 class World:
-    """A child process under a cap on oneDNN's instruction sets; leaving the `with` block ends it."""
+    """A child process under a cap on oneDNN's instruction sets; leaving the `with` block ends
+    it.
+    """
 
     def __init__(self, cap, *sizes):
         self.cap, self.sizes = cap, [str(s) for s in sizes]
 
     def __enter__(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ONEDNN_MAX_CPU_ISA": self.cap} if self.cap else {})  # fmt: skip
+        env = (
+            os.environ
+            | {"OMP_NUM_THREADS": "1"}
+            | ({"ONEDNN_MAX_CPU_ISA": self.cap} if self.cap else {})
+        )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, "-c", WORLD, *self.sizes], text=True, env=env, **pipes)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORLD, *self.sizes], text=True, env=env, **pipes
+        )
         return self
 
     def round(self, patience=120.0):
-        """Seconds of training in fp32 and bf16, of inference in both; or None if the child has died or takes too long: some caps have no bf16 kernel."""
+        """Seconds of training in fp32 and bf16, of inference in both; or None if the child has died
+        or takes too long: some caps have no bf16 kernel.
+        """
         alarm = threading.Timer(patience, self.process.kill)
         alarm.start()
         try:
@@ -671,7 +775,9 @@ class World:
 
 # %% tags=["nbval-ignore-output"]
 def worlds_of(isa):
-    """Caps that make a difference on a processor with these instruction sets: name → value for ONEDNN_MAX_CPU_ISA."""
+    """Caps that make a difference on a processor with these instruction sets: name → value for
+    ONEDNN_MAX_CPU_ISA.
+    """
     caps = {"as it is": None}
     if {"avx512_bf16", "amx_bf16"} & set(isa):
         caps["bf16 instruction hidden"] = "AVX512_CORE_VNNI"
@@ -685,7 +791,10 @@ def worlds_of(isa):
 caps = worlds_of(machine.isa())
 seen = {name: [] for name in caps}
 with contextlib.ExitStack() as stack:
-    worlds = {name: stack.enter_context(World(cap, *((8, 8) if SMOKE else (16, 32)))) for name, cap in caps.items()}  # fmt: skip
+    worlds = {
+        name: stack.enter_context(World(cap, *((8, 8) if SMOKE else (16, 32))))
+        for name, cap in caps.items()
+    }
     for _ in range(8 if SMOKE else 24):
         for name in random.sample(list(worlds), len(worlds)):
             if (pair := worlds[name].round()) is None:
@@ -702,12 +811,18 @@ factor = {
     for name, t in seen.items()
 }
 plots.bars(
-    factor, ylabel="speed-up of bf16 autocast over fp32 (x), one thread", reference=(1.0, "as fast as fp32"),
-    title="bf16 training over fp32: " + ", ".join(f"{name} {factor[f'training, {name}'].value:.2f}x" for name in seen),
+    factor,
+    ylabel="speed-up of bf16 autocast over fp32 (x), one thread",
+    reference=(1.0, "as fast as fp32"),
+    title="bf16 training over fp32: "
+    + ", ".join(f"{name} {factor[f'training, {name}'].value:.2f}x" for name in seen),
     alt="Speed-up of bf16 over fp32, a training step and an inference, one bar for each world.",
-)  # fmt: skip
+)
 for name, t in seen.items():
-    print(f"{name:24} training step: fp32 {1e3 * np.median(t[:, 0]):6.1f} ms, bf16 {1e3 * np.median(t[:, 1]):6.1f} ms")  # fmt: skip
+    print(
+        f"{name:24} training step: fp32 {1e3 * np.median(t[:, 0]):6.1f} ms, bf16"
+        f" {1e3 * np.median(t[:, 1]):6.1f} ms"
+    )
 for name in list(seen)[1:]:
     for column, dtype in enumerate(("fp32", "bf16")):
         times = seen[name][:, column] / seen["as it is"][:, column]
@@ -715,22 +830,26 @@ for name in list(seen)[1:]:
 machine.can("bf16") or machine.skip("bf16", "the world in which bf16 has its own instruction")
 
 # %% [markdown]
-# Read bars *and* times. If your CPU has a bf16 instruction, *as it is* should lie right of the line and the world without it left:
-# same program, one instruction less. If it has none, all bars lie on the left, and the last line above says
-# which world your machine can't show. But compare your two worlds then: with the wide instructions hidden, the ratio is often *better*.
-# Nothing became faster. The fp32 step became slower, and the bf16 step did not use those instructions in the first place. **A ratio can
-# rise because its baseline fell**: always print both times.
+# Read bars *and* times. If your CPU has a bf16 instruction, *as it is* should lie right of the line
+# and the world without it left: same program, one instruction less. If it has none, all bars lie on
+# the left, and the last line above says which world your machine can't show. But compare your two
+# worlds then: with the wide instructions hidden, the ratio is often *better*. Nothing became
+# faster. The fp32 step became slower, and the bf16 step did not use those instructions in the first
+# place. **A ratio can rise because its baseline fell**: always print both times.
 #
 # ## Measure: does bf16 learn as well?
-# Speed aside, is anything lost? Three arms, five seeds each, the same batches: fp32, bf16 without a scaler, and real fp16 without
-# a scaler. The network is a small MLP (*multilayer perceptron*: linear layers with a ReLU between them), so that 16-bit products
-# without an instruction end in seconds.
+# Speed aside, is anything lost? Three arms, five seeds each, the same batches: fp32, bf16 without a
+# scaler, and real fp16 without a scaler. The network is a small MLP (*multilayer perceptron*:
+# linear layers with a ReLU between them), so that 16-bit products without an instruction end in
+# seconds.
 
 
 # %% tags=["nbval-ignore-output"]
 def train_amp(dtype, seed, steps=STEPS, lr=0.05, scaler=None, shrink=1.0):
-    """Train an MLP under autocast; returns it and a record a step. `shrink` makes the loss small, and the gradient is blown
-    up again before the update, so that all arms would learn alike if numbers had no end."""
+    """Train an MLP under autocast; returns it and a record a step. `shrink` makes the loss small,
+    and the gradient is blown up again before the update, so that all arms would learn alike if
+    numbers had no end.
+    """
     model, record = mlp(seed), []
     optimizer = torch.optim.SGD(model.parameters(), lr / shrink, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -755,10 +874,17 @@ change = {
     for name in list(ARMS)[1:]
 }
 plots.seeds(
-    scores, ylabel="test accuracy (%)",
-    title=f"Against fp32: bf16 {change['bf16'].value:+.2f} points, fp16 without a scaler {change['fp16, no scaler'].value:+.2f}",
-    alt="Test accuracy of five seeds in fp32, bf16 and fp16 without a scaler; each seed's three points are joined.",
-)  # fmt: skip
+    scores,
+    ylabel="test accuracy (%)",
+    title=(
+        f"Against fp32: bf16 {change['bf16'].value:+.2f} points, fp16 without a scaler"
+        f" {change['fp16, no scaler'].value:+.2f}"
+    ),
+    alt=(
+        "Test accuracy of five seeds in fp32, bf16 and fp16 without a scaler; each seed's three"
+        " points are joined."
+    ),
+)
 display(claims.verdict("07.bf16_needs_no_scaler", change["bf16"]))
 trained, few = models.baseline(), models.normalise(test_images[: 64 if SMOKE else 1000])
 right = {}
@@ -766,7 +892,8 @@ for on in (False, True):
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
         right[on] = (trained(few).argmax(1) == test_labels[: len(few)]).numpy()
 print(
-    f"trained network, {len(few)} images, inference in bf16 less fp32: {measure.paired_share(right[False], right[True])}"
+    f"trained network, {len(few)} images, inference in bf16 less fp32:"
+    f" {measure.paired_share(right[False], right[True])}"
 )
 loss_of_accuracy = change["fp16, no scaler"]
 claims.verdict(
@@ -775,14 +902,16 @@ claims.verdict(
 )
 
 # %% [markdown]
-# If the lines between the columns go up about as often as down, the format costs nothing that five seeds can see. Did fp16 do well
-# without a scaler? Then it is because this network is shallow and its loss is of ordinary size: its gradients are in fp16's
-# range. Deep networks, losses averaged over many pixels or tokens, and late training push them out, as the histogram showed.
+# If the lines between the columns go up about as often as down, the format costs nothing that five
+# seeds can see. Did fp16 do well without a scaler? Then it is because this network is shallow and
+# its loss is of ordinary size: its gradients are in fp16's range. Deep networks, losses averaged
+# over many pixels or tokens, and late training push them out, as the histogram showed.
 #
 # ## From scratch: a dynamic loss scaler
-# How large should $S$ be? Too small, and gradients vanish. Too large, and they overflow to infinity. The good $S$ drifts during
-# training, so let it find itself: after every overflow *skip* the update and halve $S$ (*back-off*); after some number of good
-# steps double it (*growth*). You probe for the edge, and pay with a skipped step now and then.
+# How large should $S$ be? Too small, and gradients vanish. Too large, and they overflow to
+# infinity. The good $S$ drifts during training, so let it find itself: after every overflow *skip*
+# the update and halve $S$ (*back-off*); after some number of good steps double it (*growth*). You
+# probe for the edge, and pay with a skipped step now and then.
 
 
 # %%
@@ -814,7 +943,8 @@ class LossScaler:
 
 
 # %% [markdown]
-# Does it behave as `torch.amp.GradScaler` does? Give both the same losses: mostly ordinary ones, some of which are infinite.
+# Does it behave as `torch.amp.GradScaler` does? Give both the same losses: mostly ordinary ones,
+# some of which are infinite.
 
 
 # %%
@@ -823,8 +953,12 @@ class Torch:
 
     def __init__(self, scale, growth, backoff, interval):
         self.inner = torch.amp.GradScaler(
-            "cpu", init_scale=scale, growth_factor=growth, backoff_factor=backoff, growth_interval=interval
-        )  # fmt: skip
+            "cpu",
+            init_scale=scale,
+            growth_factor=growth,
+            backoff_factor=backoff,
+            growth_interval=interval,
+        )
         self.scaled = self.inner.scale
 
     scale = property(lambda self: self.inner.get_scale())
@@ -838,7 +972,9 @@ class Torch:
 
 # %%
 def on_losses(scaler, factors):
-    """A line a step: the scale before it and whether it was taken. A loss is the parameters' sum of squares times a factor."""
+    """A line a step: the scale before it and whether it was taken. A loss is the parameters' sum of
+    squares times a factor.
+    """
     weights = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
     optimizer, lines = torch.optim.SGD([weights], 0.01, momentum=0.9), []
     for factor in factors:
@@ -858,16 +994,22 @@ for i in range(9):
         f"loss times {factors[i]:<4} scale {ours[i][0]:6g} {'step' if ours[i][1] else 'skip'}",
         end="",
     )
-    print(f"   GradScaler: {theirs[i][0]:6g} {'step' if theirs[i][1] else 'skip'}")  # fmt: skip
-print(f"all {len(factors)} steps equal:", ours == theirs, "- weights equal:", torch.equal(our_weights, their_weights))  # fmt: skip
+    print(f"   GradScaler: {theirs[i][0]:6g} {'step' if theirs[i][1] else 'skip'}")
+print(
+    f"all {len(factors)} steps equal:",
+    ours == theirs,
+    "- weights equal:",
+    torch.equal(our_weights, their_weights),
+)
 
 # %% [markdown]
-# Growth after three good steps, back-off at every infinity, the counter starting anew: line for line the same.
+# Growth after three good steps, back-off at every infinity, the counter starting anew: line for
+# line the same.
 #
 # ## Measure: underflow kills a run, scaling rescues it
-# **To show it in seconds, the loss is made small on purpose**: it is multiplied by $2^{-19}$, and the learning rate is
-# $2^{19}$ times larger, so that in exact arithmetic nothing changes. A real run gets there by depth or by averaging. The
-# arithmetic is real fp16, on your CPU.
+# **To show it in seconds, the loss is made small on purpose**: it is multiplied by $2^{-19}$, and
+# the learning rate is $2^{19}$ times larger, so that in exact arithmetic nothing changes. A real
+# run gets there by depth or by averaging. The arithmetic is real fp16, on your CPU.
 
 # %% tags=["nbval-ignore-output"]
 SHRINK = 2.0**-19
@@ -882,36 +1024,58 @@ four = {
 final = {name: accuracy(model) for name, (model, _) in four.items()}
 zeros = {name: 100 * np.array([r[0] for r in record]) for name, (_, record) in four.items()}
 plots.lines(
-    range(1, STEPS + 1), zeros, xlabel="step", ylabel="gradients that are exactly zero (%)",
-    title=f"Accuracy: fp32 {final['fp32']:.0f}%, fp16 {final['fp16']:.0f}%, scaled {final['fp16 with our scaler']:.0f}%",
-    alt="Share of zero gradients over the steps: fp16 without scaling lies near the top, the three others far below.",
-)  # fmt: skip
+    range(1, STEPS + 1),
+    zeros,
+    xlabel="step",
+    ylabel="gradients that are exactly zero (%)",
+    title=(
+        f"Accuracy: fp32 {final['fp32']:.0f}%, fp16 {final['fp16']:.0f}%, scaled"
+        f" {final['fp16 with our scaler']:.0f}%"
+    ),
+    alt=(
+        "Share of zero gradients over the steps: fp16 without scaling lies near the top, the three"
+        " others far below."
+    ),
+)
 
 # %% [markdown]
-# The fp16 line without a scaler runs near the top: almost every gradient is zero, and the network learns little or nothing. The
-# same fp16 with a scaler lies with fp32 and bf16. Some zeros are honest: a ReLU that is off passes none, in any format. And no error
-# was raised anywhere: an underflow makes no noise. Count your zeros.
+# The fp16 line without a scaler runs near the top: almost every gradient is zero, and the network
+# learns little or nothing. The same fp16 with a scaler lies with fp32 and bf16. Some zeros are
+# honest: a ReLU that is off passes none, in any format. And no error was raised anywhere: an
+# underflow makes no noise. Count your zeros.
 
 # %% tags=["nbval-ignore-output"]
 record = four["fp16 with our scaler"][1]
 log_scale = [math.log2(r[1]) for r in record]
 skipped = [i + 1 for i, r in enumerate(record) if not r[2]]
 figure, ax = plots.axes(
-    "step", "scale, as a power of two", height=2.9,
-    title=f"The scale moves from 2^{log_scale[0]:.0f} to 2^{log_scale[-1]:.0f}; {len(skipped)} of {STEPS} steps are skipped",
-)  # fmt: skip
+    "step",
+    "scale, as a power of two",
+    height=2.9,
+    title=(
+        f"The scale moves from 2^{log_scale[0]:.0f} to 2^{log_scale[-1]:.0f}; {len(skipped)} of"
+        f" {STEPS} steps are skipped"
+    ),
+)
 ax.step(range(1, STEPS + 1), log_scale, where="post", color=plots.COLOURS[0], label="scale")
-ax.plot(skipped, [log_scale[i - 1] for i in skipped], "v", color=plots.COLOURS[1], label="skipped step")  # fmt: skip
+ax.plot(
+    skipped, [log_scale[i - 1] for i in skipped], "v", color=plots.COLOURS[1], label="skipped step"
+)
 ax.legend()
-plots.show(figure, "The loss scale over the steps: it climbs in stairs, and falls by one where a step was skipped.")  # fmt: skip
+plots.show(
+    figure,
+    "The loss scale over the steps: it climbs in stairs, and falls by one where a step was"
+    " skipped.",
+)
 
 # %% [markdown]
-# The scale climbs in stairs until an infinity pushes it back, and then goes on probing: up, skip, down. The width of a stair is the
-# growth interval, short here so that you see the edge within one short run; PyTorch's default of 2,000 steps is meant for long
-# ones.
+# The scale climbs in stairs until an infinity pushes it back, and then goes on probing: up, skip,
+# down. The width of a stair is the growth interval, short here so that you see the edge within one
+# short run; PyTorch's default of 2,000 steps is meant for long ones.
 #
 # ## Measure: does it halve the memory?
-# What autocast can halve is what the forward pass keeps for the backward pass. What it adds are 16-bit copies of the weights.
+# What autocast can halve is what the forward pass keeps for the backward pass. What it adds are
+# 16-bit copies of the weights.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -922,7 +1086,9 @@ def one_step(model, x, y, on):
 
 
 def kept_bytes(model, x, y, on):
-    """What autograd keeps between forward and backward, each storage once; the fp32 weights are there anyway."""
+    """What autograd keeps between forward and backward, each storage once; the fp32 weights are
+    there anyway.
+    """
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(t):
@@ -946,15 +1112,17 @@ kept, peak = (
 )
 for name, mib in {"kept for backward": kept, "peak of the step": peak}.items():
     print(
-        f"{name:18} fp32 {mib[False]:5.1f} MiB, autocast {mib[True]:5.1f} MiB: {mib[False] / mib[True]:.2f} times less"
+        f"{name:18} fp32 {mib[False]:5.1f} MiB, autocast {mib[True]:5.1f} MiB:"
+        f" {mib[False] / mib[True]:.2f} times less"
     )
 exercises.reveal("07.memory", peak[False] / peak[True], "times less")
 claims.verdict("07.amp_halves_memory", peak[False] / peak[True])
 
 # %% [markdown]
-# Two lines, two answers. What is *kept* comes close to a half: that is the arithmetic of the claim. The *peak* also holds
-# gradients, which stay fp32, copies on their way from one format to the other, and the scratch memory of kernels. A convolution without a bf16 instruction
-# unfolds its input into a large table first. The claim is about the peak, because that is what runs out.
+# Two lines, two answers. What is *kept* comes close to a half: that is the arithmetic of the claim.
+# The *peak* also holds gradients, which stay fp32, copies on their way from one format to the
+# other, and the scratch memory of kernels. A convolution without a bf16 instruction unfolds its
+# input into a large table first. The claim is about the peak, because that is what runs out.
 #
 # When does autocast even need *more*? Take layers with few rows and many weights.
 
@@ -975,23 +1143,37 @@ for count in rows_in_batch:
     change.append(with_it / without)
 raised = [c for c, r in zip(rows_in_batch, change, strict=True) if r > 1.005]
 plots.lines(
-    rows_in_batch, {"six layers": change}, xlabel="rows in a batch", ylabel="peak, autocast ÷ fp32", logx=True,
+    rows_in_batch,
+    {"six layers": change},
+    xlabel="rows in a batch",
+    ylabel="peak, autocast ÷ fp32",
+    logx=True,
     reference=(1.0, "no change"),
-    title=(f"Autocast needs more up to {max(raised)} rows" if raised else "Autocast needs more at none of these batches")
+    title=(
+        f"Autocast needs more up to {max(raised)} rows"
+        if raised
+        else "Autocast needs more at none of these batches"
+    )
     + f", and {change[-1]:.2f} of fp32's bytes at {rows_in_batch[-1]}",
-    alt="Peak memory with autocast divided by that in fp32, against the batch: above one at the left, below at the right.",
-)  # fmt: skip
+    alt=(
+        "Peak memory with autocast divided by that in fp32, against the batch: above one at the"
+        " left, below at the right."
+    ),
+)
 
 # %% [markdown]
-# At the left autocast *raises* memory. Write $P$ for the bytes of the parameters and $A$ for those of the activations that are kept, in
-# fp32. Autocast keeps $A/2$, and adds the weight cache, $P/2$. It saves only if $A > P$. For a square layer of width $w$ and
-# a batch of $B$ rows, $P$ is $4w^2$ bytes and $A$ is $4Bw$: **the break-even lies at $B = w$**, here at `128` rows in `fast`.
-# Convolutions share their few weights over many pixels, so for them $A$ is much larger than $P$, and autocast saves. Near the
-# break-even the line may lie flat: the peak is then another moment of the step, with fp32 gradients in both arms.
+# At the left autocast *raises* memory. Write $P$ for the bytes of the parameters and $A$ for those
+# of the activations that are kept, in fp32. Autocast keeps $A/2$, and adds the weight cache, $P/2$.
+# It saves only if $A > P$. For a square layer of width $w$ and a batch of $B$ rows, $P$ is $4w^2$
+# bytes and $A$ is $4Bw$: **the break-even lies at $B = w$**, here at `128` rows in `fast`.
+# Convolutions share their few weights over many pixels, so for them $A$ is much larger than $P$,
+# and autocast saves. Near the break-even the line may lie flat: the peak is then another moment of
+# the step, with fp32 gradients in both arms.
 #
 # ## The tool of the field: torch.amp
-# `torch.autocast(device, dtype)` and `torch.amp.GradScaler(device)`. This is the whole recipe with gradient clipping, in the right order. Yours
-# and torch's must leave the same weights, bit for bit, after real fp16 training.
+# `torch.autocast(device, dtype)` and `torch.amp.GradScaler(device)`. This is the whole recipe with
+# gradient clipping, in the right order. Yours and torch's must leave the same weights, bit for bit,
+# after real fp16 training.
 
 
 # %%
@@ -1011,7 +1193,9 @@ def torch_recipe(model, steps, max_norm=1.0):
 
 
 class Clipped(torch.optim.SGD):
-    """SGD that clips before it updates: our scaler calls step() with gradients that are true again."""
+    """SGD that clips before it updates: our scaler calls step() with gradients that are true
+    again.
+    """
 
     def step(self, closure=None):
         nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 1.0)
@@ -1036,18 +1220,20 @@ for a, b in zip(ours, torch_recipe(mlp(3), 12), strict=True):
 print("weights equal bit for bit, with skipped steps among them:", skipped > 0)
 
 # %% [markdown]
-# **Apex.** Many tutorials begin with `from apex import amp` and `amp.initialize(model, optimizer, opt_level="O1")`. Apex was
-# NVIDIA's extension library, which brought mixed precision to PyTorch in 2018. `O0` was fp32; `O1` patched torch's functions with lists, as
-# autocast does now; `O2` cast the whole model to fp16 and kept master weights in the optimizer; `O3` was fp16 everywhere. Its `amp`
-# moved into PyTorch 1.6 in 2020 as `torch.cuda.amp`, and lives on as `torch.amp`;
-# [its maintainers](https://github.com/NVIDIA/apex/issues/1214) call the old one deprecated and send you to PyTorch's. Its fused optimizers came as
-# `torch.optim.AdamW(fused=True)`, its synchronised BatchNorm as `nn.SyncBatchNorm`. And mind the name: `pip install apex` installs
-# another project, a web toolkit.
+# **Apex.** Many tutorials begin with `from apex import amp` and `amp.initialize(model, optimizer,
+# opt_level="O1")`. Apex was NVIDIA's extension library, which brought mixed precision to PyTorch in
+# 2018. `O0` was fp32; `O1` patched torch's functions with lists, as autocast does now; `O2` cast
+# the whole model to fp16 and kept master weights in the optimizer; `O3` was fp16 everywhere. Its
+# `amp` moved into PyTorch 1.6 in 2020 as `torch.cuda.amp`, and lives on as `torch.amp`; [its
+# maintainers](https://github.com/NVIDIA/apex/issues/1214) call the old one deprecated and send you
+# to PyTorch's. Its fused optimizers came as `torch.optim.AdamW(fused=True)`, its synchronised
+# BatchNorm as `nn.SyncBatchNorm`. And mind the name: `pip install apex` installs another project, a
+# web toolkit.
 #
 # ## Measure: Tensor Cores, TF32, cuDNN
-# NVIDIA's matrix units, the *Tensor Cores*, multiply small matrices of 16-bit numbers and add in fp32. They came with Volta
-# (2017, compute capability 7.0); bf16 and TF32, which rounds fp32 inputs to 10 mantissa bits, came with Ampere (2020). The
-# settings that matter:
+# NVIDIA's matrix units, the *Tensor Cores*, multiply small matrices of 16-bit numbers and add in
+# fp32. They came with Volta (2017, compute capability 7.0); bf16 and TF32, which rounds fp32 inputs
+# to 10 mantissa bits, came with Ampere (2020). The settings that matter:
 
 # %% tags=["nbval-ignore-output"]
 if machine.can("gpu"):
@@ -1116,10 +1302,11 @@ torch.backends.cudnn.enabled = True  # the advice
 claims.verdict("07.cudnn_enabled_is_an_optimisation", float(torch.backends.cudnn.enabled != before))
 
 # %% [markdown]
-# `cudnn.enabled = True` changes nothing: it is the default. `cudnn.benchmark = True` does something: for each new shape cuDNN
-# times its algorithms once and keeps the best, which pays where shapes repeat and costs where they do not. Sides that are multiples of
-# 8 (16-bit) keep the Tensor Cores fed. TF32 is off by default for matrix products and on for cuDNN's convolutions:
-# an "fp32" network on a new GPU is already partly in mixed precision.
+# `cudnn.enabled = True` changes nothing: it is the default. `cudnn.benchmark = True` does
+# something: for each new shape cuDNN times its algorithms once and keeps the best, which pays where
+# shapes repeat and costs where they do not. Sides that are multiples of 8 (16-bit) keep the Tensor
+# Cores fed. TF32 is off by default for matrix products and on for cuDNN's convolutions: an "fp32"
+# network on a new GPU is already partly in mixed precision.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1147,18 +1334,23 @@ with warnings.catch_warnings(record=True) as told:
     old_scaler = torch.cuda.amp.GradScaler()
     new_scaler = torch.amp.GradScaler()  # no device named
 print("the product is", product.dtype)
-for name, scaler in {"torch.cuda.amp.GradScaler()": old_scaler, "torch.amp.GradScaler()": new_scaler}.items():  # fmt: skip
+for name, scaler in {
+    "torch.cuda.amp.GradScaler()": old_scaler,
+    "torch.amp.GradScaler()": new_scaler,
+}.items():
     print(f"{name}: enabled {scaler.is_enabled()}, scale {scaler.get_scale():g}")
 for warning in {str(w.message) for w in told}:
     print("-", warning[:110])
 
 # %% [markdown]
-# Without a GPU everything *runs*: in fp32, with a scaler that scales by 1. A warning is all you get, and in a training log nobody
-# reads it. Whoever then measures "AMP against fp32" on such a machine measures fp32 against fp32. A GradScaler without a device
-# means CUDA. Name the device: `torch.autocast("cpu", dtype=torch.bfloat16)`, `torch.amp.GradScaler("cpu")`.
+# Without a GPU everything *runs*: in fp32, with a scaler that scales by 1. A warning is all you
+# get, and in a training log nobody reads it. Whoever then measures "AMP against fp32" on such a
+# machine measures fp32 against fp32. A GradScaler without a device means CUDA. Name the device:
+# `torch.autocast("cpu", dtype=torch.bfloat16)`, `torch.amp.GradScaler("cpu")`.
 #
 # ## Myth: `.half()` is mixed precision
-# `model.half()` casts the weights themselves. First it refuses your data; cast those too, train with Adam, and watch.
+# `model.half()` casts the weights themselves. First it refuses your data; cast those too, train
+# with Adam, and watch.
 
 # %%
 torch.manual_seed(0)
@@ -1175,12 +1367,13 @@ for step in range(2):
 print("Adam's epsilon in fp16:", torch.tensor(1e-8).half().item())
 
 # %% [markdown]
-# Adam divides by $\sqrt{v} + \epsilon$, where $v$ is a mean of squared gradients. In fp16, the square of a small gradient is zero,
-# and so is $\epsilon = 10^{-8}$: zero divided by zero. There is no master weight, no fp32 loss, no scaler: nothing is mixed.
+# Adam divides by $\sqrt{v} + \epsilon$, where $v$ is a mean of squared gradients. In fp16, the
+# square of a small gradient is zero, and so is $\epsilon = 10^{-8}$: zero divided by zero. There is
+# no master weight, no fp32 loss, no scaler: nothing is mixed.
 #
 # ## Myth: clip, then step
-# Clipping bounds the length of the gradient, here to 1. In fp32 it stands between `backward` and `step`. Leave it there, and the scaler
-# has multiplied every gradient by $S$.
+# Clipping bounds the length of the gradient, here to 1. In fp32 it stands between `backward` and
+# `step`. Leave it there, and the scaler has multiplied every gradient by $S$.
 
 
 # %%
@@ -1206,13 +1399,15 @@ for order in ("clip", "unscale, clip"):
     print(f"{order:14}: the update has length {first_update(order):.6f}")
 
 # %% [markdown]
-# Clipped at length 1 and *then* divided by 1024: nothing raises, the loss falls, very slowly, and the speed of learning depends on a
-# number that changes by itself. `scaler.unscale_(optimizer)` first; the scaler remembers it and won't divide again.
+# Clipped at length 1 and *then* divided by 1024: nothing raises, the loss falls, very slowly, and
+# the speed of learning depends on a number that changes by itself. `scaler.unscale_(optimizer)`
+# first; the scaler remembers it and won't divide again.
 #
 # ## Exercise A · smallest normal and ulp
-# Complete one line, so that `ruler(x, e, m)` returns the smallest positive *normal* number of a format with $e$ exponent bits and
-# $m$ mantissa bits (with infinities, as fp16 and bf16 have them), and the *ulp* at `x`: the distance between the two neighbouring
-# representable numbers around a positive `x` (for a representable `x`: the distance to the next larger one).
+# Complete one line, so that `ruler(x, e, m)` returns the smallest positive *normal* number of a
+# format with $e$ exponent bits and $m$ mantissa bits (with infinities, as fp16 and bf16 have them),
+# and the *ulp* at `x`: the distance between the two neighbouring representable numbers around a
+# positive `x` (for a representable `x`: the distance to the next larger one).
 #
 # Example: `ruler(1.0, 5, 10)` is `(2**-14, 2**-10)`, and `ruler(3.0, 8, 7)` is `(2**-126, 2**-6)`.
 
@@ -1232,7 +1427,8 @@ exercises.check("07.A", ruler)
 # Between 2 and 4 the numbers are equally spaced, twice as wide as between 1 and 2.
 
 # %% [markdown] tags=["hint"]
-# Below the smallest normal number the spacing stays what it is just above it: subnormals share one exponent.
+# Below the smallest normal number the spacing stays what it is just above it: subnormals share one
+# exponent.
 
 
 # %% tags=["solution"]
@@ -1265,28 +1461,33 @@ def ruler(x, e, m):
 
 
 # %% tags=["wrong"]
-# Subnormals one octave too low: the exponent's integer 0 read as if the leading one were still there.
+# Subnormals one octave too low: the exponent's integer 0 read as if the leading one were still
+# there.
 def ruler(x, e, m):
     bias = 2 ** (e - 1) - 1
     return 2.0 ** (1 - bias), 2.0 ** (max(math.frexp(x)[1] - 1, -bias) - m)
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Let the class place 1, 1.5, 2, 3 and 4 of a format with one mantissa bit on a line, then ask what lies between 0 and
-# the first of them. Whoever writes the machine epsilon has the right answer for exactly one octave.
+# 8 minutes. Let the class place 1, 1.5, 2, 3 and 4 of a format with one mantissa bit on a line,
+# then ask what lies between 0 and the first of them. Whoever writes the machine epsilon has the
+# right answer for exactly one octave.
 
 # %% [markdown]
 # ## Exercise B · a scaler for two optimizers and a clip
-# Our `LossScaler` knows one optimizer and leaves no room for clipping. Write `MyScaler(scale, growth, backoff, interval)` with an
-# attribute `scale` and four methods:
+# Our `LossScaler` knows one optimizer and leaves no room for clipping. Write `MyScaler(scale,
+# growth, backoff, interval)` with an attribute `scale` and four methods:
 # - `scaled(loss)` returns the loss times the scale.
-# - `unscale(optimizer)` makes this optimizer's gradients true. A second call for it before `update()` raises `RuntimeError`.
-# - `step(optimizer)` unscales unless that was done already, steps only if *this optimizer's* gradients were all finite, and returns
-#   whether it did.
-# - `update()` comes once, after all optimizers: if *any* of them saw an infinity or a NaN, back off and start counting anew; after
-#   `interval` updates in a row without one, grow and start counting anew.
+# - `unscale(optimizer)` makes this optimizer's gradients true. A second call for it before
+#   `update()` raises `RuntimeError`.
+# - `step(optimizer)` unscales unless that was done already, steps only if *this optimizer's*
+#   gradients were all finite, and returns whether it did.
+# - `update()` comes once, after all optimizers: if *any* of them saw an infinity or a NaN, back off
+#   and start counting anew; after `interval` updates in a row without one, grow and start counting
+#   anew.
 #
-# Example: scale 8, interval 2; after two good updates the scale is 16, after one with an infinity 8 again. Gradients may be `None`.
+# Example: scale 8, interval 2; after two good updates the scale is 16, after one with an infinity 8
+# again. Gradients may be `None`.
 
 
 # %% tags=["exercise"]
@@ -1306,10 +1507,12 @@ class MyScaler:
 exercises.check("07.B", MyScaler)
 
 # %% [markdown] tags=["hint"]
-# Keep a dictionary from `id(optimizer)` to "all of its gradients were finite". Its keys are the optimizers that were unscaled.
+# Keep a dictionary from `id(optimizer)` to "all of its gradients were finite". Its keys are the
+# optimizers that were unscaled.
 
 # %% [markdown] tags=["hint"]
-# Look for infinities when you unscale, not when you step: clipping in between turns one infinity into many NaNs, or hides it.
+# Look for infinities when you unscale, not when you step: clipping in between turns one infinity
+# into many NaNs, or hides it.
 
 # %% [markdown] tags=["hint"]
 # `update()` asks `all(...)` of the dictionary's values, then empties it.
@@ -1496,22 +1699,25 @@ class MyScaler:
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Two networks that are trained together (a generator and its critic) make the two optimizers plausible. Ask the class
-# *when* to look for infinities before they write: the answer decides whether clipping can hide one.
+# 20 minutes. Two networks that are trained together (a generator and its critic) make the two
+# optimizers plausible. Ask the class *when* to look for infinities before they write: the answer
+# decides whether clipping can hide one.
 
 # %% [markdown]
 # ## Exercise C · keep a diverging run alive
-# An fp16 run has died: some of its batches hold broken rows whose numbers are beyond fp16, so their *loss* is infinite or NaN
-# whatever the scale. They come alone and in long bursts. A stock scaler halves its scale at each of them, until all gradients
-# of the good batches underflow. Write `keep_alive(model, batches, optimizer, loss_of)` that trains `model` (fp32 weights) once over
-# the list `batches` of `(x, y)`; `loss_of(model, x, y)` computes the loss, which is small. It returns nothing: `model` is changed
-# in place. The demands:
+# An fp16 run has died: some of its batches hold broken rows whose numbers are beyond fp16, so their
+# *loss* is infinite or NaN whatever the scale. They come alone and in long bursts. A stock scaler
+# halves its scale at each of them, until all gradients of the good batches underflow. Write
+# `keep_alive(model, batches, optimizer, loss_of)` that trains `model` (fp32 weights) once over the
+# list `batches` of `(x, y)`; `loss_of(model, x, y)` computes the loss, which is small. It returns
+# nothing: `model` is changed in place. The demands:
 # 1. The model runs in fp16 autocast, and its weights are finite at the end.
 # 2. A broken batch changes nothing: no update.
 # 3. The budget: at most a tenth of the *good* batches may go without an update.
 # 4. It learns: the loss falls to less than half on the good batches.
 #
-# Example: for `batches = [broken] * 40 + good * 10` the network must still learn from the last ones.
+# Example: for `batches = [broken] * 40 + good * 10` the network must still learn from the last
+# ones.
 
 
 # %% tags=["exercise"]
@@ -1522,14 +1728,15 @@ def keep_alive(model, batches, optimizer, loss_of): ...
 exercises.check("07.C", keep_alive)
 
 # %% [markdown] tags=["hint"]
-# Two kinds of infinity: one that a smaller scale would cure, and one that it would not. What can you look at *before* `backward` to
-# tell them apart?
+# Two kinds of infinity: one that a smaller scale would cure, and one that it would not. What can
+# you look at *before* `backward` to tell them apart?
 
 # %% [markdown] tags=["hint"]
 # `if not torch.isfinite(loss): continue`, without a back-off. For the rest, a scaler as above.
 
 # %% [markdown] tags=["hint"]
-# Every growth ends in one skipped step at the edge. A short interval uses up the budget, a very long one never climbs.
+# Every growth ends in one skipped step at the edge. A short interval uses up the budget, a very
+# long one never climbs.
 
 
 # %% tags=["solution"]
@@ -1611,7 +1818,8 @@ def keep_alive(model, batches, optimizer, loss_of):
 
 
 # %% tags=["wrong"]
-# Tests the loss for infinity only: a broken batch whose loss is NaN passes, and poisons every weight. Visible only with NaN.
+# Tests the loss for infinity only: a broken batch whose loss is NaN passes, and poisons every
+# weight. Visible only with NaN.
 def keep_alive(model, batches, optimizer, loss_of):
     scale = 2.0**16
     for x, y in batches:
@@ -1630,13 +1838,15 @@ def keep_alive(model, batches, optimizer, loss_of):
 
 
 # %% [markdown] tags=["instructor"]
-# 17 minutes. Most begin with the stock GradScaler and a shorter growth interval, which survives single broken batches and dies in a
-# burst. Draw the scale over the steps for both. In production the same thought reads: watch the *loss*, and alarm on bursts.
+# 17 minutes. Most begin with the stock GradScaler and a shorter growth interval, which survives
+# single broken batches and dies in a burst. Draw the scale over the steps for both. In production
+# the same thought reads: watch the *loss*, and alarm on bursts.
 
 # %% [markdown]
 # ## Break it
-# First fp16, where no scaler can help: an infinity in the *forward* pass. Features that are squared reach 65,504 soon. The scaler sees
-# infinite gradients, halves its scale, and will go on halving for ever.
+# First fp16, where no scaler can help: an infinity in the *forward* pass. Features that are squared
+# reach 65,504 soon. The scaler sees infinite gradients, halves its scale, and will go on halving
+# for ever.
 
 # %%
 scaler = LossScaler(2.0**16)
@@ -1648,10 +1858,16 @@ for _ in range(30):
         loss = ((features.half() ** 2) @ w).mean()  # 300² is 90,000
     scaler.scaled(loss).backward()
     scaler.step(optimizer)
-print("scale after 30 steps: 2 to the power", math.log2(scaler.scale), "- weights moved:", bool((w != 1).any()))  # fmt: skip
+print(
+    "scale after 30 steps: 2 to the power",
+    math.log2(scaler.scale),
+    "- weights moved:",
+    bool((w != 1).any()),
+)
 
 # %% [markdown]
-# Then bf16, which has the range and lacks the digits. Positions in a text are counted; how many of a thousand are still different?
+# Then bf16, which has the range and lacks the digits. Positions in a text are counted; how many of
+# a thousand are still different?
 
 # %% tags=["nbval-ignore-output"]
 counts = [64, 128, 256, 512, 1024, 2048, 4096]
@@ -1660,14 +1876,25 @@ different = {
     for name in ("bf16", "fp16", "fp32")
 }
 plots.lines(
-    counts, different, xlabel="positions", ylabel="different numbers left", logx=True, logy=True,
-    title=f"Of 4096 positions bf16 tells {different['bf16'][-1]} apart, fp16 {different['fp16'][-1]}",
-    alt="Different numbers left against positions counted: bf16 bends at 256, fp16 at 2048, fp32 stays on the diagonal.",
-)  # fmt: skip
+    counts,
+    different,
+    xlabel="positions",
+    ylabel="different numbers left",
+    logx=True,
+    logy=True,
+    title=(
+        f"Of 4096 positions bf16 tells {different['bf16'][-1]} apart, fp16 {different['fp16'][-1]}"
+    ),
+    alt=(
+        "Different numbers left against positions counted: bf16 bends at 256, fp16 at 2048, fp32"
+        " stays on the diagonal."
+    ),
+)
 
 # %% [markdown]
-# From 256 on, bf16 knows every second integer, from 512 on every fourth. So position indices, running means, losses summed over an epoch
-# and learning-rate counters never belong in 16 bits, however well the network itself does there. fp32 draws the diagonal.
+# From 256 on, bf16 knows every second integer, from 512 on every fourth. So position indices,
+# running means, losses summed over an epoch and learning-rate counters never belong in 16 bits,
+# however well the network itself does there. fp32 draws the diagonal.
 #
 # ## Exit quiz
 # **1. A gradient of $2^{-30}$ appears in training. It becomes zero in**
@@ -1676,36 +1903,46 @@ plots.lines(
 # <details><summary>both</summary>bf16 reaches down to below $2^{-126}$.</details>
 #
 # **2. A weight of 1 in bf16 gets an update of 0.001. Afterwards it is**
-# <details><summary>0.999, rounded</summary>The two neighbours of 1 are further away than that.</details>
+# <details><summary>0.999, rounded</summary>The two neighbours of 1 are further away than
+# that.</details>
 # <details><summary>1</summary>Right: less than half an ulp. Keep a master copy in fp32.</details>
 # <details><summary>a NaN</summary>Nothing overflows here.</details>
 #
 # **3. bf16 is slower than fp32 on your CPU. Most likely**
-# <details><summary>it has no instruction for bf16 products</summary>Right: fewer bytes, but the arithmetic falls back.</details>
+# <details><summary>it has no instruction for bf16 products</summary>Right: fewer bytes, but the
+# arithmetic falls back.</details>
 # <details><summary>the loss scaler costs time</summary>bf16 needs none.</details>
 # <details><summary>the memory is too slow</summary>Then half the bytes would help.</details>
 #
 # **4. The scaler skips a step. This means**
-# <details><summary>the loss was too small</summary>Then gradients would be zero, which raises no alarm.</details>
-# <details><summary>a gradient overflowed; the scale is halved</summary>Right, and now and then it is how the scale finds its edge.</details>
-# <details><summary>training has diverged</summary>Only when it skips again and again: then look at the forward pass.</details>
+# <details><summary>the loss was too small</summary>Then gradients would be zero, which raises no
+# alarm.</details>
+# <details><summary>a gradient overflowed; the scale is halved</summary>Right, and now and then it
+# is how the scale finds its edge.</details>
+# <details><summary>training has diverged</summary>Only when it skips again and again: then look at
+# the forward pass.</details>
 #
 # **5. Under autocast memory went up. The first thing to compare is**
-# <details><summary>the bytes of activations and of parameters</summary>Right: $A/2$ is saved, $P/2$ is added.</details>
+# <details><summary>the bytes of activations and of parameters</summary>Right: $A/2$ is saved, $P/2$
+# is added.</details>
 # <details><summary>the learning rate</summary>It costs no bytes.</details>
 # <details><summary>the size of the mantissa</summary>All 16-bit formats have two bytes.</details>
 #
-# **Key points** · fp16 lacks range, bf16 lacks digits · 16-bit products, 32-bit sums, 32-bit weights · a loss scaler probes for the
-# edge; look at the loss before you blame the scale · half the bytes everywhere, faster products only with the instruction · autocast
-# saves when activations outweigh weights · unscale, clip, step.
+# **Key points** · fp16 lacks range, bf16 lacks digits · 16-bit products, 32-bit sums, 32-bit
+# weights · a loss scaler probes for the edge; look at the loss before you blame the scale · half
+# the bytes everywhere, faster products only with the instruction · autocast saves when activations
+# outweigh weights · unscale, clip, step.
 #
-# **Sources** · P. Micikevicius et al., *Mixed Precision Training*, 2018 · D. Kalamkar et al., *A Study of BFLOAT16 for Deep Learning
-# Training*, 2019 · P. Micikevicius et al., *FP8 Formats for Deep Learning*, 2022 · PyTorch's documentation of
+# **Sources** · P. Micikevicius et al., *Mixed Precision Training*, 2018 · D. Kalamkar et al., *A
+# Study of BFLOAT16 for Deep Learning Training*, 2019 · P. Micikevicius et al., *FP8 Formats for
+# Deep Learning*, 2022 · PyTorch's documentation of
 # [torch.amp](https://docs.pytorch.org/docs/stable/amp.html), with its lists of operations, and of
-# [TF32 and cuDNN](https://docs.pytorch.org/docs/stable/notes/cuda.html) · oneDNN's documentation of the
-# [CPU dispatcher's caps](https://oneapi-src.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html) · NVIDIA's
+# [TF32 and cuDNN](https://docs.pytorch.org/docs/stable/notes/cuda.html) · oneDNN's documentation of
+# the [CPU dispatcher's
+# caps](https://oneapi-src.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html) · NVIDIA's
 # [Apex](https://github.com/NVIDIA/apex).
 #
-# **For the capstone** row 07 of your ledger, *precision*, now says whether 16 bits pay on this machine, in time and in bytes, and
-# what they cost in accuracy. You have seen that autocast saves what the forward pass keeps. What exactly does it keep, and what if you
-# keep nothing at all? Next: [08 · Memory](08_memory.ipynb).
+# **For the capstone** row 07 of your ledger, *precision*, now says whether 16 bits pay on this
+# machine, in time and in bytes, and what they cost in accuracy. You have seen that autocast saves
+# what the forward pass keeps. What exactly does it keep, and what if you keep nothing at all? Next:
+# [08 · Memory](08_memory.ipynb).

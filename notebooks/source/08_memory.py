@@ -3,10 +3,10 @@
 #
 # **Where do the bytes of a training step go, and which of them can you trade for time?**
 #
-# After this chapter you can: *predict* the peak memory of a training step from the architecture · *write* activation
-# checkpointing whose gradients equal the plain ones bit for bit · *choose* the segment length that memory and time allow ·
-# *explain* what an allocator's cache is and what emptying it does · *share* memory between processes and clean up after a
-# killed one.
+# After this chapter you can: *predict* the peak memory of a training step from the architecture ·
+# *write* activation checkpointing whose gradients equal the plain ones bit for bit · *choose* the
+# segment length that memory and time allow · *explain* what an allocator's cache is and what
+# emptying it does · *share* memory between processes and clean up after a killed one.
 #
 # 90 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
 
@@ -36,20 +36,24 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) Model A was measured first, model B after it, in one process. What is wrong with "B needs less memory"?
-#    <details><summary>Answer</summary>The order. What A left behind (warm kernels, memory that was never handed back) stands
-#    in B's bill or is missing from it. Interleave, or give each a process of its own.</details>
+# 1. (Chapter 1) Model A was measured first, model B after it, in one process. What is wrong with "B
+#    needs less memory"?
+#    <details><summary>Answer</summary>The order. What A left behind (warm kernels, memory that was
+#    never handed back) stands in B's bill or is missing from it. Interleave, or give each a process
+#    of its own.</details>
 # 2. (Chapter 5) A tensor of a million numbers: how many bytes in fp32, and how many in INT8?
-#    <details><summary>Answer</summary>Four million and one million, plus a scale and a zero-point.</details>
+#    <details><summary>Answer</summary>Four million and one million, plus a scale and a
+#    zero-point.</details>
 # 3. (Chapter 7) Under autocast the saved activations should halve. When do they not?
-#    <details><summary>Answer</summary>When the 16-bit copies of the weights, which autocast keeps beside the fp32 ones, weigh
-#    as much as what was saved; and where layers such as normalisation stay in fp32.</details>
+#    <details><summary>Answer</summary>When the 16-bit copies of the weights, which autocast keeps
+#    beside the fp32 ones, weigh as much as what was saved; and where layers such as normalisation
+#    stay in fp32.</details>
 #
 # ## Predict
-# Below stands a chain of `16` blocks, each two linear layers from 128 numbers to 512 and back. You train it with Adam on a
-# batch of `256` rows. What share of the step's peak memory do the
-# *parameters* take, in percent? Then: you stop storing what the blocks computed, and compute it a second time when the
-# backward pass needs it. By how many percent does a step get longer?
+# Below stands a chain of `16` blocks, each two linear layers from 128 numbers to 512 and back. You
+# train it with Adam on a batch of `256` rows. What share of the step's peak memory do the
+# *parameters* take, in percent? Then: you stop storing what the blocks computed, and compute it a
+# second time when the backward pass needs it. By how many percent does a step get longer?
 
 # %%
 my_share = ...  # percent
@@ -59,13 +63,16 @@ exercises.predict("08.slowdown", my_slowdown)
 
 # %% [markdown]
 # ## From scratch: what a backward pass keeps
-# Take $y = x^2$. Its slope is $2x$, so the backward pass needs $x$ again. Autograd therefore *saves* $x$ during the forward
-# pass. You can watch it: a *saved-tensor hook* sees each tensor on its way into the graph.
+# Take $y = x^2$. Its slope is $2x$, so the backward pass needs $x$ again. Autograd therefore
+# *saves* $x$ during the forward pass. You can watch it: a *saved-tensor hook* sees each tensor on
+# its way into the graph.
 
 
 # %%
 def saved_tensors(call):
-    """Every distinct tensor that autograd keeps during call(), as {address: bytes}; parameters are left out."""
+    """Every distinct tensor that autograd keeps during call(), as {address: bytes}; parameters are
+    left out.
+    """
     kept = {}
 
     def pack(t):
@@ -90,9 +97,9 @@ for name, call in {
     print(f"{name:12} keeps {sum(saved_tensors(call).values()):5} bytes")
 
 # %% [markdown]
-# An addition has slope 1 everywhere and keeps nothing. ReLU keeps its *output* (where it is positive, the slope is 1), GELU
-# its *input*. In a network, one layer's output is the next one's input: what two layers need is stored once. So the bytes
-# follow from a short table of rules.
+# An addition has slope 1 everywhere and keeps nothing. ReLU keeps its *output* (where it is
+# positive, the slope is 1), GELU its *input*. In a network, one layer's output is the next one's
+# input: what two layers need is stored once. So the bytes follow from a short table of rules.
 
 
 # %%
@@ -108,7 +115,9 @@ KEEPS = {  # what the backward pass of a layer needs, parameters aside
 
 
 def activation_bytes(model, x):
-    """Bytes that backward needs after model(x), and the largest single activation. Nothing is computed."""
+    """Bytes that backward needs after model(x), and the largest single activation. Nothing is
+    computed.
+    """
     kept, largest = {}, [0]
 
     def hook(layer, inputs, output):
@@ -127,8 +136,8 @@ def activation_bytes(model, x):
 
 
 # %% [markdown]
-# The chain of this chapter is made of the block that follows the attention in a transformer layer: normalise, widen four
-# times, bend, drop, narrow, add.
+# The chain of this chapter is made of the block that follows the attention in a transformer layer:
+# normalise, widen four times, bend, drop, narrow, add.
 
 
 # %%
@@ -156,18 +165,18 @@ print(
 )  # without the logits
 
 # %% [markdown]
-# Fourteen times: the input (the norm needs it) and the norm's output, one each; and three tensors of fourfold width, GELU's
-# input, the dropout's mask and what `down` reads, twelve. With many rows, that outgrows
-# the weights by far.
+# Fourteen times: the input (the norm needs it) and the norm's output, one each; and three tensors
+# of fourfold width, GELU's input, the dropout's mask and what `down` reads, twelve. With many rows,
+# that outgrows the weights by far.
 #
-# Now the whole step. Call the bytes of the parameters $P$. Adam keeps two numbers a parameter, $2P$. The gradients are
-# another $P$, but they are made during the backward pass, while the activations $A$ are freed. So the peak is the larger of
-# two moments:
+# Now the whole step. Call the bytes of the parameters $P$. Adam keeps two numbers a parameter,
+# $2P$. The gradients are another $P$, but they are made during the backward pass, while the
+# activations $A$ are freed. So the peak is the larger of two moments:
 #
 # $$\text{peak} = 3P + \max(\underbrace{A + 2a}_{\text{backward begins}},\; \underbrace{P + 2w}_{\text{the optimizer works}})$$
 #
-# where $a$ is the largest single activation (a gradient of that size arrives, another leaves) and $w$ the largest
-# parameter (Adam works on one parameter at a time and needs two temporary copies).
+# where $a$ is the largest single activation (a gradient of that size arrives, another leaves) and
+# $w$ the largest parameter (Adam works on one parameter at a time and needs two temporary copies).
 
 
 # %%
@@ -184,7 +193,9 @@ def predicted_parts(model, x):
 
 
 def training_steps(make, x, y):
-    """A callable that makes the model and its optimizer and takes two steps: the second one is complete."""
+    """A callable that makes the model and its optimizer and takes two steps: the second one is
+    complete.
+    """
 
     def run():
         model = make()
@@ -200,8 +211,8 @@ def training_steps(make, x, y):
 
 # %% [markdown]
 # ## Measure: is the prediction right?
-# `measure.peak_memory` reads the profiler's record of allocations: each event says how many bytes torch took or gave back.
-# Everything is made inside the measured call, so the parameters count too.
+# `measure.peak_memory` reads the profiler's record of allocations: each event says how many bytes
+# torch took or gave back. Everything is made inside the measured call, so the parameters count too.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -256,16 +267,18 @@ ax.grid(visible=False, axis="y")
 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plots.show(
     figure,
-    "Stacked bars of predicted bytes for six training steps; the measured peak, a diamond, ends near each bar.",
+    "Stacked bars of predicted bytes for six training steps; the measured peak, a diamond, ends"
+    " near each bar.",
 )
 last = parts[f"chain, {ROWS} rows"]
 exercises.reveal("08.parameters", 100 * last["parameters"] / sum(last.values()), "%")
 claims.verdict("08.predictable_from_the_architecture", 100 * abs(error[worst]))
 
 # %% [markdown]
-# Each bar should end at its diamond. Compare the two rows of one network: the parameters' part stays, the activations grow
-# with the batch. With a small batch the optimizer's moment is the peak, and there you save by another optimizer or fewer
-# parameters. With a large one the activations are the peak, and the rest of this chapter is for you.
+# Each bar should end at its diamond. Compare the two rows of one network: the parameters' part
+# stays, the activations grow with the batch. With a small batch the optimizer's moment is the peak,
+# and there you save by another optimizer or fewer parameters. With a large one the activations are
+# the peak, and the rest of this chapter is for you.
 #
 # ## Measure: modes that keep nothing
 # Without a backward pass, nothing needs to be kept.
@@ -290,15 +303,17 @@ with exercises.fails(RuntimeError):
     e.sum().backward()
 
 # %% [markdown]
-# `no_grad` and `inference_mode` need the same bytes: both keep nothing. `inference_mode` also skips the bookkeeping of
-# versions and views, which saves time on small tensors, and its tensors may never enter a graph later. An *in-place*
-# operation (`relu_`, with the underscore) writes over its input and saves one tensor. In training, that input may be what
-# another layer keeps. Autograd counts the writes and refuses: that is the error above.
+# `no_grad` and `inference_mode` need the same bytes: both keep nothing. `inference_mode` also skips
+# the bookkeeping of versions and views, which saves time on small tensors, and its tensors may
+# never enter a graph later. An *in-place* operation (`relu_`, with the underscore) writes over its
+# input and saves one tensor. In training, that input may be what another layer keeps. Autograd
+# counts the writes and refuses: that is the error above.
 #
 # ## From scratch: checkpointing
-# Keep only what enters a block. When the backward pass arrives, run the block once more, this time with gradients, and go
-# on. That is *activation checkpointing* (Chen et al. 2016). PyTorch lets you write it as an autograd function: you say what
-# happens forwards, and what happens when a gradient comes back.
+# Keep only what enters a block. When the backward pass arrives, run the block once more, this time
+# with gradients, and go on. That is *activation checkpointing* (Chen et al. 2016). PyTorch lets you
+# write it as an autograd function: you say what happens forwards, and what happens when a gradient
+# comes back.
 
 
 # %%
@@ -353,14 +368,15 @@ def equal_bits(model, wrap, x, y):
 sample, target = torch.randn(32, 64), torch.randint(0, 64, (32,))
 for p in (0.0, 0.1):
     print(
-        f"dropout {p}: bitwise equal {equal_bits(chain(64, 4, p), FirstCheckpoint.apply, sample, target)}"
+        f"dropout {p}: bitwise equal"
+        f" {equal_bits(chain(64, 4, p), FirstCheckpoint.apply, sample, target)}"
     )
 
 # %% [markdown]
-# With dropout the gradients are wrong, and nothing complained. The second run drew *another* mask: the forward pass saw one
-# network, the backward pass a different one. So the state of the random generator belongs to what must be kept. Before the
-# second run, set it back; after it, put the present state in place again, or every later random number of your program
-# changes.
+# With dropout the gradients are wrong, and nothing complained. The second run drew *another* mask:
+# the forward pass saw one network, the backward pass a different one. So the state of the random
+# generator belongs to what must be kept. Before the second run, set it back; after it, put the
+# present state in place again, or every later random number of your program changes.
 
 
 # %%
@@ -395,17 +411,20 @@ class Checkpoint(torch.autograd.Function):
 
 for p in (0.0, 0.1, 0.5):
     print(
-        f"dropout {p}: bitwise equal {equal_bits(chain(64, 4, p), Checkpoint.apply, sample, target)}"
+        f"dropout {p}: bitwise equal"
+        f" {equal_bits(chain(64, 4, p), Checkpoint.apply, sample, target)}"
     )
 
 # %% [markdown]
 # ## The tool of the field: torch.utils.checkpoint
-# `use_reentrant=False` is the version to use today: it hooks into the saving of tensors, so it also works under
-# `torch.autograd.grad`, with inputs that need no gradient, and it stops recomputing as soon as it has what it needs. Yours
-# and torch's must agree with the plain step bit for bit, and leave the random generator in the same state.
+# `use_reentrant=False` is the version to use today: it hooks into the saving of tensors, so it also
+# works under `torch.autograd.grad`, with inputs that need no gradient, and it stops recomputing as
+# soon as it has what it needs. Yours and torch's must agree with the plain step bit for bit, and
+# leave the random generator in the same state.
 #
-# *Selective* checkpointing keeps the results of some operations and recomputes the rest. The usual choice: keep what matrix
-# products gave, because they are dear to compute, and recompute the norm, GELU and dropout.
+# *Selective* checkpointing keeps the results of some operations and recomputes the rest. The usual
+# choice: keep what matrix products gave, because they are dear to compute, and recompute the norm,
+# GELU and dropout.
 
 # %%
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -437,8 +456,9 @@ print(
 
 # %% [markdown]
 # ## Measure: memory against time
-# Checkpointing can take several blocks at once: a *segment*. Chen et al. (2016) cut $n$ layers into about $\sqrt n$ segments.
-# Here $n = 16$, so there are segments of 4 blocks. All modes compute the same gradients; they differ in bytes and seconds.
+# Checkpointing can take several blocks at once: a *segment*. Chen et al. (2016) cut $n$ layers into
+# about $\sqrt n$ segments. Here $n = 16$, so there are segments of 4 blocks. All modes compute the
+# same gradients; they differ in bytes and seconds.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -485,8 +505,10 @@ for name in tqdm(list(ways)[1 : 4 if SMOKE else None], desc="comparing", leave=F
 figure, ax = plots.axes(
     "more time than the plain step (%)",
     "peak of activations (MiB)",
-    title=f"√n segments: {peak['plain'] / peak['√n segments, ours']:.1f}x less memory "
-    f"for {longer['√n segments, ours'].value:.0f}% more time",
+    title=(
+        f"√n segments: {peak['plain'] / peak['√n segments, ours']:.1f}x less memory "
+        f"for {longer['√n segments, ours'].value:.0f}% more time"
+    ),
     height=4.0,
 )
 for i, name in enumerate(ways):
@@ -498,19 +520,23 @@ ax.set_ylim(0)
 ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 plots.show(
     figure,
-    "Peak memory against extra time for seven ways: plain at top left, checkpointing low and to the right.",
+    "Peak memory against extra time for seven ways: plain at top left, checkpointing low and to the"
+    " right.",
 )
 exercises.reveal("08.slowdown", longer["every block, ours"].value, "%")
 claims.verdict("08.a_third_more_time", longer["√n segments, ours"])
 
 # %% [markdown]
-# Down is less memory, right is more time. *One segment* lies as high as *plain*, but far to the right: it computes everything
-# twice and at one moment still holds everything. *Selective* lies between in height; how far to the right depends on what your
-# machine finds dear. And look at the two lowest: checkpointing every block needs *less* than the celebrated $\sqrt n$. Two questions are open: why this time, and why this memory?
+# Down is less memory, right is more time. *One segment* lies as high as *plain*, but far to the
+# right: it computes everything twice and at one moment still holds everything. *Selective* lies
+# between in height; how far to the right depends on what your machine finds dear. And look at the
+# two lowest: checkpointing every block needs *less* than the celebrated $\sqrt n$. Two questions
+# are open: why this time, and why this memory?
 #
 # ## Explain: where the third comes from, and where it goes
-# A backward pass has two matrix products for each one of the forward pass: one gives the gradient of the input, one that
-# of the weight. So the plain step costs $1 + 2 = 3$, a second forward pass makes it 4, and $4/3$ is a third more. Count it.
+# A backward pass has two matrix products for each one of the forward pass: one gives the gradient
+# of the input, one that of the weight. So the plain step costs $1 + 2 = 3$, a second forward pass
+# makes it 4, and $4/3$ is a third more. Count it.
 
 # %% tags=["nbval-ignore-output"]
 from torch.utils.flop_counter import FlopCounterMode
@@ -526,10 +552,12 @@ for name, way in ways.items():
     print(f"{name:20} {operations(way) / operations(blocks):.3f} times the plain step's operations")
 
 # %% [markdown]
-# Ours costs exactly 4/3 in matrix products. Torch's costs less: it stops once every tensor that backward needs is there, and
-# the last product of a segment is needed by nobody. *Selective* repeats no product at all. So if time were matrix products,
-# you could stop here. Time is not: GELU and above all dropout's random numbers are counted as nothing and take their share.
-# The right rule is: **the extra time is the forward pass's share of the step.** Measure that share, with and without dropout.
+# Ours costs exactly 4/3 in matrix products. Torch's costs less: it stops once every tensor that
+# backward needs is there, and the last product of a segment is needed by nobody. *Selective*
+# repeats no product at all. So if time were matrix products, you could stop here. Time is not: GELU
+# and above all dropout's random numbers are counted as nothing and take their share. The right rule
+# is: **the extra time is the forward pass's share of the step.** Measure that share, with and
+# without dropout.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -563,18 +591,23 @@ plots.bars(
     },
     ylabel="more time than the plain step (%)",
     title=f"The forward pass is {expected:.0f}% of the plain step",
-    alt="Four bars: a third from counting, the forward's share, the measured extra time, and that without dropout.",
+    alt=(
+        "Four bars: a third from counting, the forward's share, the measured extra time, and that"
+        " without dropout."
+    ),
 )
 
 # %% [markdown]
-# The second bar is what a second forward pass should cost; the third is what it cost. They should be near each other. The
-# first bar is the famous third: it stands for a network in which matrix products are everything. The last bar leaves the
-# dropout out and with it the random numbers; it should come nearer to the first.
+# The second bar is what a second forward pass should cost; the third is what it cost. They should
+# be near each other. The first bar is the famous third: it stands for a network in which matrix
+# products are everything. The last bar leaves the dropout out and with it the random numbers; it
+# should come nearer to the first.
 #
 # ## Explain: when is √n the right length?
-# Let a block keep $A$ bytes and take in $b$ bytes. With segments of $s$ blocks you hold the input of each segment, and during
-# the backward pass one segment's inside: $M(s) = \frac{n}{s}\, b + s A$. Its smallest value is at $s^* = \sqrt{n\, b / A}$.
-# For $A = b$ that is $\sqrt n$: the rule is about layers whose inside is no larger than their border. Here $A = 14\,b$.
+# Let a block keep $A$ bytes and take in $b$ bytes. With segments of $s$ blocks you hold the input
+# of each segment, and during the backward pass one segment's inside: $M(s) = \frac{n}{s}\, b + s
+# A$. Its smallest value is at $s^* = \sqrt{n\, b / A}$. For $A = b$ that is $\sqrt n$: the rule is
+# about layers whose inside is no larger than their border. Here $A = 14\,b$.
 
 # %% tags=["nbval-ignore-output"]
 WIDTH, DEEPEST = 64, 36
@@ -606,12 +639,16 @@ plots.lines(
     logx=True,
     logy=True,
     title=f"Of {DEEPEST} blocks, {shortest} a segment need least; √n would say 6",
-    alt="Peak memory against segment length: lowest at short segments, rising to the right, prediction beside it.",
+    alt=(
+        "Peak memory against segment length: lowest at short segments, rising to the right,"
+        " prediction beside it."
+    ),
 )
 
 # %% [markdown]
-# The two lines run together. The bottom of the valley lies near $s^* = \sqrt{36/14} \approx 1.6$, far left of $\sqrt{36} = 6$.
-# Cut at the narrow places, and often. Does the memory of the $\sqrt n$ rule still *grow* like $\sqrt n$, as promised?
+# The two lines run together. The bottom of the valley lies near $s^* = \sqrt{36/14} \approx 1.6$,
+# far left of $\sqrt{36} = 6$. Cut at the narrow places, and often. Does the memory of the $\sqrt n$
+# rule still *grow* like $\sqrt n$, as promised?
 
 # %% tags=["nbval-ignore-output"]
 depths = [4, 9, 16, 25, 36]
@@ -629,20 +666,27 @@ plots.lines(
     ylabel="peak of activations (MiB)",
     logx=True,
     logy=True,
-    title=f"Plain memory grows like n^{slope['plain']:.2f}, with √n segments like n^{slope['√n segments']:.2f}",
-    alt="Peak memory against depth on two logarithmic axes: plain is steepest, √n segments half as steep.",
+    title=(
+        f"Plain memory grows like n^{slope['plain']:.2f}, with √n segments like"
+        f" n^{slope['√n segments']:.2f}"
+    ),
+    alt=(
+        "Peak memory against depth on two logarithmic axes: plain is steepest, √n segments half as"
+        " steep."
+    ),
 )
 claims.verdict("08.square_root_memory", slope["√n segments"])
 
 # %% [markdown]
-# Both axes are logarithmic, so a straight line is a power and its slope the exponent. The claim is about the *growth*. At
-# depths that you meet, *every block* lies below *√n segments*; its line bends upwards, and the two cross only at about
-# $14^2$ blocks, where $n\,b + A$ has grown to $\sqrt n\,(b + A)$.
+# Both axes are logarithmic, so a straight line is a power and its slope the exponent. The claim is
+# about the *growth*. At depths that you meet, *every block* lies below *√n segments*; its line
+# bends upwards, and the two cross only at about $14^2$ blocks, where $n\,b + A$ has grown to $\sqrt
+# n\,(b + A)$.
 #
 # ## From scratch: gradient accumulation
-# Another way to hold fewer activations: send the batch in pieces, let the gradients add up, and update once. The loss is a
-# mean, so each piece must be weighted by its rows. Numbers of
-# 64 bits show whether it is *equal* and not only close.
+# Another way to hold fewer activations: send the batch in pieces, let the gradients add up, and
+# update once. The loss is a mean, so each piece must be weighted by its rows. Numbers of 64 bits
+# show whether it is *equal* and not only close.
 
 
 # %%
@@ -678,17 +722,24 @@ plots.lines(
     xlabel="rows a piece",
     ylabel="MiB",
     logx=True,
-    title=f"Pieces of {sizes[-1]} rows need {bytes_needed[0] / bytes_needed[-1]:.1f} times fewer bytes than {sizes[0]}",
-    alt="Peak memory against the rows of a piece: it falls with smaller pieces down to the gradients' own bytes.",
+    title=(
+        f"Pieces of {sizes[-1]} rows need {bytes_needed[0] / bytes_needed[-1]:.1f} times fewer"
+        f" bytes than {sizes[0]}"
+    ),
+    alt=(
+        "Peak memory against the rows of a piece: it falls with smaller pieces down to the"
+        " gradients' own bytes."
+    ),
 )
 
 # %% [markdown]
-# The line falls with the pieces until the gradients themselves, which no splitting makes smaller, are most of what is left.
-# Checkpointing computes more; accumulation computes the same, in smaller and less efficient products.
+# The line falls with the pieces until the gradients themselves, which no splitting makes smaller,
+# are most of what is left. Checkpointing computes more; accumulation computes the same, in smaller
+# and less efficient products.
 #
 # ## Myth: dividing the loss by the number of pieces
-# The usual recipe is `loss = criterion(model(part), labels) / pieces`. Take 100 rows, 32 at a time. And take a network with
-# BatchNorm, whose statistics come from the rows it sees together.
+# The usual recipe is `loss = criterion(model(part), labels) / pieces`. Take 100 rows, 32 at a time.
+# And take a network with BatchNorm, whose statistics come from the rows it sees together.
 
 
 # %%
@@ -709,13 +760,15 @@ small_ones = accumulated(with_bn, pictures, digits, 16)
 print("with BatchNorm, equal:", apart(big_batch, small_ones) < 1e-6)
 
 # %% [markdown]
-# The last piece of 100 has 4 rows, and the recipe gives it the weight of a piece of 32. With BatchNorm no weighting helps: a piece
-# is normalised by its own mean. "Equal to the big batch" holds for layers that treat each row alone.
+# The last piece of 100 has 4 rows, and the recipe gives it the weight of a piece of 32. With
+# BatchNorm no weighting helps: a piece is normalised by its own mean. "Equal to the big batch"
+# holds for layers that treat each row alone.
 #
 # ## Myth: the reentrant version and an input that needs no gradient
-# The first segment of a network reads data, and data need no gradient. The older, *reentrant* version of torch's checkpoint
-# is an autograd function like ours: if no input needs a gradient, autograd skips the node. Newer torch asks you to say which
-# version you mean; code that still says `True`, or was written when that was the default, does this:
+# The first segment of a network reads data, and data need no gradient. The older, *reentrant*
+# version of torch's checkpoint is an autograd function like ours: if no input needs a gradient,
+# autograd skips the node. Newer torch asks you to say which version you mean; code that still says
+# `True`, or was written when that was the default, does this:
 
 # %%
 import warnings
@@ -736,12 +789,14 @@ for name, wrap in {
     print(f"{name:13}: {trained} of {len(list(net.parameters()))} parameters have a gradient")
 
 # %% [markdown]
-# Six parameters of the first block never learn, and the loss still falls, because the others do. The remedy is
-# `use_reentrant=False`. Our own function has the same hole; a `requires_grad_()` on the input closes it.
+# Six parameters of the first block never learn, and the loss still falls, because the others do.
+# The remedy is `use_reentrant=False`. Our own function has the same hole; a `requires_grad_()` on
+# the input closes it.
 #
 # ## Myth: measuring memory by the resident set
-# The operating system knows a process's *resident set*: the pages that are in memory now. It is in every task manager. Use
-# it to rank two ways whose bytes you know. A thread reads it every millisecond while the step runs.
+# The operating system knows a process's *resident set*: the pages that are in memory now. It is in
+# every task manager. Use it to rank two ways whose bytes you know. A thread reads it every
+# millisecond while the step runs.
 
 # %% tags=["nbval-ignore-output"]
 import threading
@@ -782,18 +837,20 @@ if not machine.can("gpu"):
         torch.cuda.reset_peak_memory_stats()
 
 # %% [markdown]
-# Read down the columns. The left one gives each way the same number each time. The right one depends on what ran before:
-# freed memory often stays with the process, so the next call finds it there and "needs" little, or nothing. A resident set
-# answers "will this process fit?"; it does not answer "which way needs more?", unless each way gets a fresh process.
+# Read down the columns. The left one gives each way the same number each time. The right one
+# depends on what ran before: freed memory often stays with the process, so the next call finds it
+# there and "needs" little, or nothing. A resident set answers "will this process fit?"; it does not
+# answer "which way needs more?", unless each way gets a fresh process.
 #
-# And the numbers that CUDA reports on a machine without CUDA? Some calls answer 0, which means that nobody counted; others
-# raise an error. The last lines show both where there is no GPU.
+# And the numbers that CUDA reports on a machine without CUDA? Some calls answer 0, which means that
+# nobody counted; others raise an error. The last lines show both where there is no GPU.
 #
 # ## From scratch: an allocator with a cache
-# Asking a GPU for memory is slow, and giving it back waits for the device. So PyTorch keeps what you free. Here is its
-# allocator on paper, with PyTorch's own sizes: memory comes from the device in *segments*; *blocks* are cut from segments;
-# a freed block merges with its free neighbours and waits. (PyTorch's words again: these are pieces of memory, and have nothing
-# to do with the blocks of the network and the segments of checkpointing. The code says `Piece`.)
+# Asking a GPU for memory is slow, and giving it back waits for the device. So PyTorch keeps what
+# you free. Here is its allocator on paper, with PyTorch's own sizes: memory comes from the device
+# in *segments*; *blocks* are cut from segments; a freed block merges with its free neighbours and
+# waits. (PyTorch's words again: these are pieces of memory, and have nothing to do with the blocks
+# of the network and the segments of checkpointing. The code says `Piece`.)
 
 # %%
 from dataclasses import dataclass
@@ -807,7 +864,9 @@ class Piece:
 
 
 class Segments:
-    """What an allocator holds: lists of pieces. A freed piece merges with its free neighbours and stays."""
+    """What an allocator holds: lists of pieces. A freed piece merges with its free neighbours and
+    stays.
+    """
 
     def __init__(self, capacity):
         self.capacity, self.segments, self.device_calls = capacity, [], 0
@@ -828,7 +887,9 @@ class Segments:
         segment[:] = merged
 
     def empty_cache(self):
-        """Give back the segments in which nothing is used. A segment with one used piece stays whole."""
+        """Give back the segments in which nothing is used. A segment with one used piece stays
+        whole.
+        """
         kept = [s for s in self.segments if any(p.used for p in s)]
         self.device_calls += len(self.segments) - len(kept)
         self.segments = kept
@@ -916,20 +977,23 @@ for tensor in [better.malloc(5 * MIB) for _ in range(8)]:
 better.empty_cache()
 draw(
     {"every second one freed": device, "long-lived first": better},
-    f"Of {device.capacity // MIB} MiB, {device.reserved // MIB} or {better.reserved // MIB} stay reserved "
-    f"for the same {better.allocated // MIB}",
-    "Memory maps: in the first, used and free blocks alternate in all segments; in the second the used ones lie together.",
+    f"Of {device.capacity // MIB} MiB, {device.reserved // MIB} or {better.reserved // MIB} stay"
+    f" reserved for the same {better.allocated // MIB}",
+    "Memory maps: in the first, used and free blocks alternate in all segments; in the second the"
+    " used ones lie together.",
 )
 
 # %% [markdown]
-# Blue is in use, grey is free, a black line ends a segment. In the first map half of the memory is free and no request for
-# `10 MiB` can be served: this is *fragmentation*. `empty_cache` finds no segment without a tenant. In the second map the same tensors were made in another order, and half of the segments went back
-# to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True` (in older versions `PYTORCH_CUDA_ALLOC_CONF`)
-# attacks the same problem with segments that can grow.
+# Blue is in use, grey is free, a black line ends a segment. In the first map half of the memory is
+# free and no request for `10 MiB` can be served: this is *fragmentation*. `empty_cache` finds no
+# segment without a tenant. In the second map the same tensors were made in another order, and half
+# of the segments went back to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True`
+# (in older versions `PYTORCH_CUDA_ALLOC_CONF`) attacks the same problem with segments that can
+# grow.
 #
 # ## Myth: empty_cache frees memory for your model
-# Three questions about one training step: how large a tensor can *you* still get, what can *another process* get, and how
-# often was the slow device asked?
+# Three questions about one training step: how large a tensor can *you* still get, what can *another
+# process* get, and how often was the slow device asked?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -975,12 +1039,15 @@ for empty in (False, True):
 claims.verdict("08.empty_cache_frees_memory", mine["empty_cache in the loop"] - mine["left alone"])
 
 # %% [markdown]
-# Your model gets the same in both cases: before the allocator gives up, it empties its own cache. What changes is what
-# *others* see, and the price: a hundred steps ask the device hundreds of times in place of five. So `empty_cache` is good
-# manners before another process starts on the same GPU. It is no optimisation, and it frees no tensor that you still hold.
-# PyTorch's [own page](https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.empty_cache.html) says so in its note.
+# Your model gets the same in both cases: before the allocator gives up, it empties its own cache.
+# What changes is what *others* see, and the price: a hundred steps ask the device hundreds of times
+# in place of five. So `empty_cache` is good manners before another process starts on the same GPU.
+# It is no optimisation, and it frees no tensor that you still hold. PyTorch's [own
+# page](https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.empty_cache.html) says so
+# in its note.
 #
-# On a real GPU, the next cell repeats the holes in a fresh process and puts PyTorch's numbers beside the paper's.
+# On a real GPU, the next cell repeats the holes in a fresh process and puts PyTorch's numbers
+# beside the paper's.
 
 # %% tags=["nbval-ignore-output"]
 ON_A_GPU = """
@@ -1047,9 +1114,10 @@ outcome
 
 # %% [markdown]
 # ## From scratch: one memory, two processes
-# A data loader, a server and its workers: processes that must hand over tensors. Between processes there are two ways.
-# *Pickle* turns the array into bytes, a pipe carries them, and the other side builds a new array. *Shared memory* is a piece
-# of memory that both processes see; only its name travels. (The system calls it a *segment*, too: the word's third meaning.)
+# A data loader, a server and its workers: processes that must hand over tensors. Between processes
+# there are two ways. *Pickle* turns the array into bytes, a pipe carries them, and the other side
+# builds a new array. *Shared memory* is a piece of memory that both processes see; only its name
+# travels. (The system calls it a *segment*, too: the word's third meaning.)
 #
 # The worker is a file, because a new process can't import a cell.
 
@@ -1168,18 +1236,21 @@ with Worker() as worker, Segment() as segment:
 print("segment left behind:", exists(segment.memory.name))
 
 # %% [markdown]
-# The first line is the proof: you see the other process's write, so there is one memory. In the second, your array is as it
-# was. A copy travelled, and another copy came back.
+# The first line is the proof: you see the other process's write, so there is one memory. In the
+# second, your array is as it was. A copy travelled, and another copy came back.
 #
 # ## Measure: copied bytes and latency
-# Three ways to have a worker change one number of an array. *Pickled*: the array goes and comes. *Copied in*: your array
-# exists already, so it is first copied into the segment. *Made there*: the array was created in the segment. On Linux the
-# kernel counts what a process reads and writes, pipes included.
+# Three ways to have a worker change one number of an array. *Pickled*: the array goes and comes.
+# *Copied in*: your array exists already, so it is first copied into the segment. *Made there*: the
+# array was created in the segment. On Linux the kernel counts what a process reads and writes,
+# pipes included.
 
 
 # %% tags=["nbval-ignore-output"]
 def piped_bytes(call):
-    """Bytes this process passed to read and write during call(), from the kernel; None where it does not tell."""
+    """Bytes this process passed to read and write during call(), from the kernel; None where it
+    does not tell.
+    """
     try:
         before = psutil.Process().io_counters()
         call()
@@ -1223,17 +1294,25 @@ plots.bars(
     milliseconds,
     ylabel="round trip (ms)",
     logx=True,
-    title=f"{own.nbytes / MIB:.3g} MiB: copied into shared memory, {gain.ratio:.1f}x faster than pickled",
-    alt="Round-trip times on a logarithmic axis: pickled is longest, copied in shorter, made there shortest.",
+    title=(
+        f"{own.nbytes / MIB:.3g} MiB: copied into shared memory, {gain.ratio:.1f}x faster than"
+        " pickled"
+    ),
+    alt=(
+        "Round-trip times on a logarithmic axis: pickled is longest, copied in shorter, made there"
+        " shortest."
+    ),
 )
 claims.verdict("08.shared_memory_is_faster", gain)
 
 
 # %% [markdown]
-# The axis is logarithmic. *Pickled* moves the array through pipes twice, and each side also builds it anew. *Copied in* pays
-# for one copy. *Made there* sends a number of a few bytes, and its time no longer depends on the array.
+# The axis is logarithmic. *Pickled* moves the array through pipes twice, and each side also builds
+# it anew. *Copied in* pays for one copy. *Made there* sends a number of a few bytes, and its time
+# no longer depends on the array.
 #
-# Does "shared memory avoids copies" hold for torch? `share_memory_()` is what torch's data loader uses. Watch the address.
+# Does "shared memory avoids copies" hold for torch? `share_memory_()` is what torch's data loader
+# uses. Watch the address.
 
 # %% tags=["nbval-ignore-output"]
 ordinary = torch.zeros(1000)
@@ -1248,8 +1327,9 @@ print("share_memory_ moved the data:", moved, "- from_numpy on a segment copied 
 claims.verdict("08.shared_memory_avoids_copies", float(moved))
 
 # %% [markdown]
-# The verdict counts copies for a tensor that *exists already*: one. Shared memory avoids the second copy, the third and the
-# way through the pipe. Only data that are created in the segment travel without any.
+# The verdict counts copies for a tensor that *exists already*: one. Shared memory avoids the second
+# copy, the third and the way through the pipe. Only data that are created in the segment travel
+# without any.
 #
 # ## Measure: a worker is killed
 # A worker gets a signal that it can't catch, in the middle of its work. What stays behind?
@@ -1270,9 +1350,10 @@ print("zombie left:", psutil.pid_exists(worker.process.pid))
 print("segment left:", exists(name))
 
 # %% [markdown]
-# Two rules kept the house clean. **One owner:** who creates the segment removes it, in a `with` block, whatever happens to
-# others. **Always collect:** `wait` after `kill`, or the dead process keeps its place in the table. If the *owner* is killed, Python's
-# resource tracker removes the segment; a C++ program has no such helper, and its segment stays until the machine restarts.
+# Two rules kept the house clean. **One owner:** who creates the segment removes it, in a `with`
+# block, whatever happens to others. **Always collect:** `wait` after `kill`, or the dead process
+# keeps its place in the table. If the *owner* is killed, Python's resource tracker removes the
+# segment; a C++ program has no such helper, and its segment stays until the machine restarts.
 #
 # ## Myth: `mp.Array` without a lock has `get_obj`
 # This line circulates: `np.frombuffer(mp.Array("f", n, lock=False).get_obj())`.
@@ -1290,10 +1371,12 @@ raw[0], locked[0]
 
 # %% [markdown]
 # ## Measure: attention, naive and fused
-# In *attention* each of $T$ positions sends a *query*, which is compared with the *key* of every position; the scores then weigh
-# the positions' *values*. That is a table of $T \times T$ scores, and one for each *head*: several such comparisons run side by side.
-# The naive way stores the tables. The *fused* operator of PyTorch works through them in blocks and never holds one whole
-# (Dao et al. 2022). On the way to it stands what you can build now: take a block of queries at a time and checkpoint it.
+# In *attention* each of $T$ positions sends a *query*, which is compared with the *key* of every
+# position; the scores then weigh the positions' *values*. That is a table of $T \times T$ scores,
+# and one for each *head*: several such comparisons run side by side. The naive way stores the
+# tables. The *fused* operator of PyTorch works through them in blocks and never holds one whole
+# (Dao et al. 2022). On the way to it stands what you can build now: take a block of queries at a
+# time and checkpoint it.
 
 
 # %%
@@ -1337,15 +1420,21 @@ plots.lines(
     ylabel="peak of a training step (MiB)",
     logx=True,
     logy=True,
-    title=f"Naive grows like T^{powers['naive']:.1f}, fused like T^{powers['fused']:.1f}: "
-    f"{attention['naive'][-1] / attention['fused'][-1]:.0f}x at T = {times[-1]}",
-    alt="Peak memory against sequence length: the naive line is steepest, the blocked and the fused one run far below it.",
+    title=(
+        f"Naive grows like T^{powers['naive']:.1f}, fused like T^{powers['fused']:.1f}: "
+        f"{attention['naive'][-1] / attention['fused'][-1]:.0f}x at T = {times[-1]}"
+    ),
+    alt=(
+        "Peak memory against sequence length: the naive line is steepest, the blocked and the fused"
+        " one run far below it."
+    ),
 )
 claims.verdict("08.fused_attention_is_linear", powers["fused"])
 
 # %% [markdown]
-# A doubled length makes the naive way pay four times, the others about twice. The fused operator also never writes its table
-# to main memory, which saves time where memory is the limit. It computes the same numbers, as the assertion above says.
+# A doubled length makes the naive way pay four times, the others about twice. The fused operator
+# also never writes its table to main memory, which saves time where memory is the limit. It
+# computes the same numbers, as the assertion above says.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1361,14 +1450,17 @@ claims.verdict("08.fused_attention_is_linear", powers["fused"])
 # | fused attention needs as much as naive | a mask or a dtype for which PyTorch falls back to the plain kernel | `torch.nn.attention.sdpa_kernel` |
 #
 # ## Exercise A · the peak of an MLP
-# An MLP has layers `nn.Linear(widths[0], widths[1])`, `nn.Linear(widths[1], widths[2])`, …, each with a bias, and a ReLU after
-# every one but the last. It is trained in fp32 with Adam on `batch` rows. Complete one line, so that `mlp_bytes(widths, batch)`
-# gives the bytes that are alive *between the forward and the backward pass* of a later step: the parameters, Adam's two numbers
-# for each of them, and every activation that the layers keep for their backward pass. The batch itself counts, because the first
-# layer keeps it. The last output, the loss and the gradients (none exist yet) do not.
+# An MLP has layers `nn.Linear(widths[0], widths[1])`, `nn.Linear(widths[1], widths[2])`, …, each
+# with a bias, and a ReLU after every one but the last. It is trained in fp32 with Adam on `batch`
+# rows. Complete one line, so that `mlp_bytes(widths, batch)` gives the bytes that are alive
+# *between the forward and the backward pass* of a later step: the parameters, Adam's two numbers
+# for each of them, and every activation that the layers keep for their backward pass. The batch
+# itself counts, because the first layer keeps it. The last output, the loss and the gradients (none
+# exist yet) do not.
 #
-# Example: `widths = [4, 8, 2]`, `batch = 3`. Parameters: $4·8 + 8 + 8·2 + 2 = 58$. Kept: the batch, $3·4$, and the ReLU's output,
-# $3·8$, which the second layer reads too. $4·(3·58 + 36) = 840$ bytes.
+# Example: `widths = [4, 8, 2]`, `batch = 3`. Parameters: $4·8 + 8 + 8·2 + 2 = 58$. Kept: the batch,
+# $3·4$, and the ReLU's output, $3·8$, which the second layer reads too. $4·(3·58 + 36) = 840$
+# bytes.
 
 
 # %% tags=["exercise"]
@@ -1420,21 +1512,25 @@ def mlp_bytes(widths, batch):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Draw the two-layer example on the board and colour the tensors that two layers share. Whoever gets 936 for the
-# example has counted the ReLU twice: ask at which address the second copy would lie.
+# 8 minutes. Draw the two-layer example on the board and colour the tensors that two layers share.
+# Whoever gets 936 for the example has counted the ReLU twice: ask at which address the second copy
+# would lie.
 
 # %% [markdown]
 # ## Exercise B · a checkpoint for any function
-# Write `MyCheckpoint`, an autograd function that is called as `MyCheckpoint.apply(function, *inputs)` and returns
-# `function(*inputs)`, one tensor. Among the inputs may be several tensors, tensors that need no gradient, tensors of integers,
-# and things that are no tensors (a number, a string). The demands:
+# Write `MyCheckpoint`, an autograd function that is called as `MyCheckpoint.apply(function,
+# *inputs)` and returns `function(*inputs)`, one tensor. Among the inputs may be several tensors,
+# tensors that need no gradient, tensors of integers, and things that are no tensors (a number, a
+# string). The demands:
 # 1. Forwards, `function` runs once and nothing inside it is kept; backwards, it runs a second time.
-# 2. Every gradient equals the plain one bit for bit, those of parameters inside `function` too, with dropout in it.
-# 3. After the backward pass, the CPU's random generator stands where it stood before the backward pass.
+# 2. Every gradient equals the plain one bit for bit, those of parameters inside `function` too,
+#    with dropout in it.
+# 3. After the backward pass, the CPU's random generator stands where it stood before the backward
+#    pass.
 #
 # Example: for `f = lambda x, n: x * n` and `x = torch.ones(2, requires_grad=True)`,
-# `MyCheckpoint.apply(f, x, 3).sum().backward()` leaves `x.grad` at `[3, 3]`. `ctx.needs_input_grad` has an entry for each input
-# of `forward`, `function` included.
+# `MyCheckpoint.apply(f, x, 3).sum().backward()` leaves `x.grad` at `[3, 3]`. `ctx.needs_input_grad`
+# has an entry for each input of `forward`, `function` included.
 
 
 # %% tags=["exercise"]
@@ -1450,13 +1546,16 @@ class MyCheckpoint(torch.autograd.Function):
 exercises.check("08.B", MyCheckpoint)
 
 # %% [markdown] tags=["hint"]
-# `save_for_backward` takes tensors only. Remember in `ctx` at which positions they were, and what stood at the others.
+# `save_for_backward` takes tensors only. Remember in `ctx` at which positions they were, and what
+# stood at the others.
 
 # %% [markdown] tags=["hint"]
-# Only an input with `ctx.needs_input_grad[i + 1]` may get `requires_grad_()`: integers can't have a gradient.
+# Only an input with `ctx.needs_input_grad[i + 1]` may get `requires_grad_()`: integers can't have a
+# gradient.
 
 # %% [markdown] tags=["hint"]
-# Three random states: the one at the first run, the one when backward begins, and again the latter when it ends.
+# Three random states: the one at the first run, the one when backward begins, and again the latter
+# when it ends.
 
 
 # %% tags=["solution"]
@@ -1568,27 +1667,30 @@ class MyCheckpoint(torch.autograd.Function):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes, in pairs. Demand 3 is the one that rooms forget; show them two runs of a training script that differ only by
-# checkpointing and have different losses from the second step on. Ask why `save_for_backward` is better than `ctx.inputs = …`
-# (it notices in-place changes and avoids reference cycles).
+# 20 minutes, in pairs. Demand 3 is the one that rooms forget; show them two runs of a training
+# script that differ only by checkpointing and have different losses from the second step on. Ask
+# why `save_for_backward` is better than `ctx.inputs = …` (it notices in-place changes and avoids
+# reference cycles).
 
 # %% [markdown]
 # ## Exercise C · fit a network into a budget
-# A network is a list of blocks, in the order of the forward pass. Each is a tuple `(inside, border, seconds)`: the bytes that it
-# keeps for its backward pass, the bytes of its input, and the time of running it again. You may checkpoint any set of blocks. A
-# checkpointed block holds only its `border`; any other holds its `inside`.
+# A network is a list of blocks, in the order of the forward pass. Each is a tuple `(inside, border,
+# seconds)`: the bytes that it keeps for its backward pass, the bytes of its input, and the time of
+# running it again. You may checkpoint any set of blocks. A checkpointed block holds only its
+# `border`; any other holds its `inside`.
 #
-# The peak is the largest of these amounts. *After the forward pass*: what all blocks hold. *When the backward pass works on
-# block i*: what the blocks before it hold, plus its `inside`, plus its `border` if it is checkpointed. (Later blocks are already
-# freed.)
+# The peak is the largest of these amounts. *After the forward pass*: what all blocks hold. *When
+# the backward pass works on block i*: what the blocks before it hold, plus its `inside`, plus its
+# `border` if it is checkpointed. (Later blocks are already freed.)
 #
-# Write `plan(blocks, budget)`. Return the indices to checkpoint, as a sorted list, such that the peak is **at most** `budget`
-# and the sum of their `seconds` is as small as possible. If nothing fits, return `None`. There are at most 10 blocks, so
-# trying all sets is allowed.
+# Write `plan(blocks, budget)`. Return the indices to checkpoint, as a sorted list, such that the
+# peak is **at most** `budget` and the sum of their `seconds` is as small as possible. If nothing
+# fits, return `None`. There are at most 10 blocks, so trying all sets is allowed.
 #
-# Example: `blocks = [(10, 1, 3.0), (10, 1, 2.0)]`. With a budget of 20 nothing needs to be done: `[]`. With 12, `[0]` is right:
-# after the forward pass $1 + 10 = 11$, at block 1 $1 + 10 = 11$, at block 0 $10 + 1 = 11$. The cheaper `[1]` does not fit: when
-# block 1 is at work, block 0 holds 10, and $10 + 10 + 1 = 21$. With 10, the answer is `None`.
+# Example: `blocks = [(10, 1, 3.0), (10, 1, 2.0)]`. With a budget of 20 nothing needs to be done:
+# `[]`. With 12, `[0]` is right: after the forward pass $1 + 10 = 11$, at block 1 $1 + 10 = 11$, at
+# block 0 $10 + 1 = 11$. The cheaper `[1]` does not fit: when block 1 is at work, block 0 holds 10,
+# and $10 + 10 + 1 = 21$. With 10, the answer is `None`.
 
 
 # %% tags=["exercise"]
@@ -1599,7 +1701,8 @@ def plan(blocks, budget): ...
 exercises.check("08.C", plan)
 
 # %% [markdown] tags=["hint"]
-# First write `peak(chosen)`. Then `itertools.combinations(range(n), size)` for each `size` from 0 to `n` gives every set.
+# First write `peak(chosen)`. Then `itertools.combinations(range(n), size)` for each `size` from 0
+# to `n` gives every set.
 
 # %% [markdown] tags=["hint"]
 # Keep the sets that fit; take `min(…, key=…)` by the sum of seconds, with `default=None`.
@@ -1700,13 +1803,14 @@ def plan(blocks, budget):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. The example with budget 12 is the heart: an early block weighs longer than a late one, because it is held while
-# all later ones work. Ask which single block is the worst to checkpoint (the last: it saves nothing at its own backward pass).
+# 20 minutes. The example with budget 12 is the heart: an early block weighs longer than a late one,
+# because it is held while all later ones work. Ask which single block is the worst to checkpoint
+# (the last: it saves nothing at its own backward pass).
 
 # %% [markdown]
 # ## Break it
-# Make the activations small beside the parameters: fewer rows. What share of the whole step's bytes does checkpointing every
-# block still save?
+# Make the activations small beside the parameters: fewer rows. What share of the whole step's bytes
+# does checkpointing every block still save?
 
 # %% tags=["nbval-ignore-output"]
 rows_in_batch = [2, 8, 32, 128] if SMOKE else [4, 16, 64, 256, 768]
@@ -1735,14 +1839,19 @@ plots.lines(
     xlabel="rows in a batch",
     ylabel="bytes of the step saved (%)",
     logx=True,
-    title=f"At {rows_in_batch[0]} rows {saved[0]:.0f}% is saved, at {rows_in_batch[-1]} rows {saved[-1]:.0f}%",
+    title=(
+        f"At {rows_in_batch[0]} rows {saved[0]:.0f}% is saved, at {rows_in_batch[-1]} rows"
+        f" {saved[-1]:.0f}%"
+    ),
     alt="Share of bytes saved against rows in a batch: near zero at the left, rising to the right.",
 )
 
 # %% [markdown]
-# On the left the peak is the optimizer's moment, and checkpointing pays time for nothing. On the right it takes away most.
+# On the left the peak is the optimizer's moment, and checkpointing pays time for nothing. On the
+# right it takes away most.
 #
-# And a function that *remembers* breaks the promise that a second run is the same. BatchNorm keeps running statistics:
+# And a function that *remembers* breaks the promise that a second run is the same. BatchNorm keeps
+# running statistics:
 
 # %%
 counting = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU())
@@ -1750,46 +1859,60 @@ library(counting, torch.randn(16, 8, requires_grad=True)).sum().backward()
 print("batches seen:", 1, "- batches counted by BatchNorm:", int(counting[1].num_batches_tracked))
 
 # %% [markdown]
-# The gradients are right, and the running mean has moved twice as far as it should, which shows in evaluation only. Freezing the
-# statistics in the second run is a remedy; layers without a memory, such as LayerNorm, need none.
+# The gradients are right, and the running mean has moved twice as far as it should, which shows in
+# evaluation only. Freezing the statistics in the second run is a remedy; layers without a memory,
+# such as LayerNorm, need none.
 #
 # ## Exit quiz
 # **1. A batch twice as large doubles**
-# <details><summary>the activations</summary>Right: each layer keeps a tensor with one row per example.</details>
-# <details><summary>Adam's state</summary>It has two numbers a parameter, whatever the batch.</details>
+# <details><summary>the activations</summary>Right: each layer keeps a tensor with one row per
+# example.</details>
+# <details><summary>Adam's state</summary>It has two numbers a parameter, whatever the
+# batch.</details>
 # <details><summary>everything</summary>Parameters, gradients and Adam's state stay.</details>
 #
 # **2. Checkpointing adds a third to the time. This is exact for**
-# <details><summary>the matrix products, if everything is run again</summary>Right: 4 passes in place of 3.</details>
-# <details><summary>the wall clock</summary>It depends on the forward pass's share of the step, which you measured.</details>
-# <details><summary>every segment length</summary>Torch skips the end of each segment, so short segments cost fewer products.</details>
+# <details><summary>the matrix products, if everything is run again</summary>Right: 4 passes in
+# place of 3.</details>
+# <details><summary>the wall clock</summary>It depends on the forward pass's share of the step,
+# which you measured.</details>
+# <details><summary>every segment length</summary>Torch skips the end of each segment, so short
+# segments cost fewer products.</details>
 #
 # **3. Your GPU is out of memory, and `empty_cache` is proposed. It helps**
 # <details><summary>if another process needs the memory</summary>Right.</details>
-# <details><summary>your next allocation</summary>The allocator has emptied its cache already before it gave up.</details>
-# <details><summary>against holes within segments</summary>A segment with one living block stays.</details>
+# <details><summary>your next allocation</summary>The allocator has emptied its cache already before
+# it gave up.</details>
+# <details><summary>against holes within segments</summary>A segment with one living block
+# stays.</details>
 #
-# **4. A tensor that exists is handed to a worker by shared memory. How many times are its bytes copied?**
+# **4. A tensor that exists is handed to a worker by shared memory. How many times are its bytes
+# copied?**
 # <details><summary>never</summary>It must get into the segment somehow.</details>
 # <details><summary>once</summary>Right: into the segment. Created there, never.</details>
-# <details><summary>as often as with pickle</summary>Pickle and the pipe copy it several times on each way.</details>
+# <details><summary>as often as with pickle</summary>Pickle and the pipe copy it several times on
+# each way.</details>
 #
 # **5. Accumulated gradients differ from the big batch's. Look first at**
 # <details><summary>BatchNorm, and pieces of unequal size</summary>Right.</details>
 # <details><summary>the learning rate</summary>It acts after the gradients are there.</details>
 # <details><summary>rounding</summary>In fp32 it shows in the seventh digit, no earlier.</details>
 #
-# **Key points** · layers keep inputs, outputs or masks, and the table predicts the peak · checkpoint at narrow places, with
-# the random state · the extra time is the forward pass's share · a cache is not a leak, and emptying it frees nothing of yours ·
-# shared memory saves all copies but the first · whoever creates a segment removes it.
+# **Key points** · layers keep inputs, outputs or masks, and the table predicts the peak ·
+# checkpoint at narrow places, with the random state · the extra time is the forward pass's share ·
+# a cache is not a leak, and emptying it frees nothing of yours · shared memory saves all copies but
+# the first · whoever creates a segment removes it.
 #
-# **Sources** · T. Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016 · T. Dao et al., *FlashAttention: Fast and
-# Memory-Efficient Exact Attention with IO-Awareness*, 2022 · PyTorch's documentation of
-# [torch.utils.checkpoint](https://docs.pytorch.org/docs/stable/checkpoint.html),
-# [CUDA memory management](https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management) and
-# [autograd's saved tensors](https://docs.pytorch.org/docs/stable/notes/autograd.html#saved-tensors) · Python's documentation of
+# **Sources** · T. Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016 · T. Dao et
+# al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022 ·
+# PyTorch's documentation of
+# [torch.utils.checkpoint](https://docs.pytorch.org/docs/stable/checkpoint.html), [CUDA memory
+# management](https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management) and
+# [autograd's saved tensors](https://docs.pytorch.org/docs/stable/notes/autograd.html#saved-tensors)
+# · Python's documentation of
 # [shared_memory](https://docs.python.org/3/library/multiprocessing.shared_memory.html), and
 # [CPython's issue 82300](https://github.com/python/cpython/issues/82300) on who removes a segment.
 #
-# **For the capstone** row 08 of your ledger, *memory*, now says whether a peak can be predicted on your machine, and what lowering it costs.
-# Next: [09 · Distributed training](09_distributed_training.ipynb), where one machine's memory is not enough.
+# **For the capstone** row 08 of your ledger, *memory*, now says whether a peak can be predicted on
+# your machine, and what lowering it costs. Next: [09 · Distributed
+# training](09_distributed_training.ipynb), where one machine's memory is not enough.

@@ -3,9 +3,10 @@
 #
 # **What does a second worker buy you, what does it cost, and how far can you carry the answer?**
 #
-# After this chapter you can: *write* an all-reduce from messages between neighbours · *prove* that data-parallel training
-# equals one large batch, and name the layer for which it does not · *compute* the bytes a worker holds under ZeRO · *explain*
-# why a pipeline idles · *restart* a killed worker and end at the same bits · *predict* the step time on machines you don't have.
+# After this chapter you can: *write* an all-reduce from messages between neighbours · *prove* that
+# data-parallel training equals one large batch, and name the layer for which it does not ·
+# *compute* the bytes a worker holds under ZeRO · *explain* why a pipeline idles · *restart* a
+# killed worker and end at the same bits · *predict* the step time on machines you don't have.
 #
 # 90 minutes · before this: 1 Measurement; 8 helps · runs on any CPU, two processes
 
@@ -45,18 +46,24 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) One arm of a comparison has two threads, the other one. What may you conclude from its speed-up?
-#    <details><summary>Answer</summary>Nothing about the method: you measured threads. Both arms get the same cores.</details>
-# 2. (Chapter 8) A model has a million parameters, trained with Adam in fp32. How many bytes stay between two steps?
-#    <details><summary>Answer</summary>Sixteen million: four for the weight, four for its gradient, eight for Adam's two numbers.</details>
+# 1. (Chapter 1) One arm of a comparison has two threads, the other one. What may you conclude from
+#    its speed-up?
+#    <details><summary>Answer</summary>Nothing about the method: you measured threads. Both arms get
+#    the same cores.</details>
+# 2. (Chapter 8) A model has a million parameters, trained with Adam in fp32. How many bytes stay
+#    between two steps?
+#    <details><summary>Answer</summary>Sixteen million: four for the weight, four for its gradient,
+#    eight for Adam's two numbers.</details>
 # 3. (Chapter 8) What must be restored so that a repeated computation gives the same bits?
-#    <details><summary>Answer</summary>Everything it reads: its input, the weights, and the state of the random generator. A whole
-#    training run also reads the optimizer's state: you need that below.</details>
+#    <details><summary>Answer</summary>Everything it reads: its input, the weights, and the state of
+#    the random generator. A whole training run also reads the optimizer's state: you need that
+#    below.</details>
 #
 # ## Predict
-# You have two cores. Arm one: one process that uses both as two threads. Arm two: two processes, one thread each, half of the rows
-# each, gradients averaged. How many times faster is arm two? Then: two workers shard weights, gradients and Adam's numbers between
-# them. By what factor does the *peak* memory of a worker fall?
+# You have two cores. Arm one: one process that uses both as two threads. Arm two: two processes,
+# one thread each, half of the rows each, gradients averaged. How many times faster is arm two?
+# Then: two workers shard weights, gradients and Adam's numbers between them. By what factor does
+# the *peak* memory of a worker fall?
 
 # %%
 my_speedup = ...  # 1 means equally fast
@@ -66,8 +73,8 @@ exercises.predict("09.memory", my_factor)
 
 # %% [markdown]
 # ## Four ways to share one model
-# A *worker* (often called a rank) is a process with its own memory. Nothing is shared: what one knows, another must be sent.
-# Four things can be divided among workers.
+# A *worker* (often called a rank) is a process with its own memory. Nothing is shared: what one
+# knows, another must be sent. Four things can be divided among workers.
 
 # %%
 from matplotlib.patches import Rectangle
@@ -99,19 +106,22 @@ for panel, (way, travels) in zip(panels, WAYS.items(), strict=True):
 panels[0].set_ylabel("layers, the first on top")
 plots.show(
     figure,
-    "Four grids of layers by columns; two colours for the two workers: both hold all, half the columns, half the layers, or alternating slices.",
+    "Four grids of layers by columns; two colours for the two workers: both hold all, half the"
+    " columns, half the layers, or alternating slices.",
 )
 
 # %% [markdown]
-# Blue is worker 0, orange worker 1. *Data parallel*: each holds the whole model and takes half of the rows. *Tensor parallel*:
-# each layer is cut in two. *Pipeline*: the first layers here, the last ones there. *ZeRO* and its PyTorch form FSDP: like data parallel, but
-# each number is *stored* by one worker only, and sent to the other when a layer needs it. Under each stands what travels.
+# Blue is worker 0, orange worker 1. *Data parallel*: each holds the whole model and takes half of
+# the rows. *Tensor parallel*: each layer is cut in two. *Pipeline*: the first layers here, the last
+# ones there. *ZeRO* and its PyTorch form FSDP: like data parallel, but each number is *stored* by
+# one worker only, and sent to the other when a layer needs it. Under each stands what travels.
 #
 # ## From scratch: all-reduce
-# Data parallel needs one thing: the sum of all workers' gradients, on all workers. That is an *all-reduce*, one of the
-# *collectives*: operations in which every worker takes part. The plain way sends everything to one worker and back: with $p$
-# workers, $2(p-1)$ whole vectors pass through that one. A *ring* does better. Cut the vector into
-# $p$ pieces; each worker talks only to its right neighbour. Here are four workers in one process, one row each.
+# Data parallel needs one thing: the sum of all workers' gradients, on all workers. That is an
+# *all-reduce*, one of the *collectives*: operations in which every worker takes part. The plain way
+# sends everything to one worker and back: with $p$ workers, $2(p-1)$ whole vectors pass through
+# that one. A *ring* does better. Cut the vector into $p$ pieces; each worker talks only to its
+# right neighbour. Here are four workers in one process, one row each.
 
 
 # %%
@@ -136,16 +146,18 @@ table = ring_on_paper(
 assert (table == 1111).all()
 
 # %% [markdown]
-# Follow the number 1111. After three steps each column is complete in one row, after six everywhere. A worker has sent
-# $2(p-1)$ messages, each a $p$-th of the vector of $n$ bytes. If a message costs $\alpha$ seconds however short, and each byte
-# $1/\beta$ seconds, then
+# Follow the number 1111. After three steps each column is complete in one row, after six
+# everywhere. A worker has sent $2(p-1)$ messages, each a $p$-th of the vector of $n$ bytes. If a
+# message costs $\alpha$ seconds however short, and each byte $1/\beta$ seconds, then
 #
 # $$t = 2(p-1)\left(\alpha + \frac{n}{p\,\beta}\right)$$
 #
-# This is the $\alpha$–$\beta$ model. For many workers the bytes that each one sends approach $2n$ and stay there. That is why rings won.
+# This is the $\alpha$–$\beta$ model. For many workers the bytes that each one sends approach $2n$
+# and stay there. That is why rings won.
 #
-# Now on real processes. A process can't see a cell of your notebook, so its code must be a file. `%%writefile` writes the cell
-# to one. `dist.isend` starts a send and goes on, `dist.recv` waits for a message.
+# Now on real processes. A process can't see a cell of your notebook, so its code must be a file.
+# `%%writefile` writes the cell to one. `dist.isend` starts a send and goes on, `dist.recv` waits
+# for a message.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/ring.py
@@ -186,9 +198,9 @@ def run(settings):
 
 
 # %% [markdown]
-# *torchrun* starts the processes, tells each its rank, and watches them. In this course a small module,
-# `course_utils/distributed.py`, is what torchrun starts: it opens the group, calls `run` of each file you name, and returns what
-# they return. On your machine it runs this line,
+# *torchrun* starts the processes, tells each its rank, and watches them. In this course a small
+# module, `course_utils/distributed.py`, is what torchrun starts: it opens the group, calls `run` of
+# each file you name, and returns what they return. On your machine it runs this line,
 #
 # ```
 # python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 -m course_utils.distributed ring.py --out results
@@ -201,9 +213,10 @@ def run(settings):
 #     -m course_utils.distributed ring.py --out results
 # ```
 #
-# A start costs seconds, so this chapter starts torchrun four times and hands it several files each time. Here are the others of the
-# first start. *Does data parallel compute the same as one process with all rows?* `DistributedDataParallel` (DDP) wraps a model;
-# during `backward` it averages the gradients over the workers.
+# A start costs seconds, so this chapter starts torchrun four times and hands it several files each
+# time. Here are the others of the first start. *Does data parallel compute the same as one process
+# with all rows?* `DistributedDataParallel` (DDP) wraps a model; during `backward` it averages the
+# gradients over the workers.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/equality.py
@@ -248,8 +261,9 @@ def run(settings):
 
 
 # %% [markdown]
-# *Which habits go wrong?* Weights that each worker draws for itself; a sampler whose epoch nobody sets. (A `DistributedSampler`
-# shuffles the numbers of the rows and deals them out, to each worker its own.)
+# *Which habits go wrong?* Weights that each worker draws for itself; a sampler whose epoch nobody
+# sets. (A `DistributedSampler` shuffles the numbers of the rows and deals them out, to each worker
+# its own.)
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/habits.py
@@ -290,8 +304,9 @@ def run(settings):
 
 
 # %% [markdown]
-# *When do the gradients travel?* DDP packs them into *buckets* and sends each as soon as it is full, while the rest of the backward pass
-# still computes. A *communication hook* replaces DDP's own all-reduce; ours does the same and looks at the clock.
+# *When do the gradients travel?* DDP packs them into *buckets* and sends each as soon as it is
+# full, while the rest of the backward pass still computes. A *communication hook* replaces DDP's
+# own all-reduce; ours does the same and looks at the clock.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/buckets.py
@@ -337,8 +352,8 @@ def run(settings):
 
 
 # %% [markdown]
-# *Is it faster?* Three arms for the same rows, in random order within each round. While one process works alone, the other waits
-# in a barrier and leaves its core free.
+# *Is it faster?* Three arms for the same rows, in random order within each round. While one process
+# works alone, the other waits in a barrier and leaves its core free.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/scaling.py
@@ -434,14 +449,16 @@ first = distributed.launch(
 for rank, told in enumerate(first["ring"]):
     print(f"worker {rank} had {told['before']}")
     print(
-        f"    after its {len(told['messages'])} messages of {told['messages'][0]} bytes: {told['after']}, equal to torch's: {told['equal']}"
+        f"    after its {len(told['messages'])} messages of {told['messages'][0]} bytes:"
+        f" {told['after']}, equal to torch's: {told['equal']}"
     )
 
 # %% [markdown]
 # Two workers, so $2(p-1) = 2$ messages of half the vector each, as the formula says.
 #
 # ## Measure: what a message costs
-# Both ways were timed on vectors of several sizes. The line is the $\alpha$–$\beta$ model, fitted to every other one of torch's points.
+# Both ways were timed on vectors of several sizes. The line is the $\alpha$–$\beta$ model, fitted
+# to every other one of torch's points.
 
 # %% tags=["nbval-ignore-output"]
 assert all(told["equal"] and len(told["messages"]) == 2 for told in first["ring"])
@@ -459,15 +476,24 @@ curves = {
 }
 curves["α–β model"] = [1e3 * (2 * alpha + n * per_byte) for n in sizes]
 plots.lines(
-    [n / 1024 for n in sizes], curves, xlabel="vector (KiB)", ylabel="all-reduce (ms)", logx=True, logy=True,
+    [n / 1024 for n in sizes],
+    curves,
+    xlabel="vector (KiB)",
+    ylabel="all-reduce (ms)",
+    logx=True,
+    logy=True,
     title=f"A message costs {1e6 * alpha:.0f} µs, then {1e-9 / per_byte:.2f} GB/s",
-    alt="Time of an all-reduce against the vector's size: flat for short vectors, rising in proportion for long ones.",
-)  # fmt: skip
+    alt=(
+        "Time of an all-reduce against the vector's size: flat for short vectors, rising in"
+        " proportion for long ones."
+    ),
+)
 
 # %% [markdown]
-# On the left the line is flat: only the number of messages counts. On the right it rises in proportion: only bytes count. Where it bends,
-# a vector is long enough to be worth sending; that is why DDP packs small gradients into buckets. Points off the line are real too:
-# a library changes its algorithm with the size, and caches end.
+# On the left the line is flat: only the number of messages counts. On the right it rises in
+# proportion: only bytes count. Where it bends, a vector is long enough to be worth sending; that is
+# why DDP packs small gradients into buckets. Points off the line are real too: a library changes
+# its algorithm with the size, and caches end.
 #
 # ## Measure: does DDP equal the large batch?
 
@@ -479,27 +505,31 @@ for name, gap in zip(
     print(f"{name:20} largest gap, as a share of the largest gradient: {gap:.1e}")
 apart, same = np.max([told["no_sync"] for told in first["equality"]], axis=0)
 print(
-    f"no_sync: after the silent half apart by {apart:.1e}, after both halves {same:.1e} from one step"
+    f"no_sync: after the silent half apart by {apart:.1e}, after both halves {same:.1e} from one"
+    " step"
 )
 display(claims.verdict("09.ddp_equals_large_batch", float(gaps[1])))
 claims.verdict("09.ddp_equals_large_batch_with_batchnorm", float(gaps[3]))
 
 # %% [markdown]
-# Without BatchNorm the gap is rounding: it shrinks from fp32 to fp64 by the ratio of their precisions. So it is equality,
-# not closeness. `no_sync` skips the all-reduce: gradients of several small batches add up at home, and travel once.
+# Without BatchNorm the gap is rounding: it shrinks from fp32 to fp64 by the ratio of their
+# precisions. So it is equality, not closeness. `no_sync` skips the all-reduce: gradients of several
+# small batches add up at home, and travel once.
 #
-# With BatchNorm the gap does not shrink. Each worker normalises by the mean of *its* rows, and half of the rows have another
-# mean. More precision does not help; `nn.SyncBatchNorm` (for GPUs) sends the means around, and layers that treat each row alone
-# (LayerNorm, GroupNorm) don't need it.
+# With BatchNorm the gap does not shrink. Each worker normalises by the mean of *its* rows, and half
+# of the rows have another mean. More precision does not help; `nn.SyncBatchNorm` (for GPUs) sends
+# the means around, and layers that treat each row alone (LayerNorm, GroupNorm) don't need it.
 #
 # ## Myth: each worker may draw its own weights
-# If gradients are averaged, will the models not become equal? And an epoch is an epoch, why name it?
+# If gradients are averaged, will the models not become equal? And an epoch is an epoch, why name
+# it?
 
 # %% tags=["nbval-ignore-output"]
 one = first["habits"][1]
 print(f"weights that worker 1 drew itself differ from worker 0's by {one['drawn']:.2f}")
 print(
-    f"the same model in DDP: {one['in DDP']:.2f}; averaged gradients and one step: {one['home-made']:.2f}"
+    f"the same model in DDP: {one['in DDP']:.2f}; averaged gradients and one step:"
+    f" {one['home-made']:.2f}"
 )
 epochs = np.array([told["epochs"] for told in first["habits"]])
 for k, name in enumerate(
@@ -512,10 +542,11 @@ assert (epochs[:, 0] == epochs[:, 1]).all()
 assert (epochs[:, 2] != epochs[:, 3]).any()
 
 # %% [markdown]
-# Averaged gradients keep a difference for ever: both models move by the same step from different places, and what you save at the end
-# is one of them. DDP sends worker 0's weights to all when you wrap the model. Without `set_epoch` every epoch has the *same* order. With
-# seven rows, look at the last entry: one row is used twice, so that both workers take equally many steps. For an accuracy over a
-# test set that one row counts double.
+# Averaged gradients keep a difference for ever: both models move by the same step from different
+# places, and what you save at the end is one of them. DDP sends worker 0's weights to all when you
+# wrap the model. Without `set_epoch` every epoch has the *same* order. With seven rows, look at the
+# last entry: one row is used twice, so that both workers take equally many steps. For an accuracy
+# over a test set that one row counts double.
 #
 # ## Measure: buckets on their way
 
@@ -524,9 +555,11 @@ told = first["buckets"][0]
 line, whole = told["timeline"], told["backward"]
 early = sum(begin < 0.9 * whole for begin, _, _ in line)
 figure, ax = plots.axes(
-    "time since backward began (ms)", "bucket", height=3.2,
+    "time since backward began (ms)",
+    "bucket",
+    height=3.2,
     title=f"{early} of {len(line)} buckets leave before 90% of the backward pass is over",
-)  # fmt: skip
+)
 for k, (begin, end, size) in enumerate(line):
     ax.barh(k, 1e3 * (end - begin), left=1e3 * begin, color=plots.COLOURS[0], height=0.6)
     ax.annotate(
@@ -543,14 +576,16 @@ ax.margins(x=0.15)
 figure.legend(loc="outside lower center")
 plots.show(
     figure,
-    "One bar a bucket, from its launch to its arrival: they start one after the other during the backward pass.",
+    "One bar a bucket, from its launch to its arrival: they start one after the other during the"
+    " backward pass.",
 )
 print("launched inside no_sync:", told["in no_sync"])
 
 # %% [markdown]
-# A bar begins when its bucket is full and ends when the sum is back. The last layers come first, because backward starts there. On a GPU
-# the transfer runs beside the computation and takes little from it, so all but the last bar cost almost nothing. On a CPU, the
-# carrying is done by the cores that should compute. Watch what that means for the next figure.
+# A bar begins when its bucket is full and ends when the sum is back. The last layers come first,
+# because backward starts there. On a GPU the transfer runs beside the computation and takes little
+# from it, so all but the last bar cost almost nothing. On a CPU, the carrying is done by the cores
+# that should compute. Watch what that means for the next figure.
 #
 # ## Measure: honest scaling
 
@@ -563,25 +598,34 @@ gain = {
 }
 honest = gain["two processes against two threads"]
 plots.intervals(
-    gain, xlabel="speed-up for the same rows",
-    title=f"Two processes: {gain['two processes against one thread'].value:.2f}x of one core, {honest.value:.2f}x of two",
-    alt="Three speed-ups with intervals: two processes and two threads against one thread, and the two against each other.",
-)  # fmt: skip
+    gain,
+    xlabel="speed-up for the same rows",
+    title=(
+        f"Two processes: {gain['two processes against one thread'].value:.2f}x of one core,"
+        f" {honest.value:.2f}x of two"
+    ),
+    alt=(
+        "Three speed-ups with intervals: two processes and two threads against one thread, and the"
+        " two against each other."
+    ),
+)
 exercises.reveal("09.speedup", honest.value, "times")
 display(claims.verdict("09.two_workers_are_twice_as_fast", honest))
 claims.verdict("09.two_workers_against_one_thread", gain["two processes against one thread"])
 
 # %% [markdown]
-# The last row is the honest one: both arms have the same two cores. The first row is what most tutorials print; its baseline left one core
-# idle. On *one* machine a second process competes with a second thread, and pays for messages too. Is your last row above 1? Then
-# look at the middle one: two threads shared these small products badly. Elsewhere, processes win where threads can't
-# go: to a second machine, a second GPU, or a program that Python's lock holds back.
+# The last row is the honest one: both arms have the same two cores. The first row is what most
+# tutorials print; its baseline left one core idle. On *one* machine a second process competes with
+# a second thread, and pays for messages too. Is your last row above 1? Then look at the middle one:
+# two threads shared these small products badly. Elsewhere, processes win where threads can't go: to
+# a second machine, a second GPU, or a program that Python's lock holds back.
 
 # %% [markdown]
 # ## From scratch: cut a layer
-# Tensor parallel, on paper first. The block computes $\mathrm{down}(\mathrm{relu}(\mathrm{up}(x)))$. Give each worker half of `up`'s outputs and the
-# same half of `down`'s inputs. ReLU looks at each number alone, so no message is due in between; the two results must be added: one
-# all-reduce.
+# Tensor parallel, on paper first. The block computes
+# $\mathrm{down}(\mathrm{relu}(\mathrm{up}(x)))$. Give each worker half of `up`'s outputs and the
+# same half of `down`'s inputs. ReLU looks at each number alone, so no message is due in between;
+# the two results must be added: one all-reduce.
 
 # %%
 torch.manual_seed(0)
@@ -601,12 +645,13 @@ print(
 )
 
 # %% [markdown]
-# The order matters: columns first, then rows. PyTorch calls them `ColwiseParallel` and `RowwiseParallel`. The names are about the
-# $W$ of $xW$; a `Linear` stores it transposed, so `up`'s columns are *rows* of `up.weight`, as in the cell above.
+# The order matters: columns first, then rows. PyTorch calls them `ColwiseParallel` and
+# `RowwiseParallel`. The names are about the $W$ of $xW$; a `Linear` stores it transposed, so `up`'s
+# columns are *rows* of `up.weight`, as in the cell above.
 #
-# For the second start: who *stores* what. To *shard* is to store each number on one worker only; a *mesh* names the workers among
-# which something is cut. `ZeroRedundancyOptimizer` shards Adam's numbers (ZeRO's first stage), `fully_shard` (FSDP2) shards
-# everything (its third).
+# For the second start: who *stores* what. To *shard* is to store each number on one worker only; a
+# *mesh* names the workers among which something is cut. `ZeroRedundancyOptimizer` shards Adam's
+# numbers (ZeRO's first stage), `fully_shard` (FSDP2) shards everything (its third).
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/zero.py
@@ -773,9 +818,10 @@ def run(settings):
 
 
 # %% [markdown]
-# By hand, one worker always waits for the other. The remedy is to cut the rows into $m$ *micro-batches* and send them one after the
-# other. *GPipe* runs all forward passes, then all backward ones. *1F1B* starts a backward pass as soon as it can, so that fewer
-# activations are alive at once.
+# By hand, one worker always waits for the other. The remedy is to cut the rows into $m$
+# *micro-batches* and send them one after the other. *GPipe* runs all forward passes, then all
+# backward ones. *1F1B* starts a backward pass as soon as it can, so that fewer activations are
+# alive at once.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/pipes.py
@@ -822,11 +868,13 @@ def run(settings):
 second = distributed.launch(*files("sharding", "tensor", "stages", "pipes"), settings=SETTINGS)
 tensor = second["tensor"][0]
 print(
-    f"a worker's part of up.weight: {tensor['shape']} of [{4 * SETTINGS['width']}, {SETTINGS['width']}]"
+    f"a worker's part of up.weight: {tensor['shape']} of [{4 * SETTINGS['width']},"
+    f" {SETTINGS['width']}]"
 )
 forward, backward = tensor["collectives"]
 print(
-    f"collectives for {SETTINGS['depth']} blocks: {forward} forwards, {backward} backwards; results apart by {tensor['apart']:.0e}"
+    f"collectives for {SETTINGS['depth']} blocks: {forward} forwards, {backward} backwards; results"
+    f" apart by {tensor['apart']:.0e}"
 )
 print("pipeline by hand, gradients apart by", max(told["apart"] for told in second["stages"]))
 print(
@@ -837,12 +885,13 @@ assert forward == backward == SETTINGS["depth"]
 assert max(max(told["apart"].values()) for told in second["pipes"]) < 1e-6
 
 # %% [markdown]
-# One all-reduce a block forwards, as on paper, and one backwards, where the two parts of the gradient of the block's input are
-# added. A pipeline computes the same gradients in whatever order.
+# One all-reduce a block forwards, as on paper, and one backwards, where the two parts of the
+# gradient of the block's input are added. A pipeline computes the same gradients in whatever order.
 #
 # ## Measure: bytes on each worker
-# ZeRO's formula (Rajbhandari et al. 2020), for fp32 and Adam, in bytes a parameter on each of $N$ workers. Plain data parallel:
-# $4 + 4 + 8$. Stage 1: $4 + 4 + 8/N$. Stage 2: $4 + (4 + 8)/N$. Stage 3: $16/N$.
+# ZeRO's formula (Rajbhandari et al. 2020), for fp32 and Adam, in bytes a parameter on each of $N$
+# workers. Plain data parallel: $4 + 4 + 8$. Stage 1: $4 + 4 + 8/N$. Stage 2: $4 + (4 + 8)/N$. Stage
+# 3: $16/N$.
 
 # %% tags=["nbval-ignore-output"]
 ways = {way: [told[way] for told in second["sharding"]] for way in ("DDP", "ZeRO-1", "FSDP2")}
@@ -858,9 +907,14 @@ kept = {
 peak = {way: max(t["peak"] for t in told) / numbers for way, told in ways.items()}
 factor = peak["DDP"] / peak["FSDP2"]
 figure, ax = plots.axes(
-    "bytes a parameter on one worker", "", height=3.0,
-    title=f"Between steps FSDP2 holds {kept['DDP'].sum() / kept['FSDP2'].sum():.2f}x less, at the peak {factor:.2f}x less",
-)  # fmt: skip
+    "bytes a parameter on one worker",
+    "",
+    height=3.0,
+    title=(
+        f"Between steps FSDP2 holds {kept['DDP'].sum() / kept['FSDP2'].sum():.2f}x less, at the"
+        f" peak {factor:.2f}x less"
+    ),
+)
 left = np.zeros(3)
 for i, kind in enumerate(kinds):
     widths = np.array([k[i] for k in kept.values()])
@@ -874,7 +928,8 @@ ax.invert_yaxis()
 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 plots.show(
     figure,
-    "Stacked bars of bytes held by DDP, ZeRO-1 and FSDP2; the formula's marks at their ends, the step's peaks to the right.",
+    "Stacked bars of bytes held by DDP, ZeRO-1 and FSDP2; the formula's marks at their ends, the"
+    " step's peaks to the right.",
 )
 exercises.reveal("09.memory", factor, "times")
 print(
@@ -884,15 +939,16 @@ print(
 claims.verdict("09.zero_divides_memory", factor)
 
 # %% [markdown]
-# The bars end at the formula. The diamonds lie farther right: at the peak there are also activations (divided by the rows, not by
-# ZeRO), the block whose weights have just been collected, and buffers for the messages. "Divides by $N$" is exact for what *stays*.
-# For what a step needs it holds only as far as weights, gradients and Adam's numbers outweigh the rest: if your factor lies near the
-# edge of the band, they nearly do, and more rows move it down.
+# The bars end at the formula. The diamonds lie farther right: at the peak there are also
+# activations (divided by the rows, not by ZeRO), the block whose weights have just been collected,
+# and buffers for the messages. "Divides by $N$" is exact for what *stays*. For what a step needs it
+# holds only as far as weights, gradients and Adam's numbers outweigh the rest: if your factor lies
+# near the edge of the band, they nearly do, and more rows move it down.
 #
 # ## Explain: the bubble
-# A pipeline of $p$ stages with $m$ micro-batches needs $m + p - 1$ time slots, and each worker works in $m$ of them. So a share of
-# $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: the share of the step's
-# time that is left when the time of the work alone is taken away.
+# A pipeline of $p$ stages with $m$ micro-batches needs $m + p - 1$ time slots, and each worker
+# works in $m$ of them. So a share of $(p-1)/(m+p-1)$ is idle. That is the *bubble*. Measured: the
+# share of the step's time that is left when the time of the work alone is taken away.
 
 # %% tags=["nbval-ignore-output"]
 pipe = {}
@@ -909,17 +965,28 @@ bubble = {"(p−1)/(m+p−1)": [100 / (m + 1) for m in counts]}
 bubble |= {name: [pipe[name, m] for m in counts] for name in ("GPipe", "1F1B")}
 extra = pipe["GPipe", 4].value - 20
 plots.lines(
-    counts, bubble, xlabel="micro-batches m", ylabel="idle share of a step (%)", logx=True,
-    title=f"At m = 4 GPipe idles {abs(extra):.0f} points {'more' if extra > 0 else 'less'} than the formula",
-    alt="Idle share against the number of micro-batches: the formula falls, and two measured schedules beside it.",
-)  # fmt: skip
+    counts,
+    bubble,
+    xlabel="micro-batches m",
+    ylabel="idle share of a step (%)",
+    logx=True,
+    title=(
+        f"At m = 4 GPipe idles {abs(extra):.0f} points {'more' if extra > 0 else 'less'} than the"
+        " formula"
+    ),
+    alt=(
+        "Idle share against the number of micro-batches: the formula falls, and two measured"
+        " schedules beside it."
+    ),
+)
 claims.verdict("09.bubble_formula", pipe["GPipe", 4])
 
 # %% [markdown]
-# The formula counts slots of equal length and messages that cost nothing. What lies above it is sending, waiting for the slower stage
-# (the first one computes no gradient of its input), and Python between the calls. A point below
-# it is possible too: the work alone was timed with both cores busy, and in the pipeline a core sometimes has the memory to itself.
-# GPipe and 1F1B have the same bubble; 1F1B's gain is memory.
+# The formula counts slots of equal length and messages that cost nothing. What lies above it is
+# sending, waiting for the slower stage (the first one computes no gradient of its input), and
+# Python between the calls. A point below it is possible too: the work alone was timed with both
+# cores busy, and in the pipeline a core sometimes has the memory to itself. GPipe and 1F1B have the
+# same bubble; 1F1B's gain is memory.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -933,10 +1000,11 @@ claims.verdict("09.bubble_formula", pipe["GPipe", 4])
 # | the bubble above the formula | unequal stages, costly messages | the slowest stage; more micro-batches |
 #
 # ## Exercise A · bytes per rank
-# A model has `numbers` parameters, trained in fp32 with Adam on `n` workers. ZeRO shards from stage 1 Adam's two numbers a parameter, from
-# stage 2 also the gradients, from stage 3 also the weights; stage 0 is plain data parallel. A shard is padded: every worker holds equally
-# many numbers. Complete the line so that `bytes_per_rank` gives the bytes on each worker. Example: 10 parameters, 4 workers, stage 1: a
-# shard has 3 numbers; $4·10 + 4·10 + 8·3 = 104$.
+# A model has `numbers` parameters, trained in fp32 with Adam on `n` workers. ZeRO shards from stage
+# 1 Adam's two numbers a parameter, from stage 2 also the gradients, from stage 3 also the weights;
+# stage 0 is plain data parallel. A shard is padded: every worker holds equally many numbers.
+# Complete the line so that `bytes_per_rank` gives the bytes on each worker. Example: 10 parameters,
+# 4 workers, stage 1: a shard has 3 numbers; $4·10 + 4·10 + 8·3 = 104$.
 
 
 # %% tags=["exercise"]
@@ -1002,15 +1070,17 @@ def bytes_per_rank(numbers, n, stage):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Let the room compute a model of 7 billion parameters on 8 GPUs for each stage, then ask what is missing in the sum
-# (activations, and the block that is collected at the moment).
+# 8 minutes. Let the room compute a model of 7 billion parameters on 8 GPUs for each stage, then ask
+# what is missing in the sum (activations, and the block that is collected at the moment).
 
 # %% [markdown]
 # ## Exercise B · a ring for any length
-# The ring above needs a length that $p$ divides. Write `ring(x, rank, p, send, receive)`, which runs on every worker: `x` is a
-# one-dimensional tensor (any length, also shorter than $p$, also empty); `send(tensor)` hands a tensor to the right neighbour and
-# does not wait; `receive()` waits for the left neighbour's. Return the sum over all workers as a new tensor and leave `x` alone.
-# Demands: exactly $2(p-1)$ messages, none longer than a $p$-th of the vector, rounded up. Example: `p = 1` sends nothing and returns a copy.
+# The ring above needs a length that $p$ divides. Write `ring(x, rank, p, send, receive)`, which
+# runs on every worker: `x` is a one-dimensional tensor (any length, also shorter than $p$, also
+# empty); `send(tensor)` hands a tensor to the right neighbour and does not wait; `receive()` waits
+# for the left neighbour's. Return the sum over all workers as a new tensor and leave `x` alone.
+# Demands: exactly $2(p-1)$ messages, none longer than a $p$-th of the vector, rounded up. Example:
+# `p = 1` sends nothing and returns a copy.
 
 
 # %% tags=["exercise"]
@@ -1021,10 +1091,12 @@ def ring(x, rank, p, send, receive): ...
 exercises.check("09.B", ring)
 
 # %% [markdown] tags=["hint"]
-# `torch.tensor_split(y, p)` cuts any length into exactly `p` pieces (some may be empty) that are views of `y`. `chunk` may give fewer.
+# `torch.tensor_split(y, p)` cuts any length into exactly `p` pieces (some may be empty) that are
+# views of `y`. `chunk` may give fewer.
 
 # %% [markdown] tags=["hint"]
-# Each of the two loops sends one piece and receives the piece *before* it. In the first loop add, in the second overwrite.
+# Each of the two loops sends one piece and receives the piece *before* it. In the first loop add,
+# in the second overwrite.
 
 
 # %% tags=["solution"]
@@ -1110,12 +1182,13 @@ def ring(x, rank, p, send, receive):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Four people in a circle with four paper slips each do it by hand first. Ask which demand `chunk` breaks, and let
-# somebody cause the deadlock on purpose.
+# 20 minutes. Four people in a circle with four paper slips each do it by hand first. Ask which
+# demand `chunk` breaks, and let somebody cause the deadlock on purpose.
 
 # %% [markdown]
 # ## The tool of the field
-# *DeepSpeed* brought ZeRO into the world. Same model, same rows, its three stages, against plain AdamW with all rows.
+# *DeepSpeed* brought ZeRO into the world. Same model, same rows, its three stages, against plain
+# AdamW with all rows.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/ds.py
@@ -1125,7 +1198,8 @@ import torch.nn.functional as F
 
 from course_utils.distributed import chain
 
-# Messages between CPU workers go by gloo, as in the rest of the chapter: no library of DeepSpeed's own is compiled.
+# Messages between CPU workers go by gloo, as in the rest of the chapter: no library of DeepSpeed's
+# own is compiled.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 ADAMW = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01}
 
@@ -1188,16 +1262,19 @@ else:
     third = distributed.launch(*files("deep"), settings=SETTINGS, env=env, timeout=180)
     for stage, got in third["deep"][0].items():
         print(
-            f"ZeRO-{stage}: weights {got['weights']:8} bytes, Adam {got['Adam']:8}, weights apart by {got['apart']:.0e}, computes {got['share']:.0%} of each layer"
+            f"ZeRO-{stage}: weights {got['weights']:8} bytes, Adam {got['Adam']:8}, weights apart"
+            f" by {got['apart']:.0e}, computes {got['share']:.0%} of each layer"
         )
     assert max(got["apart"] for told in third["deep"] for got in told.values()) < 1e-4
     outcome = claims.verdict("09.deepspeed_is_model_parallel", third["deep"][0]["3"]["share"])
 outcome
 
 # %% [markdown]
-# Where DeepSpeed is installed, the assertion says: after eight steps each weight is within `1e-4` of plain training, and a single step
-# moves a weight by up to `1e-3`. The last column answers a frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in full, for its own rows. It is data
-# parallelism with shared storage. Who wants a layer computed in parts must cut the model (tensor, pipeline).
+# Where DeepSpeed is installed, the assertion says: after eight steps each weight is within `1e-4`
+# of plain training, and a single step moves a weight by up to `1e-3`. The last column answers a
+# frequent claim. Under ZeRO-3 no worker *stores* a whole layer, yet each *computes* every layer in
+# full, for its own rows. It is data parallelism with shared storage. Who wants a layer computed in
+# parts must cut the model (tensor, pipeline).
 
 # %% [markdown]
 # ## Myth: run a cell's function in other processes
@@ -1229,11 +1306,12 @@ print(
 )
 
 # %% [markdown]
-# A function travels as its *name*. The new process imports your main program and looks the name up; your cells are not in it. Hence files,
-# and torchrun.
+# A function travels as its *name*. The new process imports your main program and looks the name up;
+# your cells are not in it. Hence files, and torchrun.
 #
 # ## Myth: init_process_group finds the others by itself
-# And two more mistakes that everybody meets once: a tensor left behind on the CPU, and `DataParallel` on many machines.
+# And two more mistakes that everybody meets once: a tensor left behind on the CPU, and
+# `DataParallel` on many machines.
 
 # %% tags=["nbval-ignore-output"]
 with exercises.fails(ValueError):
@@ -1251,15 +1329,17 @@ parallel(torch.ones(8, 4, device=home))
 print(f"DataParallel: devices {parallel.device_ids}, the model ran {len(calls)} time(s)")
 
 # %% [markdown]
-# `init_process_group` reads four environment variables: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`. torchrun sets them.
-# A stage gets its input on its own device: `x.to(device)`. `DataParallel` came first: *one* process, one Python thread for each GPU of
-# *one* machine; it copies the model in every step and collects all outputs on the first GPU. On a CPU it has no device and
-# passes the call through, silently. It never reaches a second machine. DDP replaced it.
+# `init_process_group` reads four environment variables: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`,
+# `MASTER_PORT`. torchrun sets them. A stage gets its input on its own device: `x.to(device)`.
+# `DataParallel` came first: *one* process, one Python thread for each GPU of *one* machine; it
+# copies the model in every step and collects all outputs on the first GPU. On a CPU it has no
+# device and passes the call through, silently. It never reaches a second machine. DDP replaced it.
 #
 # ## Measure: a worker is killed
-# With a thousand machines, one fails every day. *Elastic* training saves after each step (or each hundred), and torchrun starts all
-# workers again when one dies. Three things make the end equal bit for bit: the optimizer's state is saved, rows depend on the step's
-# number alone, and a file is complete or absent.
+# With a thousand machines, one fails every day. *Elastic* training saves after each step (or each
+# hundred), and torchrun starts all workers again when one dies. Three things make the end equal bit
+# for bit: the optimizer's state is saved, rows depend on the step's number alone, and a file is
+# complete or absent.
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile $W/checkpoint.py
@@ -1352,7 +1432,8 @@ except distributed.WorkerError as error:
 told = distributed.results(out, "elastic", 2)[0]
 shutil.rmtree(out)
 print(
-    f"\nkilled at step {SETTINGS['kill_at']}, started again at step {told['disturbed']['begin']} by attempt {told['disturbed']['attempt']}"
+    f"\nkilled at step {SETTINGS['kill_at']}, started again at step {told['disturbed']['begin']} by"
+    f" attempt {told['disturbed']['attempt']}"
 )
 print(
     "undisturbed",
@@ -1365,15 +1446,17 @@ claims.verdict(
 )
 
 # %% [markdown]
-# The traceback is the worker's own. The other worker sees only "connection reset"; who failed *first* is what you want to know, and
-# torchrun alone prints a page around it. The launcher ends every process of a start, however it ends: an error, a time-out, your
-# interrupt. A worker that hangs is stopped after its time, and the error names the line it hung in.
+# The traceback is the worker's own. The other worker sees only "connection reset"; who failed
+# *first* is what you want to know, and torchrun alone prints a page around it. The launcher ends
+# every process of a start, however it ends: an error, a time-out, your interrupt. A worker that
+# hangs is stopped after its time, and the error names the line it hung in.
 
 # %% [markdown]
 # <details><summary><b>Further: two machines on one</b></summary>
 #
-# Linux can give a process a network of its own, a *namespace*: own addresses, own ports. Two of them, joined by a virtual cable, are two
-# machines as far as torchrun can tell. That needs root. One torchrun runs in each, with the cluster's command line.
+# Linux can give a process a network of its own, a *namespace*: own addresses, own ports. Two of
+# them, joined by a virtual cable, are two machines as far as torchrun can tell. That needs root.
+# One torchrun runs in each, with the cluster's command line.
 # </details>
 
 # %% tags=["nbval-ignore-output"]
@@ -1393,8 +1476,9 @@ outcome
 
 # %% [markdown]
 # ## From scratch: a simulator
-# You have two cores and want to know about a thousand GPUs. Write down what you measured as a model. A *cluster* is a handful of numbers, a
-# *job* a few more, a *plan* says how many workers share what.
+# You have two cores and want to know about a thousand GPUs. Write down what you measured as a
+# model. A *cluster* is a handful of numbers, a *job* a few more, a *plan* says how many workers
+# share what.
 
 # %%
 from dataclasses import dataclass, replace
@@ -1452,10 +1536,12 @@ def step_time(cluster, job, plan):
 
 
 # %% [markdown]
-# Fit it on some of your measurements, and let it predict others: a model that is fitted to everything predicts nothing. The first three cases
-# of `timing.py`, GPipe with four micro-batches, and one batch of tensor parallel are for fitting. Computing takes seconds for each operation and seconds for each block; as DDP,
-# also seconds for each byte of gradient. The times are linear in these three unknowns, so least squares finds them; each equation is
-# divided by its time, so that relative errors count.
+# Fit it on some of your measurements, and let it predict others: a model that is fitted to
+# everything predicts nothing. The first three cases of `timing.py`, GPipe with four micro-batches,
+# and one batch of tensor parallel are for fitting. Computing takes seconds for each operation and
+# seconds for each block; as DDP, also seconds for each byte of gradient. The times are linear in
+# these three unknowns, so least squares finds them; each equation is divided by its time, so that
+# relative errors count.
 
 # %% tags=["nbval-ignore-output"]
 WIDTH = SETTINGS["width"]
@@ -1499,7 +1585,8 @@ if slope <= 0 or block < 0:  # noise, or a machine whose small steps cost nothin
 here = Cluster(1 / slope, alpha, 1 / max(per_byte, 1e-12), per_block=block)
 rate, beta = here.rate, here.beta
 print(
-    f"{rate / 1e9:.1f} GFLOP/s a worker, {1e6 * block:.0f} µs a block, gradients at {beta / 1e9:.2f} GB/s, {1e6 * alpha:.0f} µs a message"
+    f"{rate / 1e9:.1f} GFLOP/s a worker, {1e6 * block:.0f} µs a block, gradients at"
+    f" {beta / 1e9:.2f} GB/s, {1e6 * alpha:.0f} µs a message"
 )
 
 
@@ -1569,16 +1656,21 @@ claims.verdict(
 )
 
 # %% [markdown]
-# The verdict is about the *worst* point, and its interval comes from what is measured: a median of few steps. A single noisy point decides; read the list too. If yours fails, look at which kind of point is off. A schedule that the fitted one does not resemble?
-# Other programs on the two cores? And a model knows nothing outside of the range that it was fitted in: the case with eight rows is left out here, and *Break it* asks for it.
+# The verdict is about the *worst* point, and its interval comes from what is measured: a median of
+# few steps. A single noisy point decides; read the list too. If yours fails, look at which kind of
+# point is off. A schedule that the fitted one does not resemble? Other programs on the two cores?
+# And a model knows nothing outside of the range that it was fitted in: the case with eight rows is
+# left out here, and *Break it* asks for it.
 #
 # ## Measure: against published points
-# Now leave your machine. Three publications give enough numbers to be predicted. Goyal et al. (2017) train ResNet-50 on 256 GPUs at about 90%
-# of the efficiency of 8; Huang et al. (GPipe, 2019) report the throughput of a transformer cut into 2, 4 and 8 parts; Narayanan et al.
-# (2021) report TFLOP/s of GPT models on up to 3,072 A100 GPUs. What they don't tell is assumed, and said.
+# Now leave your machine. Three publications give enough numbers to be predicted. Goyal et al.
+# (2017) train ResNet-50 on 256 GPUs at about 90% of the efficiency of 8; Huang et al. (GPipe, 2019)
+# report the throughput of a transformer cut into 2, 4 and 8 parts; Narayanan et al. (2021) report
+# TFLOP/s of GPT models on up to 3,072 A100 GPUs. What they don't tell is assumed, and said.
 
 # %% tags=["nbval-ignore-output"]
-# Goyal et al. 2017: 100 MB of gradients, backward 0.12 s, one 50 Gbit/s card for 8 GPUs, which add up over NVLink first.
+# Goyal et al. 2017: 100 MB of gradients, backward 0.12 s, one 50 Gbit/s card for 8 GPUs, which add
+# up over NVLink first.
 SERVER = Cluster(rate=1.0, alpha=50e-6, beta=50e9 / 8, hidden=0.5)  # alpha and hidden are assumed
 
 
@@ -1590,7 +1682,8 @@ def efficiency(gpus, gbit=50.0, hidden=0.5, gradient=100e6, compute=0.18):
 
 
 published = {"ResNet-50, 256 GPUs": (efficiency(256), 0.90)}
-# GPipe 2019, table 2: transformer, throughput against 2 parts and 1 micro-batch. No messages, no other cost.
+# GPipe 2019, table 2: transformer, throughput against 2 parts and 1 micro-batch. No messages, no
+# other cost.
 free = Cluster(rate=1.0, alpha=0.0, beta=math.inf)
 for parts, m, seen in ((4, 4, 3.2), (8, 4, 4.8), (2, 32, 1.8), (4, 32, 3.4), (8, 32, 6.3)):
     took = step_time(free, Job(1.0, 0, parts, 0), Plan(pipe=parts, micro=m))
@@ -1598,10 +1691,18 @@ for parts, m, seen in ((4, 4, 3.2), (8, 4, 4.8), (2, 32, 1.8), (4, 32, 3.4), (8,
     published[f"GPipe, {parts} parts, m = {m}"] = (base / took, seen)
 
 # Narayanan et al. 2021, table 1: hidden size, layers, tensor, pipeline, GPUs, batch, TFLOP/s a GPU.
-GPT = [(2304, 24, 1, 1, 32, 512, 137), (3072, 30, 2, 1, 64, 512, 138), (4096, 36, 4, 1, 128, 512, 142),
-       (6144, 40, 8, 1, 256, 1024, 135), (8192, 48, 8, 2, 512, 1536, 138), (10240, 60, 8, 4, 1024, 1792, 140),
-       (12288, 80, 8, 8, 1536, 2304, 148), (16384, 96, 8, 16, 1920, 2160, 155),
-       (20480, 105, 8, 35, 2520, 2520, 163), (25600, 128, 8, 64, 3072, 3072, 163)]  # fmt: skip
+GPT = [
+    (2304, 24, 1, 1, 32, 512, 137),
+    (3072, 30, 2, 1, 64, 512, 138),
+    (4096, 36, 4, 1, 128, 512, 142),
+    (6144, 40, 8, 1, 256, 1024, 135),
+    (8192, 48, 8, 2, 512, 1536, 138),
+    (10240, 60, 8, 4, 1024, 1792, 140),
+    (12288, 80, 8, 8, 1536, 2304, 148),
+    (16384, 96, 8, 16, 1920, 2160, 155),
+    (20480, 105, 8, 35, 2520, 2520, 163),
+    (25600, 128, 8, 64, 3072, 3072, 163),
+]
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1630,15 +1731,18 @@ ax.axvspan(-15, 15, color="0.9", zorder=0)
 ax.invert_yaxis()
 plots.show(
     figure,
-    "One bar a published point: how far the simulator's prediction lies from it, in percent; a grey band marks 15%.",
+    "One bar a published point: how far the simulator's prediction lies from it, in percent; a grey"
+    " band marks 15%.",
 )
 print({name: f"{guess:.2f} for {seen}" for name, (guess, seen) in published.items()})
 claims.verdict("09.ninety_percent_at_256", 100 * published["ResNet-50, 256 GPUs"][0])
 
 # %% [markdown]
-# Bars to the left: the real machine was faster than the model. For GPipe with few micro-batches, the published base line itself had
-# costs that our free messages lack. For the largest GPT models, large matrices run nearer to the peak than those of the first row, which set our rate, while
-# their interleaved schedule has a smaller bubble than ours. A model is useful when you know *why* it is off.
+# Bars to the left: the real machine was faster than the model. For GPipe with few micro-batches,
+# the published base line itself had costs that our free messages lack. For the largest GPT models,
+# large matrices run nearer to the peak than those of the first row, which set our rate, while their
+# interleaved schedule has a smaller bubble than ours. A model is useful when you know *why* it is
+# off.
 #
 # ## Measure: a thousand GPUs, at your bandwidth
 
@@ -1666,7 +1770,8 @@ def picture(gpus=1024, gbit=50, hidden=0.5):
     ax.legend()
     plots.show(
         figure,
-        "Efficiency against the number of GPUs for several bandwidths; a star marks the published point.",
+        "Efficiency against the number of GPUs for several bandwidths; a star marks the published"
+        " point.",
     )
 
 
@@ -1679,15 +1784,19 @@ plots.explore(
 )
 
 # %% [markdown]
-# The curves fall fast at first and then bend: the bytes of a ring stop growing, and what goes on growing is the number of messages, $\alpha$. More
-# bandwidth lifts a curve; more GPUs never make its slope positive. Move `hidden` to 1: what hides behind the backward pass is free.
+# The curves fall fast at first and then bend: the bytes of a ring stop growing, and what goes on
+# growing is the number of messages, $\alpha$. More bandwidth lifts a curve; more GPUs never make
+# its slope positive. Move `hidden` to 1: what hides behind the backward pass is free.
 #
 # ## Exercise C · choose a layout
-# You have `gpus` GPUs in machines of `per_node`, a model of `layers` layers, a batch of `batch` rows, and `budget` bytes of memory on each
-# GPU. `need(data, tensor, pipe)` gives the bytes a GPU needs under a plan, `seconds(data, tensor, pipe)` the time of a step. Write
-# `layout(gpus, per_node, layers, batch, budget, need, seconds)`: return the fastest tuple `(data, tensor, pipe)` such that all GPUs are used
-# ($data · tensor · pipe = gpus$), tensor parallel stays within one machine (`tensor` divides `per_node`), `pipe` divides
-# `layers`, `data` divides `batch`, and `need` is **at most** `budget`. If there is none, return `None`. Example: with one GPU and enough memory, `(1, 1, 1)`.
+# You have `gpus` GPUs in machines of `per_node`, a model of `layers` layers, a batch of `batch`
+# rows, and `budget` bytes of memory on each GPU. `need(data, tensor, pipe)` gives the bytes a GPU
+# needs under a plan, `seconds(data, tensor, pipe)` the time of a step. Write `layout(gpus,
+# per_node, layers, batch, budget, need, seconds)`: return the fastest tuple `(data, tensor, pipe)`
+# such that all GPUs are used ($data · tensor · pipe = gpus$), tensor parallel stays within one
+# machine (`tensor` divides `per_node`), `pipe` divides `layers`, `data` divides `batch`, and `need`
+# is **at most** `budget`. If there is none, return `None`. Example: with one GPU and enough memory,
+# `(1, 1, 1)`.
 
 
 # %% tags=["exercise"]
@@ -1783,38 +1892,46 @@ def layout(gpus, per_node, layers, batch, budget, need, seconds):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Afterwards plug in `gpt_tflops` for the row with 1,024 GPUs and let the room compare its plan with the published one
-# (tensor 8, pipeline 4): why did the authors stop at 8?
+# 20 minutes. Afterwards plug in `gpt_tflops` for the row with 1,024 GPUs and let the room compare
+# its plan with the published one (tensor 8, pipeline 4): why did the authors stop at 8?
 
 # %% [markdown]
 # ## Break it
-# Give DDP little to compute and the same gradients to send. How much of its step is left for computing?
+# Give DDP little to compute and the same gradients to send. How much of its step is left for
+# computing?
 
 # %% tags=["nbval-ignore-output"]
 share = {f"{k[0]} blocks, {k[1]} rows": 100 * compute[k].value / ddp[k].value for k in ddp}
 share = dict(sorted(share.items(), key=lambda item: item[1]))
 least = min(share, key=share.get)
 plots.bars(
-    share, ylabel="computing alone, as a share of the DDP step (%)",
+    share,
+    ylabel="computing alone, as a share of the DDP step (%)",
     title=f"With {least} only {share[least]:.0f}% of a DDP step computes",
-    alt="Bars, sorted: for each number of blocks and rows the share of a data-parallel step that is spent computing.",
-)  # fmt: skip
+    alt=(
+        "Bars, sorted: for each number of blocks and rows the share of a data-parallel step that is"
+        " spent computing."
+    ),
+)
 few = min(ddp, key=lambda k: k[1])
 guess = step_time(here, our_job(few[0], 2 * few[1]), Plan(data=2))
 print(
-    f"outside of the fitted range, {few[1]} rows: the simulator is off by {100 * (guess / ddp[few].value - 1):+.0f}%"
+    f"outside of the fitted range, {few[1]} rows: the simulator is off by"
+    f" {100 * (guess / ddp[few].value - 1):+.0f}%"
 )
 del first, second
 
 # %% [markdown]
-# The shortest bar should belong to the fewest rows. Gradients have the bytes of the weights, however few the rows. Give each worker more rows,
-# or use `no_sync` for several small batches, or send fewer bytes (a hook can send 16 bits). On a faster link the same bar grows: a ratio, not
-# a property of DDP.
+# The shortest bar should belong to the fewest rows. Gradients have the bytes of the weights,
+# however few the rows. Give each worker more rows, or use `no_sync` for several small batches, or
+# send fewer bytes (a hook can send 16 bits). On a faster link the same bar grows: a ratio, not a
+# property of DDP.
 #
 # ## Exit quiz
 # **1. A ring all-reduce of 100 MB over 8 workers: how many bytes does each send?**
 # <details><summary>175 MB</summary>Right: 14 messages of 12.5 MB.</details>
-# <details><summary>700 MB</summary>That is the plain way through one worker, seen from that worker, in one direction.</details>
+# <details><summary>700 MB</summary>That is the plain way through one worker, seen from that worker,
+# in one direction.</details>
 # <details><summary>12.5 MB</summary>That is one message.</details>
 #
 # **2. DDP's gradients differ from the large batch's by 0.5% also in fp64. Look first for**
@@ -1823,30 +1940,43 @@ del first, second
 # <details><summary>a slow network</summary>Speed changes no number.</details>
 #
 # **3. ZeRO stage 3 on 8 GPUs divides by 8**
-# <details><summary>weights, gradients and the optimizer's state between steps</summary>Right.</details>
-# <details><summary>the peak of a step</summary>Activations and the collected block remain.</details>
-# <details><summary>the computation of each layer</summary>Every worker computes every layer, for its own rows.</details>
+# <details><summary>weights, gradients and the optimizer's state between
+# steps</summary>Right.</details>
+# <details><summary>the peak of a step</summary>Activations and the collected block
+# remain.</details>
+# <details><summary>the computation of each layer</summary>Every worker computes every layer, for
+# its own rows.</details>
 #
 # **4. A pipeline of 4 stages with 12 micro-batches idles**
 # <details><summary>20%</summary>Right: 3 of 15 slots.</details>
 # <details><summary>25%</summary>That is 3 of 12: the idle slots against the working ones.</details>
-# <details><summary>nothing, with 1F1B</summary>1F1B has the same bubble and fewer live activations.</details>
+# <details><summary>nothing, with 1F1B</summary>1F1B has the same bubble and fewer live
+# activations.</details>
 #
 # **5. "Two workers are twice as fast", a tutorial says. Ask first**
 # <details><summary>how many threads the single process had</summary>Right.</details>
-# <details><summary>which backend it used</summary>That matters later; a wrong baseline matters more.</details>
-# <details><summary>how many epochs</summary>Both arms should do the same work a step; epochs don't enter.</details>
+# <details><summary>which backend it used</summary>That matters later; a wrong baseline matters
+# more.</details>
+# <details><summary>how many epochs</summary>Both arms should do the same work a step; epochs don't
+# enter.</details>
 #
-# **Key points** · in a ring all-reduce each worker sends $2(p-1)/p$ of the vector, never more than twice its bytes · DDP equals the large batch for layers that treat rows
-# alone · the baseline gets the same cores · ZeRO divides what stays, not what a step needs · a pipeline idles $(p-1)/(m+p-1)$ and then some · state,
-# rows and files that depend on the step alone survive a kill · fit a model on some points, judge it on others.
+# **Key points** · in a ring all-reduce each worker sends $2(p-1)/p$ of the vector, never more than
+# twice its bytes · DDP equals the large batch for layers that treat rows alone · the baseline gets
+# the same cores · ZeRO divides what stays, not what a step needs · a pipeline idles $(p-1)/(m+p-1)$
+# and then some · state, rows and files that depend on the step alone survive a kill · fit a model
+# on some points, judge it on others.
 #
-# **Sources** · P. Goyal et al., *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017 · S. Li et al., *PyTorch Distributed: Experiences on
-# Accelerating Data Parallel Training*, 2020 · S. Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*, 2020 · Y. Huang
-# et al., *GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism*, 2019 · D. Narayanan et al., *Efficient Large-Scale Language
-# Model Training on GPU Clusters Using Megatron-LM*, 2021 · P. Patarasuk and X. Yuan, *Bandwidth Optimal All-reduce Algorithms for Clusters of
-# Workstations*, 2009 · PyTorch's documentation of [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html),
-# [DDP](https://docs.pytorch.org/docs/stable/notes/ddp.html) and [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+# **Sources** · P. Goyal et al., *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017
+# · S. Li et al., *PyTorch Distributed: Experiences on Accelerating Data Parallel Training*, 2020 ·
+# S. Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*,
+# 2020 · Y. Huang et al., *GPipe: Efficient Training of Giant Neural Networks using Pipeline
+# Parallelism*, 2019 · D. Narayanan et al., *Efficient Large-Scale Language Model Training on GPU
+# Clusters Using Megatron-LM*, 2021 · P. Patarasuk and X. Yuan, *Bandwidth Optimal All-reduce
+# Algorithms for Clusters of Workstations*, 2009 · PyTorch's documentation of
+# [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html),
+# [DDP](https://docs.pytorch.org/docs/stable/notes/ddp.html) and
+# [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
 #
-# **For the capstone** row 09 of your ledger, *distributed*, says what a second worker buys on your machine, and how far the simulator may be trusted on another.
-# Next: [10 · Operator fusion](10_operator_fusion.ipynb), back to one processor, and to the bytes it carries about.
+# **For the capstone** row 09 of your ledger, *distributed*, says what a second worker buys on your
+# machine, and how far the simulator may be trusted on another. Next: [10 · Operator
+# fusion](10_operator_fusion.ipynb), back to one processor, and to the bytes it carries about.

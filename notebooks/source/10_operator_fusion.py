@@ -1,11 +1,13 @@
 # %% [markdown]
 # # 10 · Operator fusion
 #
-# **Why does a network spend its time carrying numbers about, and which operations can share one trip?**
+# **Why does a network spend its time carrying numbers about, and which operations can share one
+# trip?**
 #
-# After this chapter you can: *count* the bytes that a chain of operations moves · *predict* what fusing it gains, and from which size on ·
-# *write* a graph pass that folds BatchNorm wherever that is legal, and only there · *tile* attention so that its memory grows
-# linearly · *read* what `torch.compile` generated, find its graph breaks, and count its compile time in.
+# After this chapter you can: *count* the bytes that a chain of operations moves · *predict* what
+# fusing it gains, and from which size on · *write* a graph pass that folds BatchNorm wherever that
+# is legal, and only there · *tile* attention so that its memory grows linearly · *read* what
+# `torch.compile` generated, find its graph breaks, and count its compile time in.
 #
 # 85 minutes · before this: 1 Measurement; 6 and 8 help · runs on any CPU
 
@@ -35,15 +37,19 @@ machine.card()
 # %% [markdown]
 # ## Recall
 # 1. (Chapter 1) On the roofline, what limits an operation with few operations a byte?
-#    <details><summary>Answer</summary>The memory: it can't be faster than its bytes divided by the bandwidth.</details>
+#    <details><summary>Answer</summary>The memory: it can't be faster than its bytes divided by the
+#    bandwidth.</details>
 # 2. (Chapter 6) Why was BatchNorm folded into the convolution before quantizing?
-#    <details><summary>Answer</summary>So that the output is rounded once, after everything: one layer in place of two.</details>
-# 3. (Chapter 8) Naive attention keeps a table of $T \times T$ scores. How does its memory grow with the length $T$?
+#    <details><summary>Answer</summary>So that the output is rounded once, after everything: one
+#    layer in place of two.</details>
+# 3. (Chapter 8) Naive attention keeps a table of $T \times T$ scores. How does its memory grow with
+#    the length $T$?
 #    <details><summary>Answer</summary>With $T^2$: twice the length, four times the bytes.</details>
 #
 # ## Predict
-# Five pointwise operations in a row, on two tensors of `64 MiB`, run as one pass over memory in place of five. How many times faster? And: all 20
-# BatchNorms of ResNet-18 disappear into the convolutions before them. How many times faster is the network?
+# Five pointwise operations in a row, on two tensors of `64 MiB`, run as one pass over memory in
+# place of five. How many times faster? And: all 20 BatchNorms of ResNet-18 disappear into the
+# convolutions before them. How many times faster is the network?
 
 # %%
 my_chain = ...
@@ -62,15 +68,18 @@ def chain(x, r):
 
 
 # %% [markdown]
-# Eager PyTorch runs it as five operations. Each one reads its inputs from memory and writes its output there, and the next one
-# reads that again. A *dispatch mode* sees every operation on its way to a kernel. Let it add up the bytes.
+# Eager PyTorch runs it as five operations. Each one reads its inputs from memory and writes its
+# output there, and the next one reads that again. A *dispatch mode* sees every operation on its way
+# to a kernel. Let it add up the bytes.
 
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the bytes that operations read and write; an operation that only makes a view moves none."""
+    """Adds up the bytes that operations read and write; an operation that only makes a view moves
+    none.
+    """
 
     def __init__(self):
         super().__init__()
@@ -99,18 +108,22 @@ print(dict(eager.calls))
 print(eager.bytes / x.nbytes, "times the bytes of x")
 
 # %% [markdown]
-# Twelve trips: three operations with one input (read, write), two with two inputs (read, read, write). What had to move? `x` and `r` in, `y` out:
-# three. The other nine trips carry numbers that nobody asked for. **Fusing** means: one pass over memory, and everything in
-# between stays in registers or in the cache. If memory is the limit, five operations in one should be $12 / 3 = 4$ times faster.
+# Twelve trips: three operations with one input (read, write), two with two inputs (read, read,
+# write). What had to move? `x` and `r` in, `y` out: three. The other nine trips carry numbers that
+# nobody asked for. **Fusing** means: one pass over memory, and everything in between stays in
+# registers or in the cache. If memory is the limit, five operations in one should be $12 / 3 = 4$
+# times faster.
 #
 # ## From scratch: fuse by blocks
-# You can have most of that without a compiler. Take a piece so small that it stays in the cache, run all five operations on it, then go on to the
-# next piece.
+# You can have most of that without a compiler. Take a piece so small that it stays in the cache,
+# run all five operations on it, then go on to the next piece.
 
 
 # %%
 def by_blocks(x, r, size=2**15):
-    """chain(x, r) for flat tensors, a block of `size` numbers at a time; what is between the operations stays in the cache."""
+    """chain(x, r) for flat tensors, a block of `size` numbers at a time; what is between the
+    operations stays in the cache.
+    """
     out = torch.empty_like(x)
     for a, b, o in zip(x.split(size), r.split(size), out.split(size), strict=True):
         t = torch.mul(a, 0.5).add_(1.0).clamp_(0.0, 6.0).mul_(b)
@@ -122,28 +135,46 @@ x, r = torch.randn(100_001), torch.randn(100_001)
 print("equal:", torch.equal(by_blocks(x, r), chain(x, r)))
 
 # %% [markdown]
-# The same operations in the same order on the same numbers, so the same bits. How large should a block be? Too small, and the fixed cost of
-# each call counts; too large, and the block falls out of the cache.
+# The same operations in the same order on the same numbers, so the same bits. How large should a
+# block be? Too small, and the fixed cost of each call counts; too large, and the block falls out of
+# the cache.
 
 # %% tags=["nbval-ignore-output"]
 LONG = 2**18 if SMOKE else 2**24  # numbers in a tensor
 x, r = torch.randn(LONG), torch.randn(LONG)
 blocks = [2**k for k in ((10, 14, 18) if SMOKE else (10, 12, 14, 16, 18, 20, 22))]
-by_size = {b: measure.compare(lambda: chain(x, r), lambda b=b: by_blocks(x, r, b), seconds=SECONDS / 2, precision=0.05) for b in blocks}  # fmt: skip
+by_size = {
+    b: measure.compare(
+        lambda: chain(x, r), lambda b=b: by_blocks(x, r, b), seconds=SECONDS / 2, precision=0.05
+    )
+    for b in blocks
+}
 best = max(by_size, key=lambda b: by_size[b].ratio)
-plots.lines([4 * b / 1024 for b in blocks], {"by blocks": [c.interval for c in by_size.values()]}, xlabel="KiB of one tensor in a block",
-            ylabel="speed-up over eager (x)", logx=True, reference=(1.0, "as fast as eager"),
-            title=f"Blocks of {4 * best // 1024} KiB: {by_size[best].ratio:.1f}x",
-            alt="Speed-up against block size: low for tiny blocks, highest where a block fits the cache, falling towards one.")  # fmt: skip
+plots.lines(
+    [4 * b / 1024 for b in blocks],
+    {"by blocks": [c.interval for c in by_size.values()]},
+    xlabel="KiB of one tensor in a block",
+    ylabel="speed-up over eager (x)",
+    logx=True,
+    reference=(1.0, "as fast as eager"),
+    title=f"Blocks of {4 * best // 1024} KiB: {by_size[best].ratio:.1f}x",
+    alt=(
+        "Speed-up against block size: low for tiny blocks, highest where a block fits the cache,"
+        " falling towards one."
+    ),
+)
 
 # %% [markdown]
-# Left, the machine is busy with calls, not with numbers. Right, a block no longer fits; what is still gained there comes from working
-# in place, one array used again where eager asks for a fresh one each time. The hill between them is your cache: a block has four
-# arrays alive (two inputs, what is in between, the output), so its top usually lies at a quarter or less of the cache of one core.
+# Left, the machine is busy with calls, not with numbers. Right, a block no longer fits; what is
+# still gained there comes from working in place, one array used again where eager asks for a fresh
+# one each time. The hill between them is your cache: a block has four arrays alive (two inputs,
+# what is in between, the output), so its top usually lies at a quarter or less of the cache of one
+# core.
 #
 # ## Measure: from which size on?
-# A compiler does better than blocks: it keeps the numbers in registers and calls one kernel. `torch.compile` writes C++ for the
-# chain and needs a C++ compiler. Below, one compiled function serves all sizes.
+# A compiler does better than blocks: it keeps the numbers in registers and calls one kernel.
+# `torch.compile` writes C++ for the chain and needs a C++ compiler. Below, one compiled function
+# serves all sizes.
 
 # %% tags=["nbval-ignore-output"]
 import torch._inductor.config as inductor
@@ -169,10 +200,21 @@ for n in numbers:
 main = next(iter(gain))
 crossover = next((n for n, c in zip(numbers, gain[main], strict=True) if c.low > 1), None)
 title = f"{main.capitalize()}: {gain[main][-1].ratio:.1f}x at {4 * numbers[-1] / MIB:g} MiB; " + (
-    f"faster from {4 * crossover / 1024:g} KiB on" if crossover else "faster at none of these sizes")  # fmt: skip
-plots.lines([4 * n / 1024 for n in numbers], {name: [c.interval for c in row] for name, row in gain.items()}, xlabel="KiB of one tensor",
-            ylabel="speed-up over eager (x)", logx=True, reference=(4.0, "12 trips in place of 3"), title=title,
-            alt="Speed-up against tensor size for the compiled chain and for blocks, rising with the size towards the dashed line.")  # fmt: skip
+    f"faster from {4 * crossover / 1024:g} KiB on" if crossover else "faster at none of these sizes"
+)
+plots.lines(
+    [4 * n / 1024 for n in numbers],
+    {name: [c.interval for c in row] for name, row in gain.items()},
+    xlabel="KiB of one tensor",
+    ylabel="speed-up over eager (x)",
+    logx=True,
+    reference=(4.0, "12 trips in place of 3"),
+    title=title,
+    alt=(
+        "Speed-up against tensor size for the compiled chain and for blocks, rising with the size"
+        " towards the dashed line."
+    ),
+)
 exercises.reveal("10.chain", gain[main][-1].ratio, "times")
 last = gain[main][-1]
 claims.verdict(
@@ -180,10 +222,12 @@ claims.verdict(
 )
 
 # %% [markdown]
-# At the left a call's fixed cost is all there is: a compiled function checks its inputs before each call, and that can cost more than
-# five small operations. In the middle everything fits the cache, and trips are cheap. At the right the tensors come from memory and the
-# gain nears the dashed line. It stays below where a large cache still carried some of eager's trips. It may even pass it: a fresh tensor's pages must be handed out by the system when they are first touched, and
-# the fused version asks for one tensor, not for five.
+# At the left a call's fixed cost is all there is: a compiled function checks its inputs before each
+# call, and that can cost more than five small operations. In the middle everything fits the cache,
+# and trips are cheap. At the right the tensors come from memory and the gain nears the dashed line.
+# It stays below where a large cache still carried some of eager's trips. It may even pass it: a
+# fresh tensor's pages must be handed out by the system when they are first touched, and the fused
+# version asks for one tensor, not for five.
 #
 # Now see what was generated. These are the lines of the loop.
 
@@ -203,13 +247,15 @@ else:
     print(machine.skip("compiler", "the generated kernel"))
 
 # %% [markdown]
-# Two `loadu`, arithmetic on vector registers, one `store`: three trips. That is the whole idea, and on a GPU it is the same with
-# threads in place of vectors.
+# Two `loadu`, arithmetic on vector registers, one `store`: three trips. That is the whole idea, and
+# on a GPU it is the same with threads in place of vectors.
 #
 # ## From scratch: fold a BatchNorm
-# Some fusions need no new kernel at all. In inference BatchNorm is a multiplication and an addition for each channel, with
-# constants. A convolution multiplies and adds as well. Write $W$ and $b$ for the convolution's weight and bias, $\mu, \sigma^2, \gamma, \beta$ for
-# BatchNorm's running mean and variance, scale and shift, and $\varepsilon$ for the small number (`bn.eps`) that keeps the root above zero:
+# Some fusions need no new kernel at all. In inference BatchNorm is a multiplication and an addition
+# for each channel, with constants. A convolution multiplies and adds as well. Write $W$ and $b$ for
+# the convolution's weight and bias, $\mu, \sigma^2, \gamma, \beta$ for BatchNorm's running mean and
+# variance, scale and shift, and $\varepsilon$ for the small number (`bn.eps`) that keeps the root
+# above zero:
 #
 # $$\gamma\,\frac{(W x + b) - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta \;=\; \underbrace{\tfrac{\gamma}{\sqrt{\sigma^2 + \varepsilon}} W}_{W'}\; x \;+\; b'$$
 #
@@ -230,15 +276,18 @@ def fold(conv, bn):
 
 
 # %% [markdown]
-# ResNet-18 has twenty such pairs. Which module follows which is not written in the modules; it is in `forward`. `torch.fx` runs `forward` with
-# stand-ins and writes down what happens: a *graph* of nodes, each with its inputs (`args`) and its readers (`users`).
+# ResNet-18 has twenty such pairs. Which module follows which is not written in the modules; it is
+# in `forward`. `torch.fx` runs `forward` with stand-ins and writes down what happens: a *graph* of
+# nodes, each with its inputs (`args`) and its readers (`users`).
 
 # %%
 from torchvision.models import resnet18
 
 
 def lived_in(model, side=64):
-    """The model in eval mode after some batches in train mode, so that its BatchNorms have statistics worth folding."""
+    """The model in eval mode after some batches in train mode, so that its BatchNorms have
+    statistics worth folding.
+    """
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(8, 3, side, side) * 2 + 1)
@@ -250,12 +299,15 @@ resnet = lived_in(resnet18())
 graph = fx.symbolic_trace(resnet).graph
 for node in list(graph.nodes)[:6]:
     print(
-        f"{node.op:12} {node.target!s:18} reads {[str(a) for a in node.args]}, read by {len(node.users)}"
+        f"{node.op:12} {node.target!s:18} reads {[str(a) for a in node.args]}, read by"
+        f" {len(node.users)}"
     )
 
 # %% [markdown]
-# When is folding *illegal*? If anything but this BatchNorm sees the convolution's output, that other reader would get the wrong numbers. If the convolution is
-# called a second time, that call would be scaled too. And in train mode BatchNorm normalises by its batch, which no constant can do.
+# When is folding *illegal*? If anything but this BatchNorm sees the convolution's output, that
+# other reader would get the wrong numbers. If the convolution is called a second time, that call
+# would be scaled too. And in train mode BatchNorm normalises by its batch, which no constant can
+# do.
 
 
 # %%
@@ -277,7 +329,9 @@ def illegal(node, modules, calls):
 
 # %%
 def fold_all(model):
-    """A copy with every BatchNorm folded where that is legal, and for each of the others the reason why not."""
+    """A copy with every BatchNorm folded where that is legal, and for each of the others the reason
+    why not.
+    """
     if model.training:
         raise ValueError(
             "the model is in train mode, in which BatchNorm uses its batch; call eval() first."
@@ -301,7 +355,8 @@ def fold_all(model):
 
 
 # %% [markdown]
-# A second pass puts the ReLU into the convolution's module, where it can work in place: one trip less.
+# A second pass puts the ReLU into the convolution's module, where it can work in place: one trip
+# less.
 
 
 # %%
@@ -356,7 +411,8 @@ print(f"BatchNorms: {batchnorms(resnet)} → {batchnorms(folded)}, refused: {ref
 print(f"equal within 1e-5: {apart < 1e-5}; in 64 bits within 1e-11: {exactly < 1e-11}")
 
 # %% [markdown]
-# The whole network, and the answers agree. And where it is illegal, the pass must say no. Three networks, one for each reason.
+# The whole network, and the answers agree. And where it is illegal, the pass must say no. Three
+# networks, one for each reason.
 
 
 # %%
@@ -395,14 +451,24 @@ for layout in (torch.contiguous_format, torch.channels_last):
         ]
         folding[f"{label}, {name}"] = measure.compare(*pair, seconds=3 * SECONDS, precision=0.01)
 shown = folding["folded, contiguous"]
-plots.intervals({n: c.interval for n, c in folding.items()}, xlabel="speed-up over the network with BatchNorm (x)",
-    title=f"Folding ResNet-18: {shown.ratio:.2f}x, channels_last {folding['folded, channels_last'].ratio:.2f}x",
-    alt="Speed-ups of ResNet-18 by folding, and by folding with merged ReLUs, in two memory formats.")  # fmt: skip
+plots.intervals(
+    {n: c.interval for n, c in folding.items()},
+    xlabel="speed-up over the network with BatchNorm (x)",
+    title=(
+        f"Folding ResNet-18: {shown.ratio:.2f}x, channels_last"
+        f" {folding['folded, channels_last'].ratio:.2f}x"
+    ),
+    alt=(
+        "Speed-ups of ResNet-18 by folding, and by folding with merged ReLUs, in two memory"
+        " formats."
+    ),
+)
 exercises.reveal("10.folding", shown.ratio, "times")
 claims.verdict("10.folding_gives_10_to_30_percent", shown)
 
 # %% [markdown]
-# The same BatchNorms were taken away in all four rows (two of them also save the ReLUs' trips), and what that is worth depends on what is left: the faster the convolutions of your machine and
+# The same BatchNorms were taken away in all four rows (two of them also save the ReLUs' trips), and
+# what that is worth depends on what is left: the faster the convolutions of your machine and
 # layout, the larger the share of everything else. Compare channels_last with contiguous.
 #
 # ## Explain: bytes, again
@@ -412,8 +478,11 @@ claims.verdict("10.folding_gives_10_to_30_percent", shown)
 resnet, folded = (m.to(memory_format=torch.contiguous_format) for m in (resnet, folded))
 photo = torch.randn(1, 3, side, side)
 moved, values = {}, []
-hooks = [m.register_forward_hook(lambda _, __, out: values.append(out.numel())) for m in resnet.modules()
-         if isinstance(m, nn.BatchNorm2d)]  # fmt: skip
+hooks = [
+    m.register_forward_hook(lambda _, __, out: values.append(out.numel()))
+    for m in resnet.modules()
+    if isinstance(m, nn.BatchNorm2d)
+]
 for name, net in (("before", resnet), ("after", folded)):
     with torch.inference_mode(False), torch.no_grad(), Traffic() as seen:
         net(photo)
@@ -426,23 +495,40 @@ saved = {
     "bytes moved": 100 * (1 - moved["after"] / moved["before"]),
     "time": measure.Interval(*(100 * (1 - 1 / v) for v in (shown.ratio, shown.low, shown.high))),
 }
-plots.bars(saved, ylabel="saved by folding (%)",
-    title=f"{saved['floating-point operations']:.2g}% of the arithmetic, {saved['bytes moved']:.0f}% of the bytes, {saved['time'].value:.0f}% of the time",
-    alt="Three bars: folding saves almost no arithmetic, a good part of the bytes, and some of the time.")  # fmt: skip
-per_operation = measure.Interval(*(v / saved["floating-point operations"] for v in (saved["time"].value, saved["time"].low, saved["time"].high)))  # fmt: skip
+plots.bars(
+    saved,
+    ylabel="saved by folding (%)",
+    title=(
+        f"{saved['floating-point operations']:.2g}% of the arithmetic, {saved['bytes moved']:.0f}%"
+        f" of the bytes, {saved['time'].value:.0f}% of the time"
+    ),
+    alt=(
+        "Three bars: folding saves almost no arithmetic, a good part of the bytes, and some of the"
+        " time."
+    ),
+)
+per_operation = measure.Interval(
+    *(
+        v / saved["floating-point operations"]
+        for v in (saved["time"].value, saved["time"].low, saved["time"].high)
+    )
+)
 claims.verdict("10.folding_saves_arithmetic", per_operation)
 
 # %% [markdown]
-# BatchNorm's arithmetic is next to nothing beside that of the convolutions. What folding saves is trips: a BatchNorm reads and writes a whole
-# activation to do two operations a number. The time saved should lie between the two, because the convolutions are limited by arithmetic and do not
+# BatchNorm's arithmetic is next to nothing beside that of the convolutions. What folding saves is
+# trips: a BatchNorm reads and writes a whole activation to do two operations a number. The time
+# saved should lie between the two, because the convolutions are limited by arithmetic and do not
 # care about bytes. If your bar of time is near zero, your caches carried the activations anyway.
 #
 # ## From scratch: attention in tiles
-# Attention is three operations, $S = QK^\top / \sqrt D$ (each row of $Q$, $K$ and $V$ has $D$ numbers), $P = \mathrm{softmax}(S)$ and
-# $O = PV$. The first two each write a table of $T \times T$ numbers. To
-# fuse them, a piece of $P$ must be used before all of a row of $S$ is known. But softmax divides by a sum over the *whole* row. The way out: keep
-# a running maximum $m$ and a running sum $\ell$, and when a new maximum appears, scale what you have by $e^{m_\text{old} - m_\text{new}}$ (Milakov
-# and Gimelshein 2018; Dao et al. 2022). [Chapter 8](08_memory.ipynb) cut attention by rows only; this cuts the columns as well.
+# Attention is three operations, $S = QK^\top / \sqrt D$ (each row of $Q$, $K$ and $V$ has $D$
+# numbers), $P = \mathrm{softmax}(S)$ and $O = PV$. The first two each write a table of $T \times T$
+# numbers. To fuse them, a piece of $P$ must be used before all of a row of $S$ is known. But
+# softmax divides by a sum over the *whole* row. The way out: keep a running maximum $m$ and a
+# running sum $\ell$, and when a new maximum appears, scale what you have by $e^{m_\text{old} -
+# m_\text{new}}$ (Milakov and Gimelshein 2018; Dao et al. 2022). [Chapter 8](08_memory.ipynb) cut
+# attention by rows only; this cuts the columns as well.
 
 
 # %%
@@ -499,9 +585,19 @@ for length in lengths:
 slope = {
     name: float(np.polyfit(np.log(lengths[-3:]), np.log(p[-3:]), 1)[0]) for name, p in peaks.items()
 }
-plots.lines(lengths, peaks, xlabel="sequence length", ylabel="peak memory (MiB)", logx=True, logy=True,
+plots.lines(
+    lengths,
+    peaks,
+    xlabel="sequence length",
+    ylabel="peak memory (MiB)",
+    logx=True,
+    logy=True,
     title=f"Naive grows like T^{slope['naive']:.2f}, tiled like T^{slope['tiled by hand']:.2f}",
-    alt="Peak memory against sequence length on logarithmic axes: naive is steep, tiled and fused attention flat.")  # fmt: skip
+    alt=(
+        "Peak memory against sequence length on logarithmic axes: naive is steep, tiled and fused"
+        " attention flat."
+    ),
+)
 claims.verdict("10.tiled_attention_is_linear", slope["tiled by hand"])
 
 # %% tags=["nbval-ignore-output"]
@@ -513,13 +609,14 @@ timed = None
 measure.release()
 
 # %% [markdown]
-# Both tiled ways rise far less than the steep line: about linear against quadratic. The library's line may have a step, because it takes
-# larger tiles for longer sequences. Read the times with care. Our tiles are driven
-# from Python, many small calls; the library's run inside one kernel. Memory is saved by the algorithm, time by the fusion.
+# Both tiled ways rise far less than the steep line: about linear against quadratic. The library's
+# line may have a step, because it takes larger tiles for longer sequences. Read the times with
+# care. Our tiles are driven from Python, many small calls; the library's run inside one kernel.
+# Memory is saved by the algorithm, time by the fusion.
 #
 # ## The tool of the field: torch.compile
-# It traces the Python code, writes the kernels, and folds, fuses and plans memory on the way. Its price is the compile time, so count it in:
-# after how many calls does it pay?
+# It traces the Python code, writes the kernels, and folds, fuses and plans memory on the way. Its
+# price is the compile time, so count it in: after how many calls does it pay?
 
 # %% tags=["nbval-ignore-output"]
 BATCH = 32
@@ -556,11 +653,13 @@ else:
 claims.verdict("10.compile_is_43_percent_faster", compiled_verdict)
 
 # %% [markdown]
-# The assertion in the cell is the agreement with eager. A service that runs for days forgets the compile time; a script that is called once an hour does
-# not, and a notebook that you restart all day even less.
+# The assertion in the cell is the agreement with eager. A service that runs for days forgets the
+# compile time; a script that is called once an hour does not, and a notebook that you restart all
+# day even less.
 #
-# **Graph breaks.** What the compiler can't see through, it leaves to Python: it ends the graph there and begins a new one after it. Nothing is fused
-# across. A branch on a *value* is the usual reason: the value is known only when the program runs.
+# **Graph breaks.** What the compiler can't see through, it leaves to Python: it ends the graph
+# there and begins a new one after it. Nothing is fused across. A branch on a *value* is the usual
+# reason: the value is known only when the program runs.
 
 
 # %%
@@ -600,8 +699,8 @@ torch.compiler.reset()
 
 # %% [markdown]
 # ## Measure: the same on a GPU
-# On a GPU each operation is a *launch* as well, a few microseconds during which small kernels leave the GPU idle. Fusing saves trips and launches; a *CUDA
-# graph* replays many launches as one.
+# On a GPU each operation is a *launch* as well, a few microseconds during which small kernels leave
+# the GPU idle. Fusing saves trips and launches; a *CUDA graph* replays many launches as one.
 
 # %% tags=["nbval-ignore-output"]
 if machine.can("gpu"):
@@ -646,11 +745,13 @@ with torch.no_grad():
         block.train(mode == "train")
         answer = block(batch)
         print(
-            f"against the block in {mode} mode: equal within 1e-4: {bool((fused(batch) - answer).abs().max() < 1e-4)}"
+            f"against the block in {mode} mode: equal within 1e-4:"
+            f" {bool((fused(batch) - answer).abs().max() < 1e-4)}"
         )
 
 # %% [markdown]
-# Whoever folds and goes on training has another network. Fold last, in eval mode; or, for training, leave BatchNorm alone.
+# Whoever folds and goes on training has another network. Fold last, in eval mode; or, for training,
+# leave BatchNorm alone.
 #
 # ## Myth: fold whatever stands behind a convolution
 # The pass without `illegal`: it looks at the kind of the two modules and at nothing else.
@@ -684,10 +785,12 @@ for shared in (True, False):
     print(f"{name}: blindly equal {blind < 1e-4}, with the check equal {careful < 1e-4}")
 
 # %% [markdown]
-# It runs, and the answers are wrong. A residual network in which the *sum* reads the convolution directly is such a case.
+# It runs, and the answers are wrong. A residual network in which the *sum* reads the convolution
+# directly is such a case.
 #
 # ## Myth: look the layer up in a Transformer
-# `fx.Transformer` walks through a graph and lets you replace calls. A circulating version finds the convolution through `args[0]`.
+# `fx.Transformer` walks through a graph and lets you replace calls. A circulating version finds the
+# convolution through `args[0]`.
 
 
 # %%
@@ -703,13 +806,16 @@ done = Circulating(fx.symbolic_trace(resnet)).transform()
 print("BatchNorms left:", batchnorms(done), "of", batchnorms(resnet))
 
 # %% [markdown]
-# Nothing happened, and nothing was said. In a Transformer `args` holds *proxies*, stand-ins for values; the node they stand for is in `args[0].node`,
-# and the test above is never true. A pass needs a check of its own: count what you meant to remove.
+# Nothing happened, and nothing was said. In a Transformer `args` holds *proxies*, stand-ins for
+# values; the node they stand for is in `args[0].node`, and the test above is never true. A pass
+# needs a check of its own: count what you meant to remove.
 #
 # ## Exercise A · the folded bias
-# Complete the line. `folded_bias(conv, bn)` returns $b'$, a tensor with one number a channel: the bias of the convolution that computes `bn(conv(x))`; the weight is scaled as in `fold`. The
-# convolution may have no bias, the BatchNorm no weight and shift (`affine=False`: both are None). For one channel with $b = 1$, $\mu = 3$, $\sigma^2 + \varepsilon = 4$,
-# $\gamma = 2$, $\beta = 5$ a right answer is 3.
+# Complete the line. `folded_bias(conv, bn)` returns $b'$, a tensor with one number a channel: the
+# bias of the convolution that computes `bn(conv(x))`; the weight is scaled as in `fold`. The
+# convolution may have no bias, the BatchNorm no weight and shift (`affine=False`: both are None).
+# For one channel with $b = 1$, $\mu = 3$, $\sigma^2 + \varepsilon = 4$, $\gamma = 2$, $\beta = 5$ a
+# right answer is 3.
 
 
 # %% tags=["exercise"]
@@ -768,13 +874,16 @@ def folded_bias(conv, bn):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Do the example on the board first: (1 − 3) · 2 / 2 + 5. Whoever forgets the bias passes on every torchvision ResNet, whose convolutions have none.
+# 8 minutes. Do the example on the board first: (1 − 3) · 2 / 2 + 5. Whoever forgets the bias passes
+# on every torchvision ResNet, whose convolutions have none.
 
 # %% [markdown]
 # ## Exercise B · fold only where it is legal
-# Write `fold_legal(model)` without looking up: a GraphModule in which every BatchNorm that may be folded is gone, and every other still there. The
-# given model stays as it is. In train mode raise `ValueError`. You may use `torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)` for the algebra. For
-# `Sequential(Conv2d, BatchNorm2d)` in eval mode a right answer has no BatchNorm left and the same outputs.
+# Write `fold_legal(model)` without looking up: a GraphModule in which every BatchNorm that may be
+# folded is gone, and every other still there. The given model stays as it is. In train mode raise
+# `ValueError`. You may use `torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)` for the algebra. For
+# `Sequential(Conv2d, BatchNorm2d)` in eval mode a right answer has no BatchNorm left and the same
+# outputs.
 
 
 # %% tags=["exercise"]
@@ -785,13 +894,16 @@ def fold_legal(model): ...
 exercises.check("10.B", fold_legal)
 
 # %% [markdown] tags=["hint"]
-# `torch.fx.symbolic_trace(copy.deepcopy(model))` gives the graph; `dict(traced.named_modules())` the modules; `node.args[0]` the node before.
+# `torch.fx.symbolic_trace(copy.deepcopy(model))` gives the graph; `dict(traced.named_modules())`
+# the modules; `node.args[0]` the node before.
 
 # %% [markdown] tags=["hint"]
-# Three questions for each BatchNorm: is a `call_module` of a Conv2d before it? Is that module called once in the whole graph? Has that node one user?
+# Three questions for each BatchNorm: is a `call_module` of a Conv2d before it? Is that module
+# called once in the whole graph? Has that node one user?
 
 # %% [markdown] tags=["hint"]
-# `traced.set_submodule(name, module)`, `node.replace_all_uses_with(before)`, `traced.graph.erase_node(node)`, and at the end `traced.recompile()`.
+# `traced.set_submodule(name, module)`, `node.replace_all_uses_with(before)`,
+# `traced.graph.erase_node(node)`, and at the end `traced.recompile()`.
 
 
 # %% tags=["solution"]
@@ -915,15 +1027,19 @@ def fold_legal(model):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Draw the graph of the residual case before anyone types. A good question for the fast ones: may a BatchNorm *before* a convolution be folded into
-# it? (Yes without padding; with padding the border is wrong.)
+# 20 minutes. Draw the graph of the residual case before anyone types. A good question for the fast
+# ones: may a BatchNorm *before* a convolution be folded into it? (Yes without padding; with padding
+# the border is wrong.)
 
 # %% [markdown]
 # ## Exercise C · predict, then cut
-# A kernel can hold only so much: a compiler fuses at most `limit` operations into one. Operation $i$ of a chain reads tensor $i$ and writes tensor $i + 1$; `sizes`
-# has their bytes, one more than there are operations. A fused group reads its first tensor and writes its last; the others stay inside. Write
-# `cuts(sizes, limit)` that returns `(lengths, gain)`: the lengths of the groups in order, with as few bytes moved as possible, and the predicted gain, bytes of one kernel an
-# operation divided by bytes of your groups. For `sizes = [4, 8, 1, 4]` and a limit of 2 a right answer is `([2, 1], 2.6)`: 26 bytes against 10.
+# A kernel can hold only so much: a compiler fuses at most `limit` operations into one. Operation
+# $i$ of a chain reads tensor $i$ and writes tensor $i + 1$; `sizes` has their bytes, one more than
+# there are operations. A fused group reads its first tensor and writes its last; the others stay
+# inside. Write `cuts(sizes, limit)` that returns `(lengths, gain)`: the lengths of the groups in
+# order, with as few bytes moved as possible, and the predicted gain, bytes of one kernel an
+# operation divided by bytes of your groups. For `sizes = [4, 8, 1, 4]` and a limit of 2 a right
+# answer is `([2, 1], 2.6)`: 26 bytes against 10.
 
 
 # %% tags=["exercise"]
@@ -934,10 +1050,12 @@ def cuts(sizes, limit): ...
 exercises.check("10.C", cuts)
 
 # %% [markdown] tags=["hint"]
-# A cut at tensor $i$ costs it twice, once written and once read; the two ends cost once each. So look for cheap places to cut.
+# A cut at tensor $i$ costs it twice, once written and once read; the two ends cost once each. So
+# look for cheap places to cut.
 
 # %% [markdown] tags=["hint"]
-# Work from the left: the least that the first $k$ operations can cost is the smallest, over the length of the last group, of what comes before plus that group.
+# Work from the left: the least that the first $k$ operations can cost is the smallest, over the
+# length of the last group, of what comes before plus that group.
 
 
 # %% tags=["solution"]
@@ -1001,11 +1119,13 @@ def cuts(sizes, limit):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. The greedy answer passes on short chains; ask for a chain of four on which it fails. Compilers face the same question with branches in place of a chain, and use heuristics.
+# 20 minutes. The greedy answer passes on short chains; ask for a chain of four on which it fails.
+# Compilers face the same question with branches in place of a chain, and use heuristics.
 
 # %% [markdown]
 # ## Break it
-# Fusing saves trips. Make the operations *dear*, and trips no longer matter. Six operations by blocks against six at a time, cheap ones and dear ones.
+# Fusing saves trips. Make the operations *dear*, and trips no longer matter. Six operations by
+# blocks against six at a time, cheap ones and dear ones.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1023,37 +1143,64 @@ def six_by_blocks(x, operation, size=best):
 
 
 x = torch.rand(LONG // 4)
-dear = {"add a number": lambda t: t + 0.1, "square root": torch.sqrt, "sine": torch.sin, "erf, as in GELU": torch.erf,
-        "gamma function": torch.lgamma}  # fmt: skip
-kept = {name: measure.compare(lambda f=f: six(x, f), lambda f=f: six_by_blocks(x, f), seconds=SECONDS / 2, precision=0.03).interval
-        for name, f in dear.items()}  # fmt: skip
+dear = {
+    "add a number": lambda t: t + 0.1,
+    "square root": torch.sqrt,
+    "sine": torch.sin,
+    "erf, as in GELU": torch.erf,
+    "gamma function": torch.lgamma,
+}
+kept = {
+    name: (
+        measure.compare(
+            lambda f=f: six(x, f),
+            lambda f=f: six_by_blocks(x, f),
+            seconds=SECONDS / 2,
+            precision=0.03,
+        ).interval
+    )
+    for name, f in dear.items()
+}
 low, high = min(kept, key=lambda n: kept[n].value), max(kept, key=lambda n: kept[n].value)
-plots.intervals(kept, xlabel="speed-up of six operations by blocks (x)",
+plots.intervals(
+    kept,
+    xlabel="speed-up of six operations by blocks (x)",
     title=f"From {kept[high].value:.1f}x ({high}) down to {kept[low].value:.2f}x ({low})",
-    alt="Speed-ups of blocked over whole-tensor execution for operations of rising cost: falling towards one.")  # fmt: skip
+    alt=(
+        "Speed-ups of blocked over whole-tensor execution for operations of rising cost: falling"
+        " towards one."
+    ),
+)
 
 # %% [markdown]
-# The bytes saved are the same in every row. What differs is how long the arithmetic takes beside them. On a CPU and with large tensors, fusion helps what waits for memory and nothing else
-# (a GPU also saves launches): put an operation on the roofline before you fuse it.
+# The bytes saved are the same in every row. What differs is how long the arithmetic takes beside
+# them. On a CPU and with large tensors, fusion helps what waits for memory and nothing else (a GPU
+# also saves launches): put an operation on the roofline before you fuse it.
 #
 # ## Exit quiz
 # **1. `torch.relu(a + b)` on tensors far beyond the caches: fused, it moves**
-# <details><summary>3 trips in place of 5</summary>Right: read a, read b, write; the sum stays inside.</details>
+# <details><summary>3 trips in place of 5</summary>Right: read a, read b, write; the sum stays
+# inside.</details>
 # <details><summary>2 in place of 4</summary>Two inputs have to be read.</details>
-# <details><summary>the same, with less arithmetic</summary>The arithmetic is the same; the trips are not.</details>
+# <details><summary>the same, with less arithmetic</summary>The arithmetic is the same; the trips
+# are not.</details>
 #
 # **2. Folding BatchNorm gained 5% here and 25% there. Most likely because**
-# <details><summary>the second machine has more cores</summary>That alone changes both sides.</details>
-# <details><summary>the second machine's convolutions are faster beside its memory</summary>Right: what is left over weighs more.</details>
+# <details><summary>the second machine has more cores</summary>That alone changes both
+# sides.</details>
+# <details><summary>the second machine's convolutions are faster beside its memory</summary>Right:
+# what is left over weighs more.</details>
 # <details><summary>the statistics differ</summary>Values do not change the time.</details>
 #
 # **3. A convolution's output goes to a BatchNorm and to an Add. Folding**
 # <details><summary>is legal in eval mode</summary>The Add would get normalised numbers.</details>
-# <details><summary>changes what the Add gets</summary>Right: that is why users are counted.</details>
+# <details><summary>changes what the Add gets</summary>Right: that is why users are
+# counted.</details>
 # <details><summary>is impossible in fx</summary>It is possible, and wrong.</details>
 #
 # **4. Tiled attention is slower than naive in your Python and uses less memory. This shows**
-# <details><summary>that tiling saves memory, and that loops in Python cost time</summary>Right.</details>
+# <details><summary>that tiling saves memory, and that loops in Python cost
+# time</summary>Right.</details>
 # <details><summary>that flash attention is slow</summary>Its tiles run inside one kernel.</details>
 # <details><summary>a wrong softmax</summary>The results agree within rounding.</details>
 #
@@ -1062,13 +1209,16 @@ plots.intervals(kept, xlabel="speed-up of six operations by blocks (x)",
 # <details><summary>20,000 calls</summary>Right.</details>
 # <details><summary>the first call</summary>The first call is the one that compiles.</details>
 #
-# **Key points** · count trips, not operations · fusing pays from a size on · fold in eval mode, one reader, one call · softmax can be computed in pieces with a running maximum · a
-# graph break ends a fusion · compile time belongs to the bill.
+# **Key points** · count trips, not operations · fusing pays from a size on · fold in eval mode, one
+# reader, one call · softmax can be computed in pieces with a running maximum · a graph break ends a
+# fusion · compile time belongs to the bill.
 #
-# **Sources** · S. Williams et al., *Roofline*, 2009 · J. Ansel et al., *PyTorch 2*, 2024 · J. Reed et al., *torch.fx*, 2022 · M. Milakov, N. Gimelshein, *Online
-# normalizer calculation for softmax*, 2018 · T. Dao et al., *FlashAttention*, 2022 · PyTorch's
-# [tutorial on fusing convolution and batch norm](https://docs.pytorch.org/tutorials/intermediate/fx_conv_bn_fuser.html) and
+# **Sources** · S. Williams et al., *Roofline*, 2009 · J. Ansel et al., *PyTorch 2*, 2024 · J. Reed
+# et al., *torch.fx*, 2022 · M. Milakov, N. Gimelshein, *Online normalizer calculation for softmax*,
+# 2018 · T. Dao et al., *FlashAttention*, 2022 · PyTorch's [tutorial on fusing convolution and batch
+# norm](https://docs.pytorch.org/tutorials/intermediate/fx_conv_bn_fuser.html) and
 # [torch.compile](https://docs.pytorch.org/docs/stable/torch.compiler.html).
 #
-# **For the capstone** row 10 of your ledger, *fusion*, says what folding and compiling gain on this machine. Next:
-# [11 · Runtimes](11_runtimes.ipynb), programs that do all of this when they load a graph.
+# **For the capstone** row 10 of your ledger, *fusion*, says what folding and compiling gain on this
+# machine. Next: [11 · Runtimes](11_runtimes.ipynb), programs that do all of this when they load a
+# graph.

@@ -3,9 +3,10 @@
 #
 # **Which program should run your model, and how do you know that it runs the model you trained?**
 #
-# After this chapter you can: *export* a network and check the export over batch sizes · *read* a graph before and after its optimiser ·
-# *compare* five ways to run one model so that they do not disturb each other · *recognise* the errors of a broken file · *choose* a
-# runtime from your own table.
+# After this chapter you can: *export* a network and check the export over batch sizes · *read* a
+# graph before and after its optimiser · *compare* five ways to run one model so that they do not
+# disturb each other · *recognise* the errors of a broken file · *choose* a runtime from your own
+# table.
 #
 # 85 minutes · before this: 1 Measurement, 10 Operator fusion · runs on any CPU
 
@@ -34,16 +35,21 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) ONNX Runtime is three times faster than eager on two threads against one. What do you know?
-#    <details><summary>Answer</summary>Not how much is the runtime's: the threads differ, too. `measure.compare` refuses such a pair.</details>
+# 1. (Chapter 1) ONNX Runtime is three times faster than eager on two threads against one. What do
+#    you know?
+#    <details><summary>Answer</summary>Not how much is the runtime's: the threads differ, too.
+#    `measure.compare` refuses such a pair.</details>
 # 2. (Chapter 6) INT8 in ONNX Runtime beats eager fp32. Which comparison is missing?
-#    <details><summary>Answer</summary>INT8 against the same runtime's fp32, so that the runtime's part is known.</details>
+#    <details><summary>Answer</summary>INT8 against the same runtime's fp32, so that the runtime's
+#    part is known.</details>
 # 3. (Chapter 10) What does folding a BatchNorm need to be legal?
-#    <details><summary>Answer</summary>Eval mode, a convolution before it that is called once, and nobody else who reads its output.</details>
+#    <details><summary>Answer</summary>Eval mode, a convolution before it that is called once, and
+#    nobody else who reads its output.</details>
 #
 # ## Predict
-# The course's network, batch 1, the same threads: how many times faster is ONNX Runtime than eager PyTorch? And: an optimiser takes away about half of ResNet-18's
-# nodes. How many times faster is the rest?
+# The course's network, batch 1, the same threads: how many times faster is ONNX Runtime than eager
+# PyTorch? And: an optimiser takes away about half of ResNet-18's nodes. How many times faster is
+# the rest?
 
 # %%
 my_runtime = ...
@@ -53,8 +59,9 @@ exercises.predict("11.nodes", my_nodes)
 
 # %% [markdown]
 # ## From scratch: from a program to a graph
-# A PyTorch model is a Python program. Another program can run it only as data: a list of operations with their inputs and outputs, and the
-# weights. *ONNX* is a file format for that. Exporting runs the model with stand-ins, as `torch.fx` did in chapter 10, and writes down what happens.
+# A PyTorch model is a Python program. Another program can run it only as data: a list of operations
+# with their inputs and outputs, and the weights. *ONNX* is a file format for that. Exporting runs
+# the model with stand-ins, as `torch.fx` did in chapter 10, and writes down what happens.
 
 # %%
 import onnx
@@ -67,9 +74,15 @@ def export(model, example, name, *, free_batch=True, external=False):
     """Write FOLDER/name; with `free_batch` the first dimension may be anything later."""
     shapes = {"dynamic_shapes": {"x": {0: torch.export.Dim.DYNAMIC}}} if free_batch else {}
     torch.onnx.export(
-        model, (example,), FOLDER / name, input_names=["image"], output_names=["logits"],
-        external_data=external, verbose=False, **shapes,
-    )  # fmt: skip
+        model,
+        (example,),
+        FOLDER / name,
+        input_names=["image"],
+        output_names=["logits"],
+        external_data=external,
+        verbose=False,
+        **shapes,
+    )
     return FOLDER / name
 
 
@@ -79,8 +92,9 @@ for node in graph.node[:5]:
 print("BatchNorms in the file:", sum(n.op_type == "BatchNormalization" for n in graph.node))
 
 # %% [markdown]
-# No BatchNorm is left: the exporter has folded them, as you did in chapter 10. Which shape does each tensor have? *Shape inference* answers without running
-# anything, from the input's shape and the rules of each operation.
+# No BatchNorm is left: the exporter has folded them, as you did in chapter 10. Which shape does
+# each tensor have? *Shape inference* answers without running anything, from the input's shape and
+# the rules of each operation.
 
 # %% tags=["nbval-ignore-output"]
 inferred = onnx.shape_inference.infer_shapes(onnx.load(FOLDER / "net.onnx")).graph
@@ -91,7 +105,8 @@ for value in [*inferred.input, *between[:4], *inferred.output]:
     print(f"{value.name[:24]:24} {sizes}")
 
 # %% [markdown]
-# A name in place of a number is a dimension that stays free. Without `dynamic_shapes` the example's batch is burnt in. See what a file for two images says to three:
+# A name in place of a number is a dimension that stays free. Without `dynamic_shapes` the example's
+# batch is burnt in. See what a file for two images says to three:
 
 # %%
 fixed = measure.onnx_session(export(baseline, two_images, "fixed.onnx", free_batch=False))
@@ -101,8 +116,10 @@ with exercises.fails(Exception):
 
 # %% [markdown]
 # ## From scratch: is it the same model?
-# An export is a translation, so check it, over several batch sizes, with inputs that are not zeros. Write $\hat y$ for the runtime's answer and $y$ for torch's: every
-# number must satisfy $|\hat y - y| \le a + r\,|y|$, with an absolute part $a$ for numbers near zero and a relative part $r$ for large ones.
+# An export is a translation, so check it, over several batch sizes, with inputs that are not zeros.
+# Write $\hat y$ for the runtime's answer and $y$ for torch's: every number must satisfy $|\hat y -
+# y| \le a + r\,|y|$, with an absolute part $a$ for numbers near zero and a relative part $r$ for
+# large ones.
 
 
 # %%
@@ -126,8 +143,9 @@ for batch in (1, 2, 3, 17):
 
 # %% [markdown]
 # ## Measure: what the optimiser does
-# ONNX Runtime rewrites the graph when it loads it, in levels: *basic* (folds constants, removes what does nothing), *extended* (fuses operations), *all* (also
-# changes the order of data in memory to suit the kernels). It can save what it made, so you can look.
+# ONNX Runtime rewrites the graph when it loads it, in levels: *basic* (folds constants, removes
+# what does nothing), *extended* (fuses operations), *all* (also changes the order of data in memory
+# to suit the kernels). It can save what it made, so you can look.
 
 # %% tags=["nbval-ignore-output"]
 import onnxruntime as ort
@@ -137,8 +155,12 @@ side = 64 if SMOKE else 224
 photo = torch.randn(1, 3, side, side)
 big = resnet18().eval()
 export(big, torch.zeros(2, 3, side, side), "resnet18.onnx")
-LEVELS = {"none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-          "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}  # fmt: skip
+LEVELS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 def at_level(name):
@@ -166,8 +188,14 @@ faster = {
     for name in list(LEVELS)[1:]
 }
 fewer = {name: len(levels["none"][1]) / len(kinds) for name, (_, kinds) in levels.items()}
-figure, ax = plots.axes("times", "", height=2.6,
-    title=f"All optimisations: {fewer['all']:.2f}x fewer nodes, {faster['all'].ratio:.2f}x the speed")  # fmt: skip
+figure, ax = plots.axes(
+    "times",
+    "",
+    height=2.6,
+    title=(
+        f"All optimisations: {fewer['all']:.2f}x fewer nodes, {faster['all'].ratio:.2f}x the speed"
+    ),
+)
 for row, name in enumerate(faster):
     c = faster[name]
     ends = [[c.ratio - c.low], [c.high - c.ratio]]
@@ -193,7 +221,8 @@ ax.set_ylim(len(faster) - 0.5, -0.5)
 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plots.show(
     figure,
-    "For three optimisation levels, the speed-up with its interval and, beside it, the ratio of nodes.",
+    "For three optimisation levels, the speed-up with its interval and, beside it, the ratio of"
+    " nodes.",
 )
 exercises.reveal("11.nodes", faster["all"].ratio, "times")
 by_nodes = measure.Interval(
@@ -202,12 +231,15 @@ by_nodes = measure.Interval(
 claims.verdict("11.graph_optimisation_halves_the_time", by_nodes)
 
 # %% [markdown]
-# Read the kinds. *Extended* writes `FusedConv`: a convolution with its ReLU. *All* runs convolutions on data in blocks of channels, with the Add and
-# the ReLU inside, and writes `ReorderOutput` where the usual order must come back (and `ReorderInput` where data in the usual order come in).
-# A processor without such kernels shows the kinds of *extended* again. If a diamond lies right of its point, nodes vanished that had cost little; if it lies left, the nodes that stayed became faster. Counting
-# nodes tells you *what* was fused. It does not tell you the time.
+# Read the kinds. *Extended* writes `FusedConv`: a convolution with its ReLU. *All* runs
+# convolutions on data in blocks of channels, with the Add and the ReLU inside, and writes
+# `ReorderOutput` where the usual order must come back (and `ReorderInput` where data in the usual
+# order come in). A processor without such kernels shows the kinds of *extended* again. If a diamond
+# lies right of its point, nodes vanished that had cost little; if it lies left, the nodes that
+# stayed became faster. Counting nodes tells you *what* was fused. It does not tell you the time.
 #
-# The optimised graph can be kept, so that the work is not repeated at every start. It then fits this kind of machine alone.
+# The optimised graph can be kept, so that the work is not repeated at every start. It then fits
+# this kind of machine alone.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -225,15 +257,17 @@ opening = {
 }
 for name, how in opening.items():
     print(
-        f"{name:30} opens in {measure.median_interval([1e3 * seconds_to_open(*how) for _ in range(8)])} ms"
+        f"{name:30} opens in"
+        f" {measure.median_interval([1e3 * seconds_to_open(*how) for _ in range(8)])} ms"
     )
 levels = level_arms = big = None
 measure.release()
 
 # %% [markdown]
 # ## Explain: why a process for each runtime
-# ONNX Runtime's threads do not sleep between two calls. They *spin*: they ask again and again whether there is work, because waking up takes time. That is good for the runtime,
-# and bad for whoever comes next. Time an eager call alone, and right after a call of ONNX Runtime.
+# ONNX Runtime's threads do not sleep between two calls. They *spin*: they ask again and again
+# whether there is work, because waking up takes time. That is good for the runtime, and bad for
+# whoever comes next. Time an eager call alone, and right after a call of ONNX Runtime.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -272,18 +306,32 @@ slower = {
 }
 neighbours = None
 last = list(slower)[-1]
-plots.bars(slower, ylabel="time of an eager call, alone = 1", reference=(1.0, "alone"),
-           title=f"Right after a spinning neighbour an eager call takes {slower[last].value:.2f} times as long",
-           alt="Time of an eager call alone, after ONNX Runtime without spinning, and after it with its default.")  # fmt: skip
+plots.bars(
+    slower,
+    ylabel="time of an eager call, alone = 1",
+    reference=(1.0, "alone"),
+    title=(
+        f"Right after a spinning neighbour an eager call takes {slower[last].value:.2f} times as"
+        " long"
+    ),
+    alt=(
+        "Time of an eager call alone, after ONNX Runtime without spinning, and after it with its"
+        " default."
+    ),
+)
 claims.verdict("11.runtimes_do_not_disturb_each_other", slower[last])
 
 # %% [markdown]
-# The middle bar is what any neighbour costs: it filled the caches with its own data. Only what the last bar has beyond it is the spinning.
-# That depends on how many cores are free: with more cores than threads, the spinners sit elsewhere. Either way there are two remedies: switch spinning off, as `measure.onnx_session` does, or
-# give each runtime a process of its own. The comparison below does the second. The processes of a comparison are alive at once, asleep, and are asked in turn; eager is in every comparison, so that all are compared with it in the same rounds.
+# The middle bar is what any neighbour costs: it filled the caches with its own data. Only what the
+# last bar has beyond it is the spinning. That depends on how many cores are free: with more cores
+# than threads, the spinners sit elsewhere. Either way there are two remedies: switch spinning off,
+# as `measure.onnx_session` does, or give each runtime a process of its own. The comparison below
+# does the second. The processes of a comparison are alive at once, asleep, and are asked in turn;
+# eager is in every comparison, so that all are compared with it in the same rounds.
 #
 # ## Measure: five ways to run one model
-# A file for each way, with the same three names: `name`, `precision`, and `run(images)`. A child process imports its file and answers when it is asked.
+# A file for each way, with the same three names: `name`, `precision`, and `run(images)`. A child
+# process imports its file and answers when it is asked.
 
 # %%
 WAYS = {}
@@ -297,11 +345,18 @@ precision = str(next(net.parameters()).dtype)
 def run(images):
     return net(torch.from_numpy(images)).numpy()
 """
-WAYS["compiled"] = WAYS["eager"].replace("precision =", """
+WAYS["compiled"] = (
+    WAYS["eager"]
+    .replace(
+        "precision =",
+        """
 import torch._inductor.config
 torch._inductor.config.compile_threads = 1
 net = torch.compile(net, dynamic=False)
-precision =""").replace("next(net", "next(net._orig_mod")  # fmt: skip
+precision =""",
+    )
+    .replace("next(net", "next(net._orig_mod")
+)
 WAYS["ONNX Runtime"] = """
 import onnxruntime
 options = onnxruntime.SessionOptions()
@@ -329,7 +384,8 @@ ops = compiled[1].get_compiled_model().get_runtime_model().get_ops()
 facts = [{k: v.astype(str) for k, v in op.get_rt_info().items() if hasattr(v, "astype")} for op in ops]
 precision = next(f["runtimePrecision"] for f in facts if "Conv" in f.get("layerType", ""))
 """
-# TVM compiles ahead, for each batch size a shared library; a process that ends gives its memory back.
+# TVM compiles ahead, for each batch size a shared library; a process that ends gives its memory
+# back.
 COMPILE_TVM = """
 import torch, tvm
 from tvm.relax.frontend.torch import from_exported_program
@@ -353,8 +409,10 @@ precision = str(run(numpy.zeros((1, 1, 28, 28), "float32")).dtype)
 """
 
 # %% [markdown]
-# The code that all children share: it measures how long the way takes until its first answer, compares its answers with what torch computes in 64 bits, and then times one call of
-# each batch size whenever it is asked. One arm stands in twice, *eager again*: two equal arms must come out equal, or the comparison is no good.
+# The code that all children share: it measures how long the way takes until its first answer,
+# compares its answers with what torch computes in 64 bits, and then times one call of each batch
+# size whenever it is asked. One arm stands in twice, *eager again*: two equal arms must come out
+# equal, or the comparison is no good.
 
 # %%
 CHILD = """
@@ -425,10 +483,25 @@ for group in groups:
     base |= dict.fromkeys(group, answered["eager"])
 
 # %% tags=["nbval-ignore-output"]
-speed = {b: {name: measure.median_interval([e[b] / t[b] for e, t in zip(base[name], turns[name], strict=True)])
-             for name in arms if name != "eager"} for b in ("1", "32")}  # fmt: skip
-figure, panels = plots.axes("speed-up over eager (x)", "", columns=2, height=3.2,
-    title="Fastest at batch 1: {}; at batch 32: {}".format(*(max(s, key=lambda n: s[n].value) for s in speed.values())))  # fmt: skip
+speed = {
+    b: {
+        name: measure.median_interval(
+            [e[b] / t[b] for e, t in zip(base[name], turns[name], strict=True)]
+        )
+        for name in arms
+        if name != "eager"
+    }
+    for b in ("1", "32")
+}
+figure, panels = plots.axes(
+    "speed-up over eager (x)",
+    "",
+    columns=2,
+    height=3.2,
+    title="Fastest at batch 1: {}; at batch 32: {}".format(
+        *(max(s, key=lambda n: s[n].value) for s in speed.values())
+    ),
+)
 for panel, (batch, rows) in zip(panels, speed.items(), strict=True):
     middle = np.array([v.value for v in rows.values()])
     ends = [middle - [v.low for v in rows.values()], [v.high for v in rows.values()] - middle]
@@ -440,14 +513,18 @@ for panel, (batch, rows) in zip(panels, speed.items(), strict=True):
     plots.plain_log(panel.xaxis)
 plots.show(
     figure,
-    "Speed-ups over eager with intervals, batch 1 on the left and batch 32 on the right, one row a way.",
+    "Speed-ups over eager with intervals, batch 1 on the left and batch 32 on the right, one row a"
+    " way.",
 )
 exercises.reveal("11.runtime", speed["1"]["ONNX Runtime"].value, "times")
 claims.verdict("11.onnx_runtime_is_faster_than_eager", speed["1"]["ONNX Runtime"])
 
 # %% [markdown]
-# First look at *eager again*: its interval should contain 1 (by chance 5 in 100 don't; one far from 1 means a disturbed run). Then read the rows, and the two panels against each other. At batch 1 on a network this small, what counts is the cost of calling operators; at batch 32
-# the kernels. A runtime may lead in one panel and not in the other, so "the fastest runtime" is a sentence without an end.
+# First look at *eager again*: its interval should contain 1 (by chance 5 in 100 don't; one far from
+# 1 means a disturbed run). Then read the rows, and the two panels against each other. At batch 1 on
+# a network this small, what counts is the cost of calling operators; at batch 32 the kernels. A
+# runtime may lead in one panel and not in the other, so "the fastest runtime" is a sentence without
+# an end.
 #
 # Speed is one column of several. Size, start, disk and fidelity:
 
@@ -485,21 +562,29 @@ PACKAGE = {
     "TVM": "apache-tvm",
 }
 print(
-    f"{'way':13} {'batch 1':>9} {'batch 32':>9} {'ready':>7} {'model':>8} {'install':>9} {'farthest':>9} {'same class':>10}  precision"
+    f"{'way':13} {'batch 1':>9} {'batch 32':>9} {'ready':>7} {'model':>8} {'install':>9}"
+    f" {'farthest':>9} {'same class':>10}  precision"
 )
 for name in present:
     t = turns[name]
     b1, b32 = (measure.pretty(float(np.median([r[b] for r in t]))) for b in ("1", "32"))
-    print(f"{name:13} {b1:>9} {b32:>9} {t[0]['ready']:5.1f} s {model_bytes(name) / 1e6:5.2f} MB {installed_mb(PACKAGE[name]):6.0f} MB "
-          f"{t[0]['far']:9.1e} {t[0]['agree']:10.1%}  {t[0]['precision']}")  # fmt: skip
+    print(
+        f"{name:13} {b1:>9} {b32:>9} {t[0]['ready']:5.1f} s {model_bytes(name) / 1e6:5.2f} MB"
+        f" {installed_mb(PACKAGE[name]):6.0f} MB {t[0]['far']:9.1e} {t[0]['agree']:10.1%} "
+        f" {t[0]['precision']}"
+    )
 
 # %% [markdown]
-# *Ready* is the time from the start of the process to the first answer, imports and compiling included; what was made ahead, the ONNX file and TVM's library, is not (several processes start at once here, so take it as a ranking). *Install* is the package alone. *Farthest* is the largest difference
-# of a logit from torch in 64 bits: differences of rounding are normal, and the same class for every image is what you want. *Precision* is what the runtime says that it computed with. All must say 32 bits, or
-# the comparison is one of formats.
+# *Ready* is the time from the start of the process to the first answer, imports and compiling
+# included; what was made ahead, the ONNX file and TVM's library, is not (several processes start at
+# once here, so take it as a ranking). *Install* is the package alone. *Farthest* is the largest
+# difference of a logit from torch in 64 bits: differences of rounding are normal, and the same
+# class for every image is what you want. *Precision* is what the runtime says that it computed
+# with. All must say 32 bits, or the comparison is one of formats.
 #
-# TVM is here as it comes: *untuned*. Its point is to search for fast loops, for hours if you let it. Where the installed release can, the next cell tunes one layer, in a process of its own, because a search that crashes must not take
-# the notebook with it.
+# TVM is here as it comes: *untuned*. Its point is to search for fast loops, for hours if you let
+# it. Where the installed release can, the next cell tunes one layer, in a process of its own,
+# because a search that crashes must not take the notebook with it.
 
 # %%
 TUNE = """
@@ -554,9 +639,11 @@ claims.verdict("11.tvm_beats_all", against_best)
 
 # %% [markdown]
 # ## Measure: the errors of a broken file
-# Files lose their other half, and versions drift. (An *opset* is a version of ONNX's list of operations; each file names the one it was written for.)
-# Better to meet the errors here than at night. With `external_data=True` the weights lie in a second file beside the graph, which is how models larger than 2 GB (a limit of the format, Google's Protocol
-# Buffers, 2008) have to be stored.
+# Files lose their other half, and versions drift. (An *opset* is a version of ONNX's list of
+# operations; each file names the one it was written for.) Better to meet the errors here than at
+# night. With `external_data=True` the weights lie in a second file beside the graph, which is how
+# models larger than 2 GB (a limit of the format, Google's Protocol Buffers, 2008) have to be
+# stored.
 
 
 # %%
@@ -610,10 +697,13 @@ for name, message in broken.items():
     print(f"{name:20} {message}")
 
 # %% [markdown]
-# All seven are refused before or at the first call, with a reason. Two mistakes are *not* in this list, because no runtime complains about them; they come under *Myth*.
+# All seven are refused before or at the first call, with a reason. Two mistakes are *not* in this
+# list, because no runtime complains about them; they come under *Myth*.
 #
 # ## Measure: without copies
-# `session.run` takes NumPy arrays and makes new ones for the answer. *IO binding* lets you say where input and output lie, once. On a CPU that saves an allocation, on a GPU a trip through the computer's memory.
+# `session.run` takes NumPy arrays and makes new ones for the answer. *IO binding* lets you say
+# where input and output lie, once. On a CPU that saves an allocation, on a GPU a trip through the
+# computer's memory.
 
 # %% tags=["nbval-ignore-output"]
 bound = session.io_binding()
@@ -650,7 +740,8 @@ print("equal:", np.array_equal(room.numpy(), session.run(None, {"image": known[:
 # | optimisation levels make no difference | the exporter had folded already, or kernels dominate | the node counts |
 #
 # ## Myth: comparing without fixing threads
-# A runtime takes all cores by default; torch may have been told to take one. The course's instrument refuses the pair.
+# A runtime takes all cores by default; torch may have been told to take one. The course's
+# instrument refuses the pair.
 
 # %%
 with exercises.fails(measure.MeasurementError):
@@ -659,19 +750,25 @@ with exercises.fails(measure.MeasurementError):
 
 # %% [markdown]
 # ## Myth: the same file, so the same answers
-# The file holds the network and not what you did to the pixels before it. Here the exported model gets pixels from 0 to 1, as most image libraries deliver them, in place of the normalised ones it was trained on.
+# The file holds the network and not what you did to the pixels before it. Here the exported model
+# gets pixels from 0 to 1, as most image libraries deliver them, in place of the normalised ones it
+# was trained on.
 
 # %% tags=["nbval-ignore-output"]
 test_images, test_labels = data.fashion_mnist("test")
 some, truth = test_images[:1000], test_labels[:1000].numpy()
-feeds = {"normalised, as in training": models.normalise(some).numpy(), "0 … 1": (some.float() / 255).numpy(),
-         "0 … 255": some.float().numpy()}  # fmt: skip
+feeds = {
+    "normalised, as in training": models.normalise(some).numpy(),
+    "0 … 1": (some.float() / 255).numpy(),
+    "0 … 255": some.float().numpy(),
+}
 for name, pixels in feeds.items():
     right = (session.run(None, {"image": pixels})[0].argmax(1) == truth).mean()
     print(f"{name:28} {right:.1%} right")
 
 # %% [markdown]
-# No error, no warning: shape and type are right, and numbers carry no unit. Put the normalisation *into* the exported model, and nobody can forget it:
+# No error, no warning: shape and type are right, and numbers carry no unit. Put the normalisation
+# *into* the exported model, and nobody can forget it:
 
 
 # %%
@@ -693,7 +790,8 @@ print("equal within 1e-4:", bool(np.abs(inside - outside).max() < 1e-4))
 
 # %% [markdown]
 # ## Myth: fp32 is what you asked for
-# OpenVINO chooses its precision by itself. On a processor with bf16 instructions an fp32 model runs in bf16 unless you say otherwise. Ask it.
+# OpenVINO chooses its precision by itself. On a processor with bf16 instructions an fp32 model runs
+# in bf16 unless you say otherwise. Ask it.
 
 # %% tags=["nbval-ignore-output"]
 if machine.can("package:openvino"):
@@ -704,21 +802,27 @@ if machine.can("package:openvino"):
         model = core.compile_model(core.read_model(FOLDER / "net.onnx"), "CPU", settings)
         got = np.concatenate([model({0: p.numpy()})[0] for p in known.split(64)])
         print(
-            f"{name:12} {model.get_property('INFERENCE_PRECISION_HINT').to_string()}: farthest logit {np.abs(got - logits).max():.1e}"
+            f"{name:12} {model.get_property('INFERENCE_PRECISION_HINT').to_string()}: farthest"
+            f" logit {np.abs(got - logits).max():.1e}"
         )
     print("bf16 instruction:", "yes" if machine.can("bf16") else machine.can("bf16"))
 else:
     print(machine.skip("package:openvino", "OpenVINO's default precision"))
 
 # %% [markdown]
-# If both lines say `f32`, your processor gives it no choice. If the first says `bf16`, its farthest logit should be off thousands of times as far as the second's, and its speed is the speed of bf16 ([chapter 7](07_mixed_precision.ipynb)).
+# If both lines say `f32`, your processor gives it no choice. If the first says `bf16`, its farthest
+# logit should be off thousands of times as far as the second's, and its speed is the speed of bf16
+# ([chapter 7](07_mixed_precision.ipynb)).
 #
 # ## Explain: which hardware when
-# A runtime can't beat its hardware. Put machines on one roofline (chapter 1): the slanted part is memory bandwidth, the flat part arithmetic. The other machines come from public data sheets; yours is measured.
-# A *TPU* is Google's chip for matrix products; an *NPU* is a small one of that kind in a phone or laptop.
+# A runtime can't beat its hardware. Put machines on one roofline (chapter 1): the slanted part is
+# memory bandwidth, the flat part arithmetic. The other machines come from public data sheets; yours
+# is measured. A *TPU* is Google's chip for matrix products; an *NPU* is a small one of that kind in
+# a phone or laptop.
 
 # %% tags=["nbval-ignore-output"]
-SHEETS = {  # name: (10¹² operations a second in the format given, 10⁹ bytes a second), dense, as published
+# name: (10¹² operations a second in the format given, 10⁹ bytes a second), dense, as published
+SHEETS = {
     "NVIDIA A100 40 GB, fp16 (2020)": (312, 1555),
     "NVIDIA H100 SXM, fp16 (2022)": (989, 3350),
     "Google TPU v4, bf16 (2021)": (275, 1200),
@@ -728,8 +832,15 @@ SHEETS = {  # name: (10¹² operations a second in the format given, 10⁹ bytes
 mine = measure.roofline()
 rows = SHEETS | {"this machine, fp32 (measured)": (mine.gflops / 1000, mine.gbytes)}
 intensity = np.geomspace(0.25, 4096, 60)
-figure, ax = plots.axes("operations for each byte moved", "10¹² operations a second", height=4.4,
-    title=f"This machine: {mine.gflops / 1000:.2g}·10¹² operations/s, ridge at {mine.ridge:.0f} operations a byte")  # fmt: skip
+figure, ax = plots.axes(
+    "operations for each byte moved",
+    "10¹² operations a second",
+    height=4.4,
+    title=(
+        f"This machine: {mine.gflops / 1000:.2g}·10¹² operations/s, ridge at {mine.ridge:.0f}"
+        " operations a byte"
+    ),
+)
 for i, (name, (peak, bandwidth)) in enumerate(rows.items()):
     style = {"color": "black", "linewidth": 2.5} if "this" in name else {"color": plots.COLOURS[i]}
     ax.plot(intensity, np.minimum(peak, bandwidth * intensity / 1000), label=name, **style)
@@ -742,21 +853,30 @@ ax.set_ylim(0.001)
 ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 plots.show(
     figure,
-    "Rooflines of two GPUs, two TPUs, an NPU and this machine on logarithmic axes, with three kinds of work marked.",
+    "Rooflines of two GPUs, two TPUs, an NPU and this machine on logarithmic axes, with three kinds"
+    " of work marked.",
 )
 
 # %% [markdown]
-# Sources: NVIDIA's A100 white paper (2020) and H100 data sheet (2022); Jouppi et al., *TPU v4* (2023); Google Cloud's page on [TPU v5e](https://cloud.google.com/tpu/docs/v5e); Qualcomm's product brief of the
-# Snapdragon X Elite (2023). The formats differ, so compare the slanted parts first. At the left all machines are ranked by memory bandwidth, and there a GPU leads a CPU by less than its peak suggests. At the right only arithmetic counts. An NPU has much
-# arithmetic for its watts and little bandwidth: good for convolutions in INT8. A TPU wants large matrix products in large batches. A CPU is the one that is there already, and it answers a single small request without a trip to another device.
+# Sources: NVIDIA's A100 white paper (2020) and H100 data sheet (2022); Jouppi et al., *TPU v4*
+# (2023); Google Cloud's page on [TPU v5e](https://cloud.google.com/tpu/docs/v5e); Qualcomm's
+# product brief of the Snapdragon X Elite (2023). The formats differ, so compare the slanted parts
+# first. At the left all machines are ranked by memory bandwidth, and there a GPU leads a CPU by
+# less than its peak suggests. At the right only arithmetic counts. An NPU has much arithmetic for
+# its watts and little bandwidth: good for convolutions in INT8. A TPU wants large matrix products
+# in large batches. A CPU is the one that is there already, and it answers a single small request
+# without a trip to another device.
 #
 # ## The tool of the field: a table of your own
-# The library for this decision is your measurement. The table below is computed from the figures above.
+# The library for this decision is your measurement. The table below is computed from the figures
+# above.
 
 
 # %% tags=["nbval-ignore-output"]
 def fastest(batch):
-    """By the speed-up over eager, which was measured in the same rounds; eager itself counts as 1."""
+    """By the speed-up over eager, which was measured in the same rounds; eager itself counts as
+    1.
+    """
     return max(present, key=lambda n: speed[batch][n].value if n in speed[batch] else 1.0)
 
 
@@ -773,11 +893,14 @@ for wish, name in decision.items():
 assert all(t[0]["agree"] >= 0.99 for t in turns.values()), "a runtime gives other answers"
 
 # %% [markdown]
-# If one name stands in most rows, take it. If not, the first row that matters to you decides, and the assertion in the cell is the condition for all: no runtime is in the table whose answers differ.
+# If one name stands in most rows, take it. If not, the first row that matters to you decides, and
+# the assertion in the cell is the condition for all: no runtime is in the table whose answers
+# differ.
 #
 # ## Exercise A · what was fused?
-# Complete the line. `before` and `after` are lists of node kinds. `fused_away` returns a dict from kind to the number of nodes of that kind that are gone; kinds of which none is gone do not appear. For
-# `["Conv", "Relu"]` and `["FusedConv"]` a right answer is `{"Conv": 1, "Relu": 1}`.
+# Complete the line. `before` and `after` are lists of node kinds. `fused_away` returns a dict from
+# kind to the number of nodes of that kind that are gone; kinds of which none is gone do not appear.
+# For `["Conv", "Relu"]` and `["FusedConv"]` a right answer is `{"Conv": 1, "Relu": 1}`.
 
 
 # %% tags=["exercise"]
@@ -826,12 +949,16 @@ def fused_away(before, after):
 
 
 # %% [markdown] tags=["instructor"]
-# 5 minutes. Let people predict the dict for ResNet-18 from the printed kinds before they run it on `levels`.
+# 5 minutes. Let people predict the dict for ResNet-18 from the printed kinds before they run it on
+# `levels`.
 
 # %% [markdown]
 # ## Exercise B · a check that can fail
-# Write `first_bad_batch(model, run, shape, batches, tolerance)`. `run` takes a float32 array `(batch, *shape)` and should return what `model` returns, as an array. Go through `batches` in order and return the first batch size at
-# which `run` raises, returns another shape, returns anything that is not a finite number, or is off by more than `tolerance` anywhere. Return `None` if there is none. A runtime that gives everybody the first image's answer must be found.
+# Write `first_bad_batch(model, run, shape, batches, tolerance)`. `run` takes a float32 array
+# `(batch, *shape)` and should return what `model` returns, as an array. Go through `batches` in
+# order and return the first batch size at which `run` raises, returns another shape, returns
+# anything that is not a finite number, or is off by more than `tolerance` anywhere. Return `None`
+# if there is none. A runtime that gives everybody the first image's answer must be found.
 
 
 # %% tags=["exercise"]
@@ -845,7 +972,8 @@ exercises.check("11.B", first_bad_batch)
 # Inputs that are all zeros, or all equal, hide a mixed-up batch. Draw them.
 
 # %% [markdown] tags=["hint"]
-# Compare shapes before numbers: NumPy stretches `(4,)` against `(1, 4)` without a word. And `nan > tolerance` is False.
+# Compare shapes before numbers: NumPy stretches `(4,)` against `(1, 4)` without a word. And `nan >
+# tolerance` is False.
 
 
 # %% tags=["solution"]
@@ -931,12 +1059,16 @@ def first_bad_batch(model, run, shape, batches, tolerance):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Collect on the board how an export can be wrong, then ask of each which line of the check finds it.
+# 15 minutes. Collect on the board how an export can be wrong, then ask of each which line of the
+# check finds it.
 
 # %% [markdown]
 # ## Exercise C · the fastest that keeps its promises
-# Write `choose(configs, slo, floor)`. Each config is a dict with `name`, `batch`, `milliseconds` (a list: the measured time of each call) and `accuracy`. Return the name of the one that serves most images a second, `batch` divided by the mean time of a
-# call, among those whose p99 (`np.percentile(…, 99)`) is at most `slo`, the latency that was promised (*service-level objective*), and whose accuracy is at least `floor`. Return `None` if no config keeps both.
+# Write `choose(configs, slo, floor)`. Each config is a dict with `name`, `batch`, `milliseconds` (a
+# list: the measured time of each call) and `accuracy`. Return the name of the one that serves most
+# images a second, `batch` divided by the mean time of a call, among those whose p99
+# (`np.percentile(…, 99)`) is at most `slo`, the latency that was promised (*service-level
+# objective*), and whose accuracy is at least `floor`. Return `None` if no config keeps both.
 
 
 # %% tags=["exercise"]
@@ -1000,11 +1132,13 @@ def choose(configs, slo, floor):
 
 
 # %% [markdown] tags=["instructor"]
-# 12 minutes. Then let them fill `configs` from this chapter's own `turns` and choose for a promise of their own.
+# 12 minutes. Then let them fill `configs` from this chapter's own `turns` and choose for a promise
+# of their own.
 
 # %% [markdown]
 # ## Break it
-# More threads are faster, until they are not. One session each with 1, 2, 4 and 8 threads, on the cores you have.
+# More threads are faster, until they are not. One session each with 1, 2, 4 and 8 threads, on the
+# cores you have.
 
 # %% tags=["nbval-ignore-output"]
 counts = [1, 2, 4, 8]
@@ -1018,12 +1152,25 @@ for _ in range(10 if SMOKE else 60):
         taken[int(n)].append(1e3 * (time.perf_counter() - start))
 took = {n: measure.median_interval(t[2:]) for n, t in taken.items()}
 best = min(took, key=lambda n: took[n].value)
-plots.lines(counts, {"batch 32": list(took.values())}, xlabel=f"threads ({machine.usable_cores()} cores here)", ylabel="milliseconds a call",
-            title=f"Fastest with {best} thread{'s' if best > 1 else ''}; with 8 it takes {took[8].value / took[best].value:.2f} times as long",
-            alt="Milliseconds a call against threads: falling up to the number of cores, then flat or rising.")  # fmt: skip
+plots.lines(
+    counts,
+    {"batch 32": list(took.values())},
+    xlabel=f"threads ({machine.usable_cores()} cores here)",
+    ylabel="milliseconds a call",
+    title=(
+        f"Fastest with {best} thread{'s' if best > 1 else ''}; with 8 it takes"
+        f" {took[8].value / took[best].value:.2f} times as long"
+    ),
+    alt=(
+        "Milliseconds a call against threads: falling up to the number of cores, then flat or"
+        " rising."
+    ),
+)
 
 # %% [markdown]
-# Beyond the number of cores, threads wait for each other's time slices, and the slowest decides. Several workers on one machine have the same trouble if each takes all cores: in a container, the runtime may see the whole machine and not its share.
+# Beyond the number of cores, threads wait for each other's time slices, and the slowest decides.
+# Several workers on one machine have the same trouble if each takes all cores: in a container, the
+# runtime may see the whole machine and not its share.
 #
 # ## Exit quiz
 # **1. An exported file accepts only batch 2. The export lacked**
@@ -1033,7 +1180,8 @@ plots.lines(counts, {"batch 32": list(took.values())}, xlabel=f"threads ({machin
 #
 # **2. The optimiser takes away half of the nodes and the time falls by a tenth. That is**
 # <details><summary>a wrong measurement</summary>It may well be right.</details>
-# <details><summary>what you get if the nodes that went had cost little</summary>Right: count time, not nodes.</details>
+# <details><summary>what you get if the nodes that went had cost little</summary>Right: count time,
+# not nodes.</details>
 # <details><summary>a sign of too few threads</summary>Threads would change both.</details>
 #
 # **3. Eager becomes slower whenever ONNX Runtime ran before it. Look first at**
@@ -1042,19 +1190,28 @@ plots.lines(counts, {"batch 32": list(took.values())}, xlabel=f"threads ({machin
 # <details><summary>the accuracy</summary>It does not depend on the neighbour.</details>
 #
 # **4. Which mistake does no runtime notice?**
-# <details><summary>pixels from 0 to 1 for a network trained on normalised ones</summary>Right: shape and type are fine.</details>
+# <details><summary>pixels from 0 to 1 for a network trained on normalised ones</summary>Right:
+# shape and type are fine.</details>
 # <details><summary>float64 in place of float32</summary>It is refused.</details>
-# <details><summary>a missing file of weights</summary>It is refused when the model is opened.</details>
+# <details><summary>a missing file of weights</summary>It is refused when the model is
+# opened.</details>
 #
 # **5. A check of an export should use**
 # <details><summary>one batch of zeros</summary>Many faults pass it.</details>
-# <details><summary>several batch sizes, drawn inputs, shapes compared first</summary>Right.</details>
+# <details><summary>several batch sizes, drawn inputs, shapes compared
+# first</summary>Right.</details>
 # <details><summary>accuracy alone</summary>It hides small errors, and some large ones.</details>
 #
-# **Key points** · an export is a translation: check it · read the graph before and after · a process for each runtime, and one arm twice · name the precision, do not assume it · put the preprocessing into the model · the fastest runtime
-# belongs to a batch size and a machine.
+# **Key points** · an export is a translation: check it · read the graph before and after · a
+# process for each runtime, and one arm twice · name the precision, do not assume it · put the
+# preprocessing into the model · the fastest runtime belongs to a batch size and a machine.
 #
-# **Sources** · T. Chen et al., *TVM*, 2018 · N. Jouppi et al., *TPU v4*, 2023 · the documentation of [ONNX Runtime's graph optimizations](https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html),
-# [OpenVINO](https://docs.openvino.ai/) and [torch.onnx](https://docs.pytorch.org/docs/stable/onnx.html).
+# **Sources** · T. Chen et al., *TVM*, 2018 · N. Jouppi et al., *TPU v4*, 2023 · the documentation
+# of [ONNX Runtime's graph
+# optimizations](https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html),
+# [OpenVINO](https://docs.openvino.ai/) and
+# [torch.onnx](https://docs.pytorch.org/docs/stable/onnx.html).
 #
-# **For the capstone** row 11 of your ledger, *runtimes*, says what a runtime gains here; your table above says which to take at which batch size. Next: [12 · TensorRT](12_tensorrt.ipynb), the builder for NVIDIA's GPUs.
+# **For the capstone** row 11 of your ledger, *runtimes*, says what a runtime gains here; your table
+# above says which to take at which batch size. Next: [12 · TensorRT](12_tensorrt.ipynb), the
+# builder for NVIDIA's GPUs.

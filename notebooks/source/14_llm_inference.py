@@ -1,12 +1,14 @@
 # %% [markdown]
 # # 14 · LLM inference
 #
-# **What does each generated token cost, and which of the famous remedies make it cheaper on your machine?**
+# **What does each generated token cost, and which of the famous remedies make it cheaper on your
+# machine?**
 #
-# After this chapter you can: *write* a language model's forward pass and its KV cache · *explain* why reading a prompt
-# and writing an answer meet different limits · *measure* what 8, 4 and 3 bits do to perplexity · *choose* between
-# round-to-nearest, GPTQ, AWQ and SmoothQuant for a layer · *judge* speculative decoding and continuous batching ·
-# *compute* the memory of a 7B or 70B model on paper.
+# After this chapter you can: *write* a language model's forward pass and its KV cache · *explain*
+# why reading a prompt and writing an answer meet different limits · *measure* what 8, 4 and 3 bits
+# do to perplexity · *choose* between round-to-nearest, GPTQ, AWQ and SmoothQuant for a layer ·
+# *judge* speculative decoding and continuous batching · *compute* the memory of a 7B or 70B model
+# on paper.
 #
 # 90 minutes · before this: 1 Measurement, 5 Quantization math; 8 and 13 help · runs on any CPU
 
@@ -34,20 +36,24 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) An operation does few calculations for each byte it reads. Which ceiling of the roofline does it meet?
-#    <details><summary>Answer</summary>The sloping one, memory bandwidth. A faster multiplier would not help it; fewer
-#    bytes would.</details>
-# 2. (Chapter 5) One weight of a row is 100 times larger than the others. What happens to the others at 4 bits?
-#    <details><summary>Answer</summary>The scale stretches to hold the large one, and the others fall into one or two of
-#    the 16 levels. Smaller groups with a scale each limit the damage.</details>
+# 1. (Chapter 1) An operation does few calculations for each byte it reads. Which ceiling of the
+#    roofline does it meet?
+#    <details><summary>Answer</summary>The sloping one, memory bandwidth. A faster multiplier would
+#    not help it; fewer bytes would.</details>
+# 2. (Chapter 5) One weight of a row is 100 times larger than the others. What happens to the others
+#    at 4 bits?
+#    <details><summary>Answer</summary>The scale stretches to hold the large one, and the others
+#    fall into one or two of the 16 levels. Smaller groups with a scale each limit the
+#    damage.</details>
 # 3. (Chapter 13) Why does a batch raise the throughput of a server?
-#    <details><summary>Answer</summary>The weights are read once for all requests in it. Until arithmetic becomes the
-#    limit, one more request costs little.</details>
+#    <details><summary>Answer</summary>The weights are read once for all requests in it. Until
+#    arithmetic becomes the limit, one more request costs little.</details>
 #
 # ## Predict
-# A model has read 127 tokens and writes the next one. With a *KV cache* it computes one position; without, all 128
-# again. How many times faster is the cached step on your machine? And: you store the weights in 4 bits, groups of 64
-# with a scale each. By how many percent does the perplexity rise? (Perplexity is defined below; lower is better.)
+# A model has read 127 tokens and writes the next one. With a *KV cache* it computes one position;
+# without, all 128 again. How many times faster is the cached step on your machine? And: you store
+# the weights in 4 bits, groups of 64 with a scale each. By how many percent does the perplexity
+# rise? (Perplexity is defined below; lower is better.)
 
 # %%
 my_speedup = ...  # times
@@ -57,10 +63,11 @@ exercises.predict("14.four_bits", my_rise)
 
 # %% [markdown]
 # ## From scratch: a language model in forty lines
-# The model is SmolLM2-135M-Instruct (Apache-2.0), small and real. It comes in a package as a file of 4-bit weights. We
-# write them out as 32-bit numbers. Keep in mind: **the model was quantised before you met it**. What you compare with
-# is the 4-bit model in wide clothes. Where the package is missing, or in the profile `smoke`, a tiny model with random
-# weights stands in. Then the figures say so, and claims about quality are not tested.
+# The model is SmolLM2-135M-Instruct (Apache-2.0), small and real. It comes in a package as a file
+# of 4-bit weights. We write them out as 32-bit numbers. Keep in mind: **the model was quantised
+# before you met it**. What you compare with is the 4-bit model in wide clothes. Where the package
+# is missing, or in the profile `smoke`, a tiny model with random weights stands in. Then the
+# figures say so, and claims about quality are not tested.
 
 # %% tags=["nbval-ignore-output"]
 lm = llm.load(tiny=SMOKE)
@@ -74,11 +81,13 @@ print([lm.decode([t]) for t in tokens[5000:5010]])
 lm.why
 
 # %% [markdown]
-# A *token* is a piece of text with a number. The model turns each into a vector (here *width* numbers), sends the vectors
-# through *layers*, and gives for each position a score, a *logit*, for every possible next token.
+# A *token* is a piece of text with a number. The model turns each into a vector (here *width*
+# numbers), sends the vectors through *layers*, and gives for each position a score, a *logit*, for
+# every possible next token.
 #
-# Two small parts first. A norm divides each vector by its size. *Rotary positions* turn pairs of numbers in a query or
-# key by an angle that grows with the position: two tokens then see their distance in the angle between them.
+# Two small parts first. A norm divides each vector by its size. *Rotary positions* turn pairs of
+# numbers in a query or key by an angle that grows with the position: two tokens then see their
+# distance in the angle between them.
 
 
 # %%
@@ -102,9 +111,10 @@ def rotate(x, start):  # x: (batch, heads, T, d), the first of the T stands at p
 
 
 # %% [markdown]
-# *Attention*: each position asks (query $q$), each earlier one offers (key $k$) and gives (value $v$). Here several query
-# heads share one pair of key and value: *grouped-query attention*. It makes the cache smaller. Note the mask: the T
-# queries are the *last* T of S positions, so query 0 may see the first $S - T + 1$ keys.
+# *Attention*: each position asks (query $q$), each earlier one offers (key $k$) and gives (value
+# $v$). Here several query heads share one pair of key and value: *grouped-query attention*. It
+# makes the cache smaller. Note the mask: the T queries are the *last* T of S positions, so query 0
+# may see the first $S - T + 1$ keys.
 
 
 # %%
@@ -132,9 +142,9 @@ class KVCache:
 
 
 # %% [markdown]
-# A key depends on its own token and those before it. Tokens that come later change nothing in it. So it can be computed
-# once and kept: that is the whole idea of the *KV cache*. The forward pass takes new tokens only, and finds the rest
-# there.
+# A key depends on its own token and those before it. Tokens that come later change nothing in it.
+# So it can be computed once and kept: that is the whole idea of the *KV cache*. The forward pass
+# takes new tokens only, and finds the rest there.
 
 
 # %%
@@ -165,9 +175,10 @@ def forward(w, new, cache=None, linear=apply, layers=None, at=None):
 
 
 # %% [markdown]
-# Is it right? Compare with the implementation of the library *transformers*, on the same weights. Then feed the same
-# tokens in pieces through the cache: the logits must not change. Sums of 32-bit numbers in another order differ in the
-# last digits, so we ask for 1e-3 where logits reach some tens.
+# Is it right? Compare with the implementation of the library *transformers*, on the same weights.
+# Then feed the same tokens in pieces through the cache: the logits must not change. Sums of 32-bit
+# numbers in another order differ in the last digits, so we ask for 1e-3 where logits reach some
+# tens.
 
 # %% tags=["nbval-ignore-output"]
 sample = tokens[2000:2024][None]
@@ -188,8 +199,8 @@ for pieces in ([24], [16, 1, 7], [1] * 24):
     print(f"{len(pieces)} pieces through the cache, equal to the whole: {same}")
 
 # %% [markdown]
-# Now it can write. *Greedy decoding* takes the token with the highest logit each time. Reading the prompt is called
-# *prefill*, writing is called *decode*.
+# Now it can write. *Greedy decoding* takes the token with the highest logit each time. Reading the
+# prompt is called *prefill*, writing is called *decode*.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -264,7 +275,9 @@ plots.lines(
 
 
 def exponent(times):
-    """The power with which the time to write a text grows between 256 and 1024 tokens, from one round's steps."""
+    """The power with which the time to write a text grows between 256 and 1024 tokens, from one
+    round's steps.
+    """
     seconds = np.interp(
         range(1, 1025), points, times
     ).cumsum()  # straight lines between measured steps
@@ -276,14 +289,15 @@ claims.verdict(
 )
 
 # %% [markdown]
-# The upper line rises with the position, the lower one should be nearly flat. So a text of $n$ tokens costs about $n^2$
-# without a cache and $n$ with it; the verdict gives the exponent for the cached way between 256 and 1024 tokens. The
-# upper line is not as steep as you may expect at its left end: there a few positions cost nearly the same as one. Why?
+# The upper line rises with the position, the lower one should be nearly flat. So a text of $n$
+# tokens costs about $n^2$ without a cache and $n$ with it; the verdict gives the exponent for the
+# cached way between 256 and 1024 tokens. The upper line is not as steep as you may expect at its
+# left end: there a few positions cost nearly the same as one. Why?
 #
 # ## Explain: prefill and decode on the roofline
-# A forward pass of $T$ tokens does about $2 P T$ operations ($P$ the parameters, a multiplication and an addition each)
-# and must read $4P$ bytes in fp32, however many tokens there are. Operations per byte: $T/2$. Decode has $T = 1$: half
-# an operation a byte.
+# A forward pass of $T$ tokens does about $2 P T$ operations ($P$ the parameters, a multiplication
+# and an addition each) and must read $4P$ bytes in fp32, however many tokens there are. Operations
+# per byte: $T/2$. Decode has $T = 1$: half an operation a byte.
 
 # %% tags=["nbval-ignore-output"]
 roof = measure.roofline()
@@ -301,7 +315,10 @@ for b in batches:
 figure, ax = plots.axes(
     "operations a byte of weights",
     "GFLOP/s",
-    title=f"Decode reads {PARAMETERS * 4 / step[64].value / 1e9:.1f} GB/s of the {roof.gbytes:.1f} GB/s of a copy{LABEL}",
+    title=(
+        f"Decode reads {PARAMETERS * 4 / step[64].value / 1e9:.1f} GB/s of the {roof.gbytes:.1f}"
+        f" GB/s of a copy{LABEL}"
+    ),
 )
 x = np.geomspace(0.3, 300, 50)
 ax.plot(x, [roof.bound(i) for i in x], color="0.4", label="roofline of this machine")
@@ -325,12 +342,13 @@ share = measure.Interval(*bandwidth.values())
 claims.verdict("14.decode_is_bound_by_memory", share if lm.real else lm.why)
 
 # %% [markdown]
-# The leftmost point is decode of one text: it stands far under the flat roof, and no faster multiplier would lift it.
-# How near it comes to the *slope* says how well the software uses the memory. If the verdict says "does not hold", the
-# memory has room to spare: time is lost in hundreds of small operations and in a kernel that was not made for one row.
-# Later you meet a runtime that comes nearer. To the right, more tokens share one reading of the weights. So there are
-# three ways to cheaper tokens: **more tokens a reading** (batches, speculation), **fewer bytes a reading**
-# (quantization), and a runtime with less loss.
+# The leftmost point is decode of one text: it stands far under the flat roof, and no faster
+# multiplier would lift it. How near it comes to the *slope* says how well the software uses the
+# memory. If the verdict says "does not hold", the memory has room to spare: time is lost in
+# hundreds of small operations and in a kernel that was not made for one row. Later you meet a
+# runtime that comes nearer. To the right, more tokens share one reading of the weights. So there
+# are three ways to cheaper tokens: **more tokens a reading** (batches, speculation), **fewer bytes
+# a reading** (quantization), and a runtime with less loss.
 #
 # ## Measure: batches
 # One step for $B$ texts gives $B$ tokens.
@@ -350,18 +368,21 @@ plots.lines(
 )
 
 # %% [markdown]
-# The distance between the lines is what a batch costs. If yours falls behind already at two texts, the kernel for
-# one row is another one than that for two: look at the step times.
+# The distance between the lines is what a batch costs. If yours falls behind already at two texts,
+# the kernel for one row is another one than that for two: look at the step times.
 #
 # ## From scratch: continuous batching
-# Texts end at different lengths. *Static* batching waits for the longest one of a batch; the others' places compute on
-# for nobody. *Continuous* batching (Yu et al. 2022, Orca) gives a free place to the next request after every step. The
-# simulation uses the step times that you have measured, so only the policy differs.
+# Texts end at different lengths. *Static* batching waits for the longest one of a batch; the
+# others' places compute on for nobody. *Continuous* batching (Yu et al. 2022, Orca) gives a free
+# place to the next request after every step. The simulation uses the step times that you have
+# measured, so only the policy differs.
 
 
 # %%
 def simulate(wanted, slots, step_time, continuous, admit=0.0):
-    """Serve requests of wanted[i] tokens; return seconds and, for each slot, its (request, start, end) in steps."""
+    """Serve requests of wanted[i] tokens; return seconds and, for each slot, its (request, start,
+    end) in steps.
+    """
     queue, seconds, steps = list(enumerate(wanted)), 0.0, 0
     left, rows = [0] * slots, [[] for _ in range(slots)]
     while queue or any(left):
@@ -383,8 +404,9 @@ fluid = simulate([1, 4, 1, 1], 2, lambda b: 1.0, continuous=True)[0]
 flat, fluid
 
 # %% [markdown]
-# Four requests on two slots, by hand: static takes 4 steps for the first pair and 1 for the second. Continuous is done
-# when the long one is. Now 200 requests whose lengths follow an exponential distribution: many short, a few long.
+# Four requests on two slots, by hand: static takes 4 steps for the first pair and 1 for the second.
+# Continuous is done when the long one is. Now 200 requests whose lengths follow an exponential
+# distribution: many short, a few long.
 
 # %% tags=["nbval-ignore-output"]
 SLOTS = batches[-1]
@@ -419,24 +441,28 @@ for ax, continuous in zip(panels, (False, True), strict=True):
 panels[1].set_xlim(panels[0].get_xlim())
 plots.show(
     figure,
-    "Occupied slots over time: static batching leaves gaps until its longest text ends, continuous fills them.",
+    "Occupied slots over time: static batching leaves gaps until its longest text ends, continuous"
+    " fills them.",
 )
 claims.verdict("14.continuous_batching_eightfold", better)
 
 # %% [markdown]
-# White is a place that computes for nobody. The gain is the ratio of the longest to the mean length in a batch, no
-# more: with equal lengths both policies are the same. Published factors of 8 and 23 ([Anyscale
-# 2023](https://www.anyscale.com/blog/continuous-batching-llm-inference)) compare with a baseline that also lost
-# elsewhere, above all in how it reserved memory for the cache.
+# White is a place that computes for nobody. The gain is the ratio of the longest to the mean length
+# in a batch, no more: with equal lengths both policies are the same. Published factors of 8 and 23
+# ([Anyscale 2023](https://www.anyscale.com/blog/continuous-batching-llm-inference)) compare with a
+# baseline that also lost elsewhere, above all in how it reserved memory for the cache.
 #
 # ## From scratch: weights in 8, 4 and 3 bits
-# *Round to nearest* (RTN): split each row into groups, give each group its scale and zero-point, round. It is chapter
-# 5's formula. We round and write the result back as fp32: right for quality; speed comes later.
+# *Round to nearest* (RTN): split each row into groups, give each group its scale and zero-point,
+# round. It is chapter 5's formula. We round and write the result back as fp32: right for quality;
+# speed comes later.
 
 
 # %%
 def rtn(w, bits, group=64):
-    """w (rows, columns) rounded to `bits` bits, with a scale and a zero-point for every `group` neighbours of a row."""
+    """w (rows, columns) rounded to `bits` bits, with a scale and a zero-point for every `group`
+    neighbours of a row.
+    """
     g = w.reshape(-1, group)
     low, high = g.amin(1, keepdim=True).clamp(max=0), g.amax(1, keepdim=True).clamp(min=0)
     scale = (high - low).clamp(min=1e-8) / (2**bits - 1)
@@ -449,7 +475,9 @@ def bits_a_weight(bits, group):
 
 
 def quantized(bits, group=64, only="q k v o gate up down embed"):
-    """All weights, those of the named parts rounded. group None: one scale a row. The embedding keeps 8 bits a row."""
+    """All weights, those of the named parts rounded. group None: one scale a row. The embedding
+    keeps 8 bits a row.
+    """
     w = dict(W)
     for name, t in W.items():
         part = name.split(".")[-1]
@@ -459,10 +487,11 @@ def quantized(bits, group=64, only="q k v o gate up down embed"):
 
 
 # %% [markdown]
-# *Perplexity* asks: how surprised is the model by a real text? For each token, take the probability the model gave it,
-# and average the negative logarithms (the *loss*, in nats). Perplexity is $e^{\text{loss}}$: 40 means as unsure as
-# between 40 equally likely tokens. All arms see the *same* tokens, so we compare token by token. Neighbours in a text
-# are not independent: differences are averaged over blocks of 51 tokens before the interval is made.
+# *Perplexity* asks: how surprised is the model by a real text? For each token, take the probability
+# the model gave it, and average the negative logarithms (the *loss*, in nats). Perplexity is
+# $e^{\text{loss}}$: 40 means as unsure as between 40 equally likely tokens. All arms see the *same*
+# tokens, so we compare token by token. Neighbours in a text are not independent: differences are
+# averaged over blocks of 51 tokens before the interval is made.
 
 # %% tags=["nbval-ignore-output"]
 from tqdm.auto import tqdm
@@ -498,7 +527,8 @@ rises = {}
 for name, (bits, group) in tqdm(arms.items(), leave=False):
     rises[name] = rise(base, losses(quantized(bits, group), held_out))
     print(
-        f"{name:21} perplexity {math.exp(base.mean()) * (1 + rises[name].value / 100):7.2f}, rise {rises[name]}"
+        f"{name:21} perplexity {math.exp(base.mean()) * (1 + rises[name].value / 100):7.2f}, rise"
+        f" {rises[name]}"
     )
 print(f"{'as it came':21} perplexity {math.exp(base.mean()):7.2f} on {len(base)} tokens")
 
@@ -508,7 +538,10 @@ figure, ax = plots.axes(
     "rise of the perplexity (%)",
     "",
     height=2.6,
-    title=f"Eight bits: {rises['8 bits, groups of 64'].value:+.1f}%, four: {four.value:+.0f}%, three: {rises['3 bits, groups of 64'].value:+.0f}%{LABEL}",
+    title=(
+        f"Eight bits: {rises['8 bits, groups of 64'].value:+.1f}%, four: {four.value:+.0f}%, three:"
+        f" {rises['3 bits, groups of 64'].value:+.0f}%{LABEL}"
+    ),
 )
 for row, i in enumerate(rises.values()):
     ax.errorbar(
@@ -525,7 +558,8 @@ ax.set_ylim(len(rises) - 0.5, -0.5)
 ax.axvspan(-1, 1, color="0.88", zorder=0)
 plots.show(
     figure,
-    "Rise of the perplexity for four ways to round, with intervals: near nothing at 8 bits, large at 3.",
+    "Rise of the perplexity for four ways to round, with intervals: near nothing at 8 bits, large"
+    " at 3.",
 )
 exercises.reveal("14.four_bits", four.value, "%")
 eight, three = rises["8 bits, groups of 64"], rises["3 bits, groups of 64"]
@@ -534,17 +568,20 @@ display(claims.verdict("14.four_bits_cost_nothing", four if lm.real else lm.why)
 claims.verdict("14.three_bits_cost_nothing", three if lm.real else lm.why)
 
 # %% [markdown]
-# The grey band is a rise of one percent either way; outside it the axis is logarithmic. An interval that touches zero
-# means: not told apart from the model as it came. Smaller groups help most where bits are fewest.
+# The grey band is a rise of one percent either way; outside it the axis is logarithmic. An interval
+# that touches zero means: not told apart from the model as it came. Smaller groups help most where
+# bits are fewest.
 #
-# Now the warning from the beginning. These weights *already lie on a 4-bit grid*: Q4_1, a format of the program llama.cpp
-# (you meet it below), in groups of 32 with a scale and a smallest value each. Round them on that very grid, and nothing
-# happens; on a shifted grid they pay a second time.
+# Now the warning from the beginning. These weights *already lie on a 4-bit grid*: Q4_1, a format of
+# the program llama.cpp (you meet it below), in groups of 32 with a scale and a smallest value each.
+# Round them on that very grid, and nothing happens; on a shifted grid they pay a second time.
 
 
 # %% tags=["nbval-ignore-output"]
 def q4_1(w, steps=15):
-    """llama.cpp's Q4_1: the grid starts at the group's smallest value, so zero need not lie on it."""
+    """llama.cpp's Q4_1: the grid starts at the group's smallest value, so zero need not lie on
+    it.
+    """
     g = w.reshape(-1, 32)
     low, high = g.amin(1, keepdim=True), g.amax(1, keepdim=True)
     scale = (high - low).clamp(min=1e-8) / steps
@@ -559,13 +596,15 @@ for name, rounded in {
     print(f"{name:40} relative error {(rounded - W[layer]).norm() / W[layer].norm():.1e}{LABEL}")
 
 # %% [markdown]
-# If the first number is nearly zero, you have seen that the file's grid is still in the weights. So "4 bits cost this
-# much" means here: a *second* rounding to 4 bits costs this much. Eight bits are fine enough to copy a 4-bit grid
-# almost without loss. What the first rounding cost can't be known without the original weights.
+# If the first number is nearly zero, you have seen that the file's grid is still in the weights. So
+# "4 bits cost this much" means here: a *second* rounding to 4 bits costs this much. Eight bits are
+# fine enough to copy a 4-bit grid almost without loss. What the first rounding cost can't be known
+# without the original weights.
 #
 # ## Myth: shift the labels once more
-# A circulating way to compute perplexity: cut the logits and shift the labels, then hand both to a loss that shifts
-# too. (Model classes of *transformers* shift inside when you pass `labels`.) It runs. Nobody complains.
+# A circulating way to compute perplexity: cut the logits and shift the labels, then hand both to a
+# loss that shifts too. (Model classes of *transformers* shift inside when you pass `labels`.) It
+# runs. Nobody complains.
 
 # %% tags=["nbval-ignore-output"]
 window = held_out[0]
@@ -577,9 +616,10 @@ print(f"right {math.exp(right):.1f}, shifted twice {math.exp(twice):.1f}{LABEL}"
 print(f"all windows: e^mean {math.exp(base.mean()):.2f}, mean of e^ {averaged:.2f}{LABEL}")
 
 # %% [markdown]
-# Shifted twice, the model is asked for a token that it was never meant to name, and looks far worse. The second line is
-# a quieter mistake: averaging perplexities of windows in place of losses is always too high (Jensen's inequality). One
-# more silent mistake follows. The cache is there, but the position starts at zero for every new token:
+# Shifted twice, the model is asked for a token that it was never meant to name, and looks far
+# worse. The second line is a quieter mistake: averaging perplexities of windows in place of losses
+# is always too high (Jensen's inequality). One more silent mistake follows. The cache is there, but
+# the position starts at zero for every new token:
 
 
 # %%
@@ -589,12 +629,12 @@ print("the first piece is equal:", torch.allclose(wrong[:, :16], whole[:, :16], 
 print("what follows is equal:", torch.allclose(wrong[:, 16:], whole[:, 16:], atol=1e-3))
 
 # %% [markdown]
-# The text still reads like text for a while, so the eye does not find this. The check of *pieces against the whole*
-# does. Keep it beside every cache you write.
+# The text still reads like text for a while, so the eye does not find this. The check of *pieces
+# against the whole* does. Keep it beside every cache you write.
 #
 # ## Measure: int8 weights without a kernel
-# Weights of one byte are a quarter of the bytes. Does a step get faster? First obstacle: there is no product of fp32
-# with int8. So the weights are widened on each use.
+# Weights of one byte are a quarter of the bytes. Does a step get faster? First obstacle: there is
+# no product of fp32 with int8. So the weights are widened on each use.
 
 # %%
 q8 = torch.randint(-127, 127, (4, 4), dtype=torch.int8)
@@ -633,17 +673,19 @@ W8 = None  # give the memory back
 claims.verdict("14.int8_weights_are_faster_anyhow", no_kernel if lm.real else lm.why)
 
 # %% [markdown]
-# The int8 numbers are read, written as fp32, and read again. Where the widened copy goes through main memory, that is more
-# traffic than fp32 alone, and the step is slower. If yours is a draw, the fp32 step was not limited by memory in the first
-# place (see the roofline). If yours is even *faster*, look at the machine's cache: this model's matrices are small, a widened
-# copy can stay there until the product has read it, and then only a quarter of the bytes came from memory. A larger model
-# loses that luck. Smaller weights are faster for sure only if a *kernel* reads them and widens them in registers, on the way
-# to the multiplier.
+# The int8 numbers are read, written as fp32, and read again. Where the widened copy goes through
+# main memory, that is more traffic than fp32 alone, and the step is slower. If yours is a draw, the
+# fp32 step was not limited by memory in the first place (see the roofline). If yours is even
+# *faster*, look at the machine's cache: this model's matrices are small, a widened copy can stay
+# there until the product has read it, and then only a quarter of the bytes came from memory. A
+# larger model loses that luck. Smaller weights are faster for sure only if a *kernel* reads them
+# and widens them in registers, on the way to the multiplier.
 #
 # ## The tool of the field: llama.cpp
-# llama.cpp has hand-written kernels for its formats. `xllamacpp` is a prebuilt wheel of it. To separate runtime from
-# precision, it gets the *same* weights twice: as they came (4 bits a weight plus scales, the embedding 8) and written
-# as 16-bit numbers. Each file is served by a process of its own, asked in turn.
+# llama.cpp has hand-written kernels for its formats. `xllamacpp` is a prebuilt wheel of it. To
+# separate runtime from precision, it gets the *same* weights twice: as they came (4 bits a weight
+# plus scales, the embedding 8) and written as 16-bit numbers. Each file is served by a process of
+# its own, asked in turn.
 
 # %% tags=["nbval-ignore-output"]
 LLAMA = """
@@ -705,22 +747,29 @@ if not missing and lm.real:
         decode,
         ylabel="one decoded token (ms)",
         logx=True,
-        title=f"4 bits against 16 in the same runtime: {kernel.value:.1f}x, with {sizes['F16'] / sizes['Q4_1']:.1f}x fewer bytes",
-        alt="Time a token for PyTorch fp32, PyTorch with int8 weights, and llama.cpp with 16-bit and 4-bit weights.",
+        title=(
+            f"4 bits against 16 in the same runtime: {kernel.value:.1f}x, with"
+            f" {sizes['F16'] / sizes['Q4_1']:.1f}x fewer bytes"
+        ),
+        alt=(
+            "Time a token for PyTorch fp32, PyTorch with int8 weights, and llama.cpp with 16-bit"
+            " and 4-bit weights."
+        ),
     )
     for n, t in llama.items():
         decoding, reading = np.median(t, 0)
         print(f"{n}: decode reads {sizes[n] / decoding:.1f} GB/s, prefill {reading:.2f} ms a token")
 
 # %% [markdown]
-# Compare the first bar with the last, and you would report a large factor "thanks to 4 bits". Compare the two bars of
-# llama.cpp: that is what the bits give. The rest is the runtime: put its GB/s beside those of our own step on the
-# roofline. The ratio of bytes is a ceiling for the gain: scales and the wider embedding count. In prefill the weights
-# are read once for all tokens, arithmetic is the limit, and fewer bits may even be slower to unpack.
+# Compare the first bar with the last, and you would report a large factor "thanks to 4 bits".
+# Compare the two bars of llama.cpp: that is what the bits give. The rest is the runtime: put its
+# GB/s beside those of our own step on the roofline. The ratio of bytes is a ceiling for the gain:
+# scales and the wider embedding count. In prefill the weights are read once for all tokens,
+# arithmetic is the limit, and fewer bits may even be slower to unpack.
 #
 # ## From scratch: outliers, and SmoothQuant's migration
-# To multiply in int8, *activations* must be rounded too. Watch what enters each layer, on text that we use for nothing
-# else.
+# To multiply in int8, *activations* must be rounded too. Watch what enters each layer, on text that
+# we use for nothing else.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -758,14 +807,18 @@ plots.lines(
     ylabel="largest / median channel",
     logy=True,
     title=f"The largest channel is {peak:.0f} times the median one{LABEL}",
-    alt="Ratio of the largest to the median channel for each layer, three kinds of input; one layer stands out.",
+    alt=(
+        "Ratio of the largest to the median channel for each layer, three kinds of input; one layer"
+        " stands out."
+    ),
 )
 
 # %% [markdown]
-# A *channel* is one column of the input. One scale for the whole tensor must hold the largest channel, and the median
-# one gets the share of levels that is left. SmoothQuant (Xiao et al. 2023) moves the trouble to where there is room:
-# divide channel $j$ by $s_j$ and multiply the weights' column $j$ by it. The product stays the same. With $s_j =
-# \max|x_j|^{\alpha} / \max|w_j|^{1-\alpha}$, $\alpha$ says how much is moved.
+# A *channel* is one column of the input. One scale for the whole tensor must hold the largest
+# channel, and the median one gets the share of levels that is left. SmoothQuant (Xiao et al. 2023)
+# moves the trouble to where there is room: divide channel $j$ by $s_j$ and multiply the weights'
+# column $j$ by it. The product stays the same. With $s_j = \max|x_j|^{\alpha} /
+# \max|w_j|^{1-\alpha}$, $\alpha$ says how much is moved.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -806,28 +859,34 @@ plots.lines(
     logy=True,
     reference=(1, "without"),
     title=f"Best α: {min(best.values()):g} to {max(best.values()):g}, by layer{LABEL}",
-    alt="Output error of int8 layers against alpha, relative to no smoothing: valleys at different places.",
+    alt=(
+        "Output error of int8 layers against alpha, relative to no smoothing: valleys at different"
+        " places."
+    ),
 )
 claims.verdict(
     "14.smoothquant_half", measure.median_interval(list(best.values())) if lm.real else lm.why
 )
 
 # %% [markdown]
-# Below the dashed line smoothing helps. At α = 0 the weights are made even and the inputs worse; at α = 1 the reverse.
-# Each layer has its own valley, so "take one half" is a first guess and not an answer. The inputs were scaled with one
-# text and tested on another.
+# Below the dashed line smoothing helps. At α = 0 the weights are made even and the inputs worse; at
+# α = 1 the reverse. Each layer has its own valley, so "take one half" is a first guess and not an
+# answer. The inputs were scaled with one text and tested on another.
 #
 # ## From scratch: GPTQ and AWQ on one layer
-# Weights alone again, 4 bits and 3. RTN treats each weight as if nothing else existed. But what counts is the *output*,
-# and the inputs are known. **GPTQ** (Frantar et al. 2023) rounds one column after the other, and after each moves the
-# columns still to come so that they repair the damage. How columns can stand in for each other is in $H = X^{\top}X$.
-# **AWQ** (Lin et al. 2024) multiplies the columns with large inputs before rounding, so that they lie on a finer grid,
-# and divides the inputs instead.
+# Weights alone again, 4 bits and 3. RTN treats each weight as if nothing else existed. But what
+# counts is the *output*, and the inputs are known. **GPTQ** (Frantar et al. 2023) rounds one column
+# after the other, and after each moves the columns still to come so that they repair the damage.
+# How columns can stand in for each other is in $H = X^{\top}X$. **AWQ** (Lin et al. 2024)
+# multiplies the columns with large inputs before rounding, so that they lie on a finer grid, and
+# divides the inputs instead.
 
 
 # %%
 def gptq(w, x, bits, group=64, damp=0.01):
-    """Round column by column; each error is passed on to the columns that follow, weighted by the inverse of H."""
+    """Round column by column; each error is passed on to the columns that follow, weighted by the
+    inverse of H.
+    """
     w, H = w.clone(), x.T @ x / len(x)
     H += damp * H.diagonal().mean() * torch.eye(len(H))
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -844,7 +903,9 @@ def gptq(w, x, bits, group=64, damp=0.01):
 
 
 def awq(w, x, bits, group=64):
-    """Scale columns by (mean input)^a before rounding; a is the best of eleven on the calibration inputs."""
+    """Scale columns by (mean input)^a before rounding; a is the best of eleven on the calibration
+    inputs.
+    """
     size, want = x.abs().mean(0).clamp(min=1e-6), x @ w.T
     tries = []
     for a in torch.linspace(0, 1, 11):
@@ -854,7 +915,8 @@ def awq(w, x, bits, group=64):
     return min(tries, key=lambda pair: pair[0])[1]
 
 
-# Two columns that always carry the same input, and a third that stretches the one-bit grid to 0 and 1.
+# Two columns that always carry the same input, and a third that stretches the one-bit grid to 0 and
+# 1.
 toy = torch.tensor([[0.4, 0.4, 1.0]])
 pair, other = torch.linspace(-1, 1, 8)[:, None], torch.tensor([1.0, -1.0] * 4)[:, None]
 seen = torch.cat([pair, pair, other], 1)
@@ -882,29 +944,36 @@ plots.bars(
     table,
     ylabel="squared error of the output (% of its power)",
     logx=True,
-    title=f"Layer {name} at 4 bits: GPTQ {table['4 bits, GPTQ'] / table['4 bits, RTN']:.2f}, AWQ {table['4 bits, AWQ'] / table['4 bits, RTN']:.2f} of RTN's error{LABEL}",
+    title=(
+        f"Layer {name} at 4 bits: GPTQ {table['4 bits, GPTQ'] / table['4 bits, RTN']:.2f}, AWQ"
+        f" {table['4 bits, AWQ'] / table['4 bits, RTN']:.2f} of RTN's error{LABEL}"
+    ),
     alt="Output error of one layer for round-to-nearest, GPTQ and AWQ at 4 and 3 bits.",
 )
 less = measure.paired_t((100 * (1 - by_block[4, "GPTQ"] / by_block[4, "RTN"])).numpy(), "%")
 claims.verdict("14.gptq_halves_the_error", less if lm.real else lm.why)
 
 # %% [markdown]
-# All three store the same number of bits. GPTQ and AWQ only choose them knowing the inputs. The comparison is on text
-# that neither has seen. This is one layer of one kind; *Break it* takes another, in which the order can turn round.
+# All three store the same number of bits. GPTQ and AWQ only choose them knowing the inputs. The
+# comparison is on text that neither has seen. This is one layer of one kind; *Break it* takes
+# another, in which the order can turn round.
 #
 # ## From scratch: speculative decoding
-# Several tokens in one pass cost little more than one: you saw it on the roofline. So let something cheap *guess* the
-# next tokens, and let the model check all guesses in one pass. Keep those that agree with what the model itself would
-# have said, plus the model's own next token; roll the cache back over the rest. Leviathan et al. (2023) proved it for
-# sampling; for greedy decoding you can see it: every kept token is the model's own argmax.
+# Several tokens in one pass cost little more than one: you saw it on the roofline. So let something
+# cheap *guess* the next tokens, and let the model check all guesses in one pass. Keep those that
+# agree with what the model itself would have said, plus the model's own next token; roll the cache
+# back over the rest. Leviathan et al. (2023) proved it for sampling; for greedy decoding you can
+# see it: every kept token is the model's own argmax.
 #
-# Our draft costs nothing: if the last two tokens have stood somewhere before, guess what followed there (*prompt
-# lookup*).
+# Our draft costs nothing: if the last two tokens have stood somewhere before, guess what followed
+# there (*prompt lookup*).
 
 
 # %%
 def lookup(past, most, ngram=2):
-    """Up to `most` tokens that followed the last time the present `ngram` tokens stood in `past`."""
+    """Up to `most` tokens that followed the last time the present `ngram` tokens stood in
+    `past`.
+    """
     for start in range(len(past) - ngram - 1, -1, -1):
         if past[start : start + ngram] == past[-ngram:]:
             return past[start + ngram : start + ngram + most]
@@ -912,7 +981,9 @@ def lookup(past, most, ngram=2):
 
 
 def speculate(w, past, cache, count, draft, most=8):
-    """`count` greedy tokens after `past`, whose last one is not in the cache yet; and how many passes it took."""
+    """`count` greedy tokens after `past`, whose last one is not in the cache yet; and how many
+    passes it took.
+    """
     made, passes = [], 0
     while len(made) < count:
         guess = draft(past + made, min(most, count - len(made) - 1))
@@ -957,7 +1028,10 @@ plots.intervals(
     {name: i for name, (i, _) in races.items()},
     xlabel="speed-up over plain greedy decoding (x)",
     title=" · ".join(f"{name}: {i.value:.1f}x" for name, (i, _) in races.items()) + LABEL,
-    alt="Speed-up of speculative decoding with its interval, for repeating a passage and for writing on.",
+    alt=(
+        "Speed-up of speculative decoding with its interval, for repeating a passage and for"
+        " writing on."
+    ),
 )
 different = sum(d for _, d in races.values())
 display(claims.verdict("14.speculative_text_is_identical", different))
@@ -966,11 +1040,12 @@ display(claims.verdict("14.speculative_is_twice_as_fast", for_prose if lm.real e
 claims.verdict("14.speculative_when_repeating", for_copies if lm.real else lm.why)
 
 # %% [markdown]
-# The text is the same in both, as the first verdict counts. (A tie in the last digit could turn an argmax; then you'd
-# see a small number there.) The speed depends on the *text*: where the answer repeats the prompt, as in editing,
-# summaries or code, guesses are right; in free prose the table of two-token memories seldom helps, and wrong guesses
-# cost. With a share $a$ of right guesses and $g$ guesses a pass, a pass yields $\frac{1 - a^{g+1}}{1 - a}$ tokens on
-# average (Leviathan et al. 2023). What would a draft made of the model's own first layers give, with four guesses a pass?
+# The text is the same in both, as the first verdict counts. (A tie in the last digit could turn an
+# argmax; then you'd see a small number there.) The speed depends on the *text*: where the answer
+# repeats the prompt, as in editing, summaries or code, guesses are right; in free prose the table
+# of two-token memories seldom helps, and wrong guesses cost. With a share $a$ of right guesses and
+# $g$ guesses a pass, a pass yields $\frac{1 - a^{g+1}}{1 - a}$ tokens on average (Leviathan et al.
+# 2023). What would a draft made of the model's own first layers give, with four guesses a pass?
 
 # %% tags=["nbval-ignore-output"]
 some = tokens[None, 30000 : 30000 + (64 if SMOKE else 128)]
@@ -980,18 +1055,19 @@ for depth in sorted({L // 3, L // 2, 2 * L // 3, L - 1}):
     tokens_a_pass = (1 - a**5) / (1 - a) if a < 1 else 5
     cost = 1 + 4 * depth / L
     print(
-        f"first {depth:2} of {L} layers: agree on {a:.0%}, {tokens_a_pass:.2f} tokens for {cost:.2f} passes' cost{LABEL}"
+        f"first {depth:2} of {L} layers: agree on {a:.0%}, {tokens_a_pass:.2f} tokens for"
+        f" {cost:.2f} passes' cost{LABEL}"
     )
 
 # %% [markdown]
-# The first layers were never trained to speak, so they agree seldom, and a draft that is half the model costs half a
-# pass for each guess. A draft must be *small and trained*. The last column must be below the one before it, or you
-# lose.
+# The first layers were never trained to speak, so they agree seldom, and a draft that is half the
+# model costs half a pass for each guess. A draft must be *small and trained*. The last column must
+# be below the one before it, or you lose.
 #
 # ## Explain: the memory of a large model on paper
-# Everything scales. Weights take $P \cdot \text{bits} / 8$ bytes. The cache takes, for each position of each text, a
-# key and a value in every layer: $2 \cdot \text{layers} \cdot \text{kv\_heads} \cdot d \cdot \text{bits} / 8$. Put in
-# what you would run.
+# Everything scales. Weights take $P \cdot \text{bits} / 8$ bytes. The cache takes, for each
+# position of each text, a key and a value in every layer: $2 \cdot \text{layers} \cdot
+# \text{kv\_heads} \cdot d \cdot \text{bits} / 8$. Put in what you would run.
 
 # %% tags=["nbval-ignore-output"]
 my_bits, my_cache_bits, my_batch, my_length = 4, 16, 4, 8192
@@ -1017,7 +1093,8 @@ for model in KNOWN:
     weights, held = on_paper(model, my_bits, my_cache_bits, my_batch, my_length)
     bound = roof.gbytes / (weights + held / my_batch)
     print(
-        f"{model}: weights {weights:.1f} GB, cache {held:.1f} GB; one text here: at most {bound:.2f} tokens a second"
+        f"{model}: weights {weights:.1f} GB, cache {held:.1f} GB; one text here: at most"
+        f" {bound:.2f} tokens a second"
     )
     lines[f"{model}, weights and cache"] = [
         sum(on_paper(model, my_bits, my_cache_bits, my_batch, c)) for c in contexts
@@ -1037,9 +1114,9 @@ plots.lines(
 )
 
 # %% [markdown]
-# The 7B model keeps 32 key heads a layer, the 70B only 8: grouped-query attention. So the 70B's cache is *smaller* than
-# that of a model a tenth of its size. The bound divides your measured bandwidth by the bytes of one step, as for decode above; no
-# software passes it with one text.
+# The 7B model keeps 32 key heads a layer, the 70B only 8: grouped-query attention. So the 70B's
+# cache is *smaller* than that of a model a tenth of its size. The bound divides your measured
+# bandwidth by the bytes of one step, as for decode above; no software passes it with one text.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1055,9 +1132,10 @@ plots.lines(
 # | continuous batching gains nothing | all answers have one length | the spread of lengths |
 #
 # ## Exercise A · the bytes of a KV cache
-# Complete one line, so that `kv_bytes(layers, heads, kv_heads, width, length, batch, bits)` gives the bytes of the
-# cache. A head has `width // heads` numbers. Example: 2 layers, 4 heads, 2 kv_heads, width 32, 10 positions, 1 text, 16
-# bits: a key of one position has $2 \cdot 8$ numbers, so $2 \cdot 2 \cdot 16 \cdot 10 = 640$ numbers, 1280 bytes.
+# Complete one line, so that `kv_bytes(layers, heads, kv_heads, width, length, batch, bits)` gives
+# the bytes of the cache. A head has `width // heads` numbers. Example: 2 layers, 4 heads, 2
+# kv_heads, width 32, 10 positions, 1 text, 16 bits: a key of one position has $2 \cdot 8$ numbers,
+# so $2 \cdot 2 \cdot 16 \cdot 10 = 640$ numbers, 1280 bytes.
 
 
 # %% tags=["exercise"]
@@ -1101,16 +1179,18 @@ def kv_bytes(layers, heads, kv_heads, width, length, batch, bits):
 
 
 # %% [markdown] tags=["instructor"]
-# 6 minutes. Let the room compute Llama 2 7B by hand: half a megabyte a token in 16 bits. Whoever counts query heads
-# gets the 70B wrong by eight: a good moment to ask why the field went to grouped queries.
+# 6 minutes. Let the room compute Llama 2 7B by hand: half a megabyte a token in 16 bits. Whoever
+# counts query heads gets the 70B wrong by eight: a good moment to ask why the field went to grouped
+# queries.
 
 # %% [markdown]
 # ## Exercise B · attention with a cache
-# Write `cached_attention(q, k, v, past)`. `q` is `(batch, heads, T, d)`, `k` and `v` are `(batch, kv_heads, T, d)`: the
-# new positions only. `past` is `None` at first, afterwards what you returned. Return `(out, past)`: `out` has the shape
-# of `q`. Whatever the pieces, `out` must equal causal attention over the whole sequence. Query head `h` uses key head
-# `h // (heads // kv_heads)`. Leave `past` as it was: a caller may use it twice. Example: T = 1 and `past = None`: the
-# only key gets weight 1, so `out` is `v`, repeated for each group.
+# Write `cached_attention(q, k, v, past)`. `q` is `(batch, heads, T, d)`, `k` and `v` are `(batch,
+# kv_heads, T, d)`: the new positions only. `past` is `None` at first, afterwards what you returned.
+# Return `(out, past)`: `out` has the shape of `q`. Whatever the pieces, `out` must equal causal
+# attention over the whole sequence. Query head `h` uses key head `h // (heads // kv_heads)`. Leave
+# `past` as it was: a caller may use it twice. Example: T = 1 and `past = None`: the only key gets
+# weight 1, so `out` is `v`, repeated for each group.
 
 
 # %% tags=["exercise"]
@@ -1121,7 +1201,8 @@ def cached_attention(q, k, v, past): ...
 exercises.check("14.B", cached_attention)
 
 # %% [markdown] tags=["hint"]
-# Put old and new keys together first. If there are S of them and T queries, query t stands at position S − T + t.
+# Put old and new keys together first. If there are S of them and T queries, query t stands at
+# position S − T + t.
 
 # %% [markdown] tags=["hint"]
 # `torch.ones(T, S, dtype=torch.bool).tril(S - T)` is the table of what may be seen.
@@ -1184,16 +1265,18 @@ def cached_attention(q, k, v, past):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes. Almost everybody forgets the offset of the mask, because a test with one token at a time passes without
-# any mask. Ask where pieces of several tokens occur: chunked prefill and speculative decoding.
+# 15 minutes. Almost everybody forgets the offset of the mask, because a test with one token at a
+# time passes without any mask. Ask where pieces of several tokens occur: chunked prefill and
+# speculative decoding.
 
 # %% [markdown]
 # ## Exercise C · the best perplexity under a byte budget
-# Not every part needs the same bits. Measure how much loss each part adds at 8, 4 and 3 bits, alone; losses of
-# different parts add up roughly. `options[i]` is a list of `(bytes, added_loss)` for part i. Write `allocate(options,
-# budget)`, which returns one index a part, so that the bytes sum to at most `budget` and the added losses to as little
-# as possible; `None` if nothing fits. Example: `allocate([[(8, 0.0), (4, 0.5)], [(8, 0.1), (4, 0.2)]], 12)` returns
-# `[0, 1]`: the second part gives up its bits.
+# Not every part needs the same bits. Measure how much loss each part adds at 8, 4 and 3 bits,
+# alone; losses of different parts add up roughly. `options[i]` is a list of `(bytes, added_loss)`
+# for part i. Write `allocate(options, budget)`, which returns one index a part, so that the bytes
+# sum to at most `budget` and the added losses to as little as possible; `None` if nothing fits.
+# Example: `allocate([[(8, 0.0), (4, 0.5)], [(8, 0.1), (4, 0.2)]], 12)` returns `[0, 1]`: the second
+# part gives up its bits.
 
 
 # %% tags=["exercise"]
@@ -1261,11 +1344,12 @@ def allocate(options, budget):
 
 
 # %% [markdown] tags=["instructor"]
-# 15 minutes with the next cell. Let the room guess which part is the most delicate one before it is printed. Discuss
-# why losses add only roughly.
+# 15 minutes with the next cell. Let the room guess which part is the most delicate one before it is
+# printed. Discuss why losses add only roughly.
 
 # %% [markdown]
-# Yours on the real model. Three parts, four bits or three, each measured alone; the budget is in the middle.
+# Yours on the real model. Three parts, four bits or three, each measured alone; the budget is in
+# the middle.
 
 # %% tags=["nbval-ignore-output"]
 PARTS = {"attention": "q k v o", "gate and up": "gate up", "down": "down"}
@@ -1284,7 +1368,8 @@ for part, names in PARTS.items():
         list(zip(sizes_mb, [added(quantized(b, 64, names)) for b in (4, 3)], strict=True))
     )
     print(
-        f"{part:12} 4 and 3 bits (MB, loss): {[(round(m, 1), round(a, 3)) for m, a in options[-1]]}{LABEL}"
+        f"{part:12} 4 and 3 bits (MB, loss):"
+        f" {[(round(m, 1), round(a, 3)) for m, a in options[-1]]}{LABEL}"
     )
 
 # %% tags=["nbval-ignore-output"]
@@ -1300,8 +1385,8 @@ if not exercises.is_pending(allocate) and (plan := allocate(options, budget)):
 
 # %% [markdown]
 # ## Break it
-# **GPTQ with too little text.** $H$ of a layer with many inputs has as many unknowns as columns squared. Give it fewer
-# tokens than columns.
+# **GPTQ with too little text.** $H$ of a layer with many inputs has as many unknowns as columns
+# squared. Give it fewer tokens than columns.
 
 # %% tags=["nbval-ignore-output"]
 name = f"{L // 2}.down"
@@ -1322,16 +1407,23 @@ plots.lines(
     logx=True,
     logy=True,
     reference=(1, "round to nearest"),
-    title=f"With {amounts[-1]} tokens GPTQ has {tuned['on new text'][-1]:.2f} of RTN's error on new text{LABEL}",
-    alt="Error of GPTQ relative to round-to-nearest against calibration tokens: low on its own text, higher on new text.",
+    title=(
+        f"With {amounts[-1]} tokens GPTQ has {tuned['on new text'][-1]:.2f} of RTN's error on new"
+        f" text{LABEL}"
+    ),
+    alt=(
+        "Error of GPTQ relative to round-to-nearest against calibration tokens: low on its own"
+        " text, higher on new text."
+    ),
 )
 
 # %% [markdown]
-# Above the dashed line, the clever way is worse than plain rounding. It learned its calibration text by heart: the
-# lower line shows how well. Tools take some hundred thousand tokens, and the papers' tables come from there.
+# Above the dashed line, the clever way is worse than plain rounding. It learned its calibration
+# text by heart: the lower line shows how well. Tools take some hundred thousand tokens, and the
+# papers' tables come from there.
 #
-# **A context so long that the cache outweighs the weights.** Fill it (the numbers in it do not matter for the time) and
-# step.
+# **A context so long that the cache outweighs the weights.** Fill it (the numbers in it do not
+# matter for the time) and step.
 
 # %% tags=["nbval-ignore-output"]
 far = [64, 512, 2048] if SMOKE else [64, 2048, 4096]
@@ -1350,30 +1442,41 @@ plots.lines(
     {"a cached step": late},
     xlabel="tokens in the cache",
     ylabel="ms",
-    title=f"{far[-1]} tokens in the cache ({of_cache:.0f} MB): a step takes {late[-1].value / late[0].value:.2f} times as long{LABEL}",
+    title=(
+        f"{far[-1]} tokens in the cache ({of_cache:.0f} MB): a step takes"
+        f" {late[-1].value / late[0].value:.2f} times as long{LABEL}"
+    ),
     alt="Time of a cached step against the tokens in the cache: slowly rising.",
 )
 big = None
 
 # %% [markdown]
-# A step was never constant: it reads the weights *and* the cache. "Linear" holds while the cache is small beside the
-# weights.
+# A step was never constant: it reads the weights *and* the cache. "Linear" holds while the cache is
+# small beside the weights.
 #
 # ## Exit quiz
 # **1. Why is prefill faster a token than decode?**
-# <details><summary>It uses lower precision</summary>No: the same numbers, the same kernels.</details>
-# <details><summary>One reading of the weights serves many tokens</summary>Right: more operations for each byte.</details>
+# <details><summary>It uses lower precision</summary>No: the same numbers, the same
+# kernels.</details>
+# <details><summary>One reading of the weights serves many tokens</summary>Right: more operations
+# for each byte.</details>
 # <details><summary>It needs no cache</summary>It even writes one.</details>
 #
-# **2. A runtime with 4-bit weights is 6 times faster than PyTorch in fp32. What did the 4 bits give?**
+# **2. A runtime with 4-bit weights is 6 times faster than PyTorch in fp32. What did the 4 bits
+# give?**
 # <details><summary>6x</summary>You don't know: two things changed.</details>
-# <details><summary>Unknown until the same runtime runs 16 bits</summary>Right: change one thing.</details>
-# <details><summary>8x, as the bytes say</summary>That is a ceiling, and one for bytes against fp32.</details>
+# <details><summary>Unknown until the same runtime runs 16 bits</summary>Right: change one
+# thing.</details>
+# <details><summary>8x, as the bytes say</summary>That is a ceiling, and one for bytes against
+# fp32.</details>
 #
 # **3. Perplexity 40.0 and 40.4 on the same tokens. Is the second worse?**
-# <details><summary>Yes</summary>Not before you see the interval of the paired differences.</details>
-# <details><summary>Look at the differences token by token</summary>Right: paired, they may well be told apart, or not.</details>
-# <details><summary>No, 1% is nothing</summary>Whether it matters is another question than whether it is there.</details>
+# <details><summary>Yes</summary>Not before you see the interval of the paired
+# differences.</details>
+# <details><summary>Look at the differences token by token</summary>Right: paired, they may well be
+# told apart, or not.</details>
+# <details><summary>No, 1% is nothing</summary>Whether it matters is another question than whether
+# it is there.</details>
 #
 # **4. Greedy speculative decoding with a bad draft gives**
 # <details><summary>worse text</summary>Each kept token is the model's own choice.</details>
@@ -1385,17 +1488,20 @@ big = None
 # <details><summary>the number of layers</summary>No.</details>
 # <details><summary>the vocabulary</summary>No.</details>
 #
-# **Key points** · decode reads all weights for one token, so bytes are its price · a cache turns quadratic into nearly
-# linear · batches and speculation share a reading · fewer bits are faster for sure only with a kernel that reads them ·
-# perplexity is compared paired, on enough tokens · a calibrated method can learn its calibration by heart · separate
-# the runtime's gain from the bits' gain.
+# **Key points** · decode reads all weights for one token, so bytes are its price · a cache turns
+# quadratic into nearly linear · batches and speculation share a reading · fewer bits are faster for
+# sure only with a kernel that reads them · perplexity is compared paired, on enough tokens · a
+# calibrated method can learn its calibration by heart · separate the runtime's gain from the bits'
+# gain.
 #
-# **For the capstone** row 14 of your ledger, *language models*, says whether the cache makes writing linear, what fewer bits
-# cost in perplexity, and what 4 bits gain within one runtime.
+# **For the capstone** row 14 of your ledger, *language models*, says whether the cache makes
+# writing linear, what fewer bits cost in perplexity, and what 4 bits gain within one runtime.
 #
-# **Sources** · Touvron et al. 2023, Llama 2 · Allal et al. 2025, SmolLM2 · Yu et al. 2022, Orca · Anyscale 2023, How
-# continuous batching enables 23x throughput · Frantar et al. 2023, GPTQ · Lin et al. 2024, AWQ · Xiao et al. 2023,
-# SmoothQuant · Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding · Ainslie et al. 2023,
-# GQA · [llama.cpp](https://github.com/ggml-org/llama.cpp)
+# **Sources** · Touvron et al. 2023, Llama 2 · Allal et al. 2025, SmolLM2 · Yu et al. 2022, Orca ·
+# Anyscale 2023, How continuous batching enables 23x throughput · Frantar et al. 2023, GPTQ · Lin et
+# al. 2024, AWQ · Xiao et al. 2023, SmoothQuant · Leviathan et al. 2023, Fast Inference from
+# Transformers via Speculative Decoding · Ainslie et al. 2023, GQA ·
+# [llama.cpp](https://github.com/ggml-org/llama.cpp)
 #
-# Next: [15 · Capstone](15_capstone.ipynb), where one service has to keep four promises at once, and a program says whether it does.
+# Next: [15 · Capstone](15_capstone.ipynb), where one service has to keep four promises at once, and
+# a program says whether it does.

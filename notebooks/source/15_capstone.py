@@ -1,16 +1,20 @@
 # %% [markdown]
 # # 15 · Capstone
 #
-# **Can you bring a trained network under a deployment brief, and prove it to somebody who does not trust you?**
+# **Can you bring a trained network under a deployment brief, and prove it to somebody who does not
+# trust you?**
 #
 # You will be able to
 # - turn a vague wish ("make it fast") into requirements that a program can accept or reject,
 # - find the part that limits you before you optimise anything,
-# - compose pruning, distillation, quantization, a runtime and batching, and choose among candidates without looking at the test images,
+# - compose pruning, distillation, quantization, a runtime and batching, and choose among candidates
+#   without looking at the test images,
 # - accept or reject a running service over HTTP, and name the requirement that decides,
 # - hand in one page that says all this.
 #
-# 120 minutes · before this: [03](03_pruning.ipynb), [04](04_distillation.ipynb), [06](06_quantization_in_practice.ipynb), [11](11_runtimes.ipynb) and [13](13_dynamic_batching.ipynb); [01](01_measurement.ipynb) as always · runs on any CPU, offline
+# 120 minutes · before this: [03](03_pruning.ipynb), [04](04_distillation.ipynb),
+# [06](06_quantization_in_practice.ipynb), [11](11_runtimes.ipynb) and
+# [13](13_dynamic_batching.ipynb); [01](01_measurement.ipynb) as always · runs on any CPU, offline
 
 # %% tags=["parameters"]
 import os
@@ -50,21 +54,28 @@ machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. Chapter 06: which two numbers does quantization need for each tensor, and where do they come from for activations?
-# 2. Chapter 13: why is latency counted from when a request was *due*, and not from when it was sent?
+# 1. Chapter 06: which two numbers does quantization need for each tensor, and where do they come
+#    from for activations?
+# 2. Chapter 13: why is latency counted from when a request was *due*, and not from when it was
+#    sent?
 # 3. Chapter 03: what does removing channels change that setting weights to zero does not?
 #
 # <details><summary>Answers</summary>
 #
-# 1. A scale and a zero-point. For activations from calibration: the network looks at some training images, and the ranges are noted.
-# 2. A slow server makes a waiting client send less. Counted from the sending, the wait that users feel disappears from the numbers.
-# 3. The shapes. Smaller arrays are less work for every kernel and every file format; zeros are numbers like others.
+# 1. A scale and a zero-point. For activations from calibration: the network looks at some training
+#    images, and the ranges are noted.
+# 2. A slow server makes a waiting client send less. Counted from the sending, the wait that users
+#    feel disappears from the numbers.
+# 3. The shapes. Smaller arrays are less work for every kernel and every file format; zeros are
+#    numbers like others.
 #
 # </details>
 #
 # ## The brief
-# A sorting hall. A camera photographs each order, one to forty-eight garments, and posts the cut-out pictures, 28 by 28 pixels each, to a service over HTTP. An arm waits for the answer:
-# the class of each garment. The network is the one that you know from chapter 00. The hall has grown, and today's service can't keep up.
+# A sorting hall. A camera photographs each order, one to forty-eight garments, and posts the
+# cut-out pictures, 28 by 28 pixels each, to a service over HTTP. An arm waits for the answer: the
+# class of each garment. The network is the one that you know from chapter 00. The hall has grown,
+# and today's service can't keep up.
 #
 # Four requirements, all of the form *at most*:
 #
@@ -75,20 +86,29 @@ machine.card()
 # | memory | megabytes that a process needs at most to load the model and answer: the box is small |
 # | accuracy lost | percentage points of test accuracy, against the network of today, on the same images |
 #
-# How many milliseconds? A number that suits a server is out of reach for a laptop. So the brief states two of its targets in units of *your* machine, and every reader has
-# an equally hard task: the unit of time is what today's network takes for one order in ONNX Runtime with one thread; the unit of memory is what a process needs that imports torch.
+# How many milliseconds? A number that suits a server is out of reach for a laptop. So the brief
+# states two of its targets in units of *your* machine, and every reader has an equally hard task:
+# the unit of time is what today's network takes for one order in ONNX Runtime with one thread; the
+# unit of memory is what a process needs that imports torch.
 
 # %% [markdown]
-# An order has $n$ images. What does it cost? Time the network for several $n$ and put a line through the points: $t(n) = a + c\,n$, a fixed part $a$ and $c$ for each image.
+# An order has $n$ images. What does it cost? Time the network for several $n$ and put a line
+# through the points: $t(n) = a + c\,n$, a fixed part $a$ and $c$ for each image.
 
 
 # %% tags=["nbval-ignore-output"]
 def export(model, name):
     """Write the model as one ONNX file whose batch size is free; return its path."""
     path = folder / f"{name}.onnx"
-    torch.onnx.export(model.to(memory_format=torch.contiguous_format).eval(), (torch.zeros(2, 1, 28, 28),), path,
-                      input_names=["image"], dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}},
-                      external_data=False, verbose=False)  # fmt: skip
+    torch.onnx.export(
+        model.to(memory_format=torch.contiguous_format).eval(),
+        (torch.zeros(2, 1, 28, 28),),
+        path,
+        input_names=["image"],
+        dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}},
+        external_data=False,
+        verbose=False,
+    )
     return path
 
 
@@ -114,12 +134,16 @@ print(f"one order: {measure.pretty(unit)}, of which {a / unit:.0%} are the same 
 
 
 # %% [markdown]
-# A share of zero would mean that the fixed part is lost in the noise of the long calls. And the memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime alone. `measure.child` reads a process's own peak.
+# A share of zero would mean that the fixed part is lost in the noise of the long calls. And the
+# memory of two processes that load a network and answer once: one with torch, one with ONNX Runtime
+# alone. `measure.child` reads a process's own peak.
 
 
 # %% tags=["nbval-ignore-output"]
 def peak_mb(path):
-    """Peak memory in MB of a process that opens the model in ONNX Runtime and classifies 64 images."""
+    """Peak memory in MB of a process that opens the model in ONNX Runtime and classifies 64
+    images.
+    """
     code = f"""
 import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -131,7 +155,10 @@ print(0)
     return measure.child(code).peak_bytes / 1e6
 
 
-WITH_TORCH = "import torch; from course_utils import models; models.baseline()(torch.zeros(64, 1, 28, 28)); print(0)"
+WITH_TORCH = (
+    "import torch; from course_utils import models; models.baseline()(torch.zeros(64, 1, 28, 28));"
+    " print(0)"
+)
 torch_mb = measure.child(WITH_TORCH).peak_bytes / 1e6
 print(f"torch {torch_mb:.0f} MB, ONNX Runtime {peak_mb(shipped):.0f} MB")
 
@@ -158,11 +185,14 @@ brief = Brief(
 brief
 
 # %% [markdown]
-# Read the first two lines together. The load is one and a half times what the shipped network can do by itself, and a service around it can do less. So its queue grows for as long as the load lasts. The limit of twenty orders' time
-# is generous for a service that keeps up and hopeless for one that does not. That is how real limits are: not a matter of degree.
+# Read the first two lines together. The load is one and a half times what the shipped network can
+# do by itself, and a service around it can do less. So its queue grows for as long as the load
+# lasts. The limit of twenty orders' time is generous for a service that keeps up and hopeless for
+# one that does not. That is how real limits are: not a matter of degree.
 #
 # ## Predict
-# The network of today in INT8, nothing else changed: how many of the four requirements will it meet?
+# The network of today in INT8, nothing else changed: how many of the four requirements will it
+# meet?
 
 # %%
 my_guess = ...
@@ -170,10 +200,13 @@ exercises.predict("15.int8", my_guess)
 
 # %% [markdown]
 # ## Analyse first: what can be gained at all?
-# A request passes through HTTP, through the server's processes, and through the network. Only the last becomes faster when you optimise the network. So time a service with *no* network in it.
+# A request passes through HTTP, through the server's processes, and through the network. Only the
+# last becomes faster when you optimise the network. So time a service with *no* network in it.
 #
-# The server is [mosec](https://mosecorg.github.io/mosec/), from chapter 13: its batcher collects what waits, up to `max_batch_size`, for at most `max_wait_time` milliseconds. An order's body is
-# a key of 16 bytes, then its pixels. mosec hands a worker the body alone and no headers, so the key travels in the body: a stranger's request is refused before it costs anything.
+# The server is [mosec](https://mosecorg.github.io/mosec/), from chapter 13: its batcher collects
+# what waits, up to `max_batch_size`, for at most `max_wait_time` milliseconds. An order's body is a
+# key of 16 bytes, then its pixels. mosec hands a worker the body alone and no headers, so the key
+# travels in the body: a stranger's request is refused before it costs anything.
 
 # %%
 SERVICE = """
@@ -235,9 +268,16 @@ class Deployment:
 
 
 def start(d):
-    """The running service of a deployment, a context manager: it ends with the block, however the block ends."""
-    settings = {"MODEL": str(d.model or ""), "MAX_BATCH": str(d.max_batch), "MAX_WAIT_MS": str(max(d.max_wait_ms, 1))}  # fmt: skip
-    # mosec waits three seconds for open requests when it is asked to end; here nobody is waiting any more
+    """The running service of a deployment, a context manager: it ends with the block, however the
+    block ends.
+    """
+    settings = {
+        "MODEL": str(d.model or ""),
+        "MAX_BATCH": str(d.max_batch),
+        "MAX_WAIT_MS": str(max(d.max_wait_ms, 1)),
+    }
+    # mosec waits three seconds for open requests when it is asked to end; here nobody is waiting
+    # any more
     return serving.server(folder / "service.py", token=KEY, env=settings, patience_s=0.3)
 
 
@@ -249,15 +289,18 @@ orders = [
     for n, e in zip(sizes, ends, strict=True)
 ]
 print(
-    f"{len(orders)} different orders, {sizes.min()} to {sizes.max()} images, {sizes.mean():.1f} on average"
+    f"{len(orders)} different orders, {sizes.min()} to {sizes.max()} images, {sizes.mean():.1f} on"
+    " average"
 )
 
 
 # %%
 def capacity(url, seconds):
-    """Orders a second of a busy service: all that were answered, over the time until the last answer came.
+    """Orders a second of a busy service: all that were answered, over the time until the last
+    answer came.
 
-    (Answers come by the batch. To count those inside the load's seconds would cut the last batch off.)
+    (Answers come by the batch. To count those inside the load's seconds would cut the last batch
+    off.)
     """
     answers = serving.closed_loop(url + "/sort", orders, seconds, connections=16)
     return (answers.status == 200).sum() / answers.finished.max()
@@ -275,18 +318,30 @@ if serves:
                 pieces[name].append(capacity(running.url, SECONDS / 2))
     per_order = {name: 1e3 / np.median(p) for name, p in pieces.items()}
     ceiling = per_order["shipped"] / per_order["no network"]
-    plots.bars({"no network": per_order["no network"], "the shipped network": per_order["shipped"]},
+    plots.bars(
+        {"no network": per_order["no network"], "the shipped network": per_order["shipped"]},
         ylabel="time of an order in a busy service (ms)",
-        title=f"HTTP and processes take {1 / ceiling:.0%} of an order's time: at most {ceiling:.1f}x can be gained",
-        alt="Milliseconds for one order in a busy service, without a network and with the shipped one.")  # fmt: skip
+        title=(
+            f"HTTP and processes take {1 / ceiling:.0%} of an order's time: at most {ceiling:.1f}x"
+            " can be gained"
+        ),
+        alt=(
+            "Milliseconds for one order in a busy service, without a network and with the shipped"
+            " one."
+        ),
+    )
 
 # %% [markdown]
-# The upper bar is what no pruning and no quantization will ever touch. Amdahl's law from chapter 01, read in the other direction: the ratio of the two bars is the most that a better network can
-# give, even one that takes no time. If yours is below two, the network is not your problem: look at the server. If it is far above, go on.
+# The upper bar is what no pruning and no quantization will ever touch. Amdahl's law from chapter
+# 01, read in the other direction: the ratio of the two bars is the most that a better network can
+# give, even one that takes no time. If yours is below two, the network is not your problem: look at
+# the server. If it is far above, go on.
 #
 # ## Optimise: a table of candidates
-# Each candidate is a file. Three things are noted about it: milliseconds an order, kilobytes, and accuracy on the **validation** images. Every choice is made on these. The test images wait for the acceptance, which
-# comes once: a candidate that was chosen on the test images has already seen the exam.
+# Each candidate is a file. Three things are noted about it: milliseconds an order, kilobytes, and
+# accuracy on the **validation** images. Every choice is made on these. The test images wait for the
+# acceptance, which comes once: a candidate that was chosen on the test images has already seen the
+# exam.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -339,11 +394,20 @@ def keep(name, figure, alt):
 
 # %%
 def pareto():
-    """Time against errors on the validation images, best at the lower left; the area of a point is its file."""
+    """Time against errors on the validation images, best at the lower left; the area of a point is
+    its file.
+    """
     fit = [x for x in candidates.values() if x.kb <= brief.file_kb and x.right >= floor]
     best = min(fit, key=lambda x: x.ms).name if fit else "none yet"
-    figure, ax = plots.axes("one order, one thread (ms)", "wrong on the validation images (%)", height=4.2,
-        title=f"{len(candidates)} candidates; inside the brief for file and accuracy, and fastest: {best}")  # fmt: skip
+    figure, ax = plots.axes(
+        "one order, one thread (ms)",
+        "wrong on the validation images (%)",
+        height=4.2,
+        title=(
+            f"{len(candidates)} candidates; inside the brief for file and accuracy, and fastest:"
+            f" {best}"
+        ),
+    )
     for i, x in enumerate(candidates.values()):
         edge = "black" if x in fit else "none"
         ax.scatter(
@@ -376,7 +440,8 @@ def pareto():
 floor = candidates["shipped"].right - brief.lost_points / 100
 
 # %% [markdown]
-# **Quantize.** INT8 with calibration on training images, one scale for each output channel (chapter 06).
+# **Quantize.** INT8 with calibration on training images, one scale for each output channel (chapter
+# 06).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -404,9 +469,12 @@ enter("INT8", quantized(shipped, "int8"))
 pareto()
 
 # %% [markdown]
-# Good is at the lower left. The point became smaller. Whether it moved left, and how far, depends on your processor (chapter 06: look for VNNI in the card above). If it did not, the 8-bit kernels of your machine are no faster than those for 32 bits.
+# Good is at the lower left. The point became smaller. Whether it moved left, and how far, depends
+# on your processor (chapter 06: look for VNNI in the card above). If it did not, the 8-bit kernels
+# of your machine are no faster than those for 32 bits.
 #
-# **Cut.** Half of the channels of each layer, by the sum of their weights' magnitudes (chapter 03). About a quarter of the multiplications remains. Then look at the accuracy before anything heals.
+# **Cut.** Half of the channels of each layer, by the sum of their weights' magnitudes (chapter 03).
+# About a quarter of the multiplications remains. Then look at the accuracy before anything heals.
 
 # %% tags=["nbval-ignore-output"]
 import torch_pruning
@@ -414,15 +482,22 @@ import torch_pruning
 pruned = copy.deepcopy(shipped_model)
 importance = torch_pruning.importance.MagnitudeImportance(p=1)
 torch_pruning.pruner.BasePruner(
-    pruned, torch.zeros(1, 1, 28, 28), importance=importance, pruning_ratio=0.5, ignored_layers=[pruned.fc], round_to=4
-).step()  # fmt: skip
+    pruned,
+    torch.zeros(1, 1, 28, 28),
+    importance=importance,
+    pruning_ratio=0.5,
+    ignored_layers=[pruned.fc],
+    round_to=4,
+).step()
 work = [measure.macs(m, torch.zeros(1, 1, 28, 28)) for m in (shipped_model, pruned)]
 print(f"{measure.parameters(pruned):,} parameters, {work[1] / work[0]:.0%} of the multiplications")
 enter("cut", export(copy.deepcopy(pruned), "cut"))
 enter("cut, INT8", quantized(folder / "cut.onnx", "cut_int8"))
 
 # %% [markdown]
-# **Heal by distillation.** The network that was cut learns from the one it was cut from: the shipped network's logits on the training images, computed once, are the targets (chapter 04, temperature 4).
+# **Heal by distillation.** The network that was cut learns from the one it was cut from: the
+# shipped network's logits on the training images, computed once, are the targets (chapter 04,
+# temperature 4).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -462,19 +537,25 @@ reduced = enter("cut, healed, INT8", quantized(folder / "healed.onnx", "healed_i
 pareto()
 
 # %% [markdown]
-# Follow the points. *Cut* shot up: as fast as it will ever be, and useless. *Healed* came back down and kept the time. *INT8* on top of it shrinks the file a second time. No single step reached
-# the corner with a small file; and the order matters, because healing after quantization would need training through the rounding (chapter 06).
+# Follow the points. *Cut* shot up: as fast as it will ever be, and useless. *Healed* came back down
+# and kept the time. *INT8* on top of it shrinks the file a second time. No single step reached the
+# corner with a small file; and the order matters, because healing after quantization would need
+# training through the rounding (chapter 06).
 #
-# Do the gains multiply, as slides have it? Measure the two alone, and both together, against the shipped network.
+# Do the gains multiply, as slides have it? Measure the two alone, and both together, against the
+# shipped network.
 
 # %% tags=["nbval-ignore-output"]
 x = np.random.default_rng(1).standard_normal((8, 1, 28, 28)).astype(np.float32)
 arms = {
     name: measure.onnx_arm(
-        measure.onnx_session(candidates[name].path, threads=1), x, name, "int8" if "INT8" in name else "float32"
+        measure.onnx_session(candidates[name].path, threads=1),
+        x,
+        name,
+        "int8" if "INT8" in name else "float32",
     )
     for name in ("shipped", "INT8", "cut, healed", "cut, healed, INT8")
-}  # fmt: skip
+}
 gain = {
     name: measure.compare(arms["shipped"], arm, seconds=2 * SECONDS)
     for name, arm in arms.items()
@@ -482,23 +563,34 @@ gain = {
 }
 product = gain["INT8"].ratio * gain["cut, healed"].ratio
 both = gain["cut, healed, INT8"]
-plots.intervals({name: g.interval for name, g in gain.items()}, xlabel="speed-up over the shipped network (x)",
-    title=f"Alone {gain['INT8'].ratio:.1f}x and {gain['cut, healed'].ratio:.1f}x; together {both.ratio:.1f}x, the product would be {product:.1f}x",
-    alt="Speed-ups with intervals of INT8, of cutting, and of both together.")  # fmt: skip
+plots.intervals(
+    {name: g.interval for name, g in gain.items()},
+    xlabel="speed-up over the shipped network (x)",
+    title=(
+        f"Alone {gain['INT8'].ratio:.1f}x and {gain['cut, healed'].ratio:.1f}x; together"
+        f" {both.ratio:.1f}x, the product would be {product:.1f}x"
+    ),
+    alt="Speed-ups with intervals of INT8, of cutting, and of both together.",
+)
 claims.verdict(
     "15.techniques_multiply",
     measure.Interval(*(v / product for v in (both.ratio, both.low, both.high))),
 )
 
 # %% [markdown]
-# Why would they not multiply? Each kernel has a cost that does not depend on the width: the call, the loop's ends, the conversion to 8 bits and back. In a network half as wide, those weigh more. If yours *do*
-# multiply, the kernels are still long enough on your machine that the rest does not show.
+# Why would they not multiply? Each kernel has a cost that does not depend on the width: the call,
+# the loop's ends, the conversion to 8 bits and back. In a network half as wide, those weigh more.
+# If yours *do* multiply, the kernels are still long enough on your machine that the rest does not
+# show.
 #
 # ## Verify: a service, a load, a verdict
-# Acceptance is a program. It starts the service in a process of its own, sends the hall's load from another, and compares four numbers with four limits. It does not know how the model was made.
+# Acceptance is a program. It starts the service in a process of its own, sends the hall's load from
+# another, and compares four numbers with four limits. It does not know how the model was made.
 #
-# The latency needs care. *99 of 100 within the limit* is the same as *at most 1 of 100 late*, and a share has an interval. An order that was refused or never answered is late. Lateness comes in clusters, one order waits behind
-# another, so the interval is taken twice, order by order (Clopper and Pearson 1934) and over ten stretches of the load, and the wider one counts.
+# The latency needs care. *99 of 100 within the limit* is the same as *at most 1 of 100 late*, and a
+# share has an interval. An order that was refused or never answered is late. Lateness comes in
+# clusters, one order waits behind another, so the interval is taken twice, order by order (Clopper
+# and Pearson 1934) and over ten stretches of the load, and the wider one counts.
 
 
 # %%
@@ -561,7 +653,9 @@ class Acceptance:
 
 
 def against(name, interval, limit, unit):
-    """A requirement from an interval: met if all of it is within the limit, missed if none of it is."""
+    """A requirement from an interval: met if all of it is within the limit, missed if none of it
+    is.
+    """
     verdict = "met" if interval.high <= limit else "missed" if interval.low > limit else "undecided"
     return Requirement(name, interval.value, limit, verdict, unit)
 
@@ -571,7 +665,9 @@ facts = {}  # of each file, until it is written again
 
 
 def facts_of(path):
-    """Which test images the file gets right, and the peak memory in MB of a process that uses it."""
+    """Which test images the file gets right, and the peak memory in MB of a process that uses
+    it.
+    """
     version = path, path.stat().st_mtime_ns
     if version not in facts:
         facts[version] = answers_of(path, test_images) == test_labels, peak_mb(path)
@@ -597,16 +693,27 @@ def accept(d):
     gained = measure.paired_share(facts_of(shipped)[0].numpy(), is_right.numpy())
     lost = measure.Interval(*(0.0 - v for v in (gained.value, gained.high, gained.low)))
     exactly = [measure.Interval(v, v, v) for v in (d.model.stat().st_size / 1e3, memory_mb)]
-    return Acceptance(d, (
-        Requirement("latency (p99)", 1e3 * float(np.percentile(waited, 99)), brief.latency_ms, decided, "ms"),
-        against("file", exactly[0], brief.file_kb, "kB"),
-        against("memory", exactly[1], brief.memory_mb, "MB"),
-        against("accuracy lost", lost, brief.lost_points, "points"),
-    ))  # fmt: skip
+    return Acceptance(
+        d,
+        (
+            Requirement(
+                "latency (p99)",
+                1e3 * float(np.percentile(waited, 99)),
+                brief.latency_ms,
+                decided,
+                "ms",
+            ),
+            against("file", exactly[0], brief.file_kb, "kB"),
+            against("memory", exactly[1], brief.memory_mb, "MB"),
+            against("accuracy lost", lost, brief.lost_points, "points"),
+        ),
+    )
 
 
 # %% [markdown]
-# Three services stand trial: the network of today, INT8 and nothing else, and the reference solution of this chapter, the candidate *cut, healed, INT8* with a batch of up to sixteen orders that waits for company no longer than `max_wait_ms=1`.
+# Three services stand trial: the network of today, INT8 and nothing else, and the reference
+# solution of this chapter, the candidate *cut, healed, INT8* with a batch of up to sixteen orders
+# that waits for company no longer than `max_wait_ms=1`.
 
 # %% tags=["nbval-ignore-output"]
 trials = {}
@@ -626,8 +733,10 @@ missed = 4 - met if serves else machine.can("package:mosec")
 claims.verdict("15.one_technique_is_enough", missed)
 
 # %% [markdown]
-# *Today* misses the latency by far: a queue that grows has no p99, only a length of observation. *Only INT8* may meet it, if your processor has the instruction; the file is too large for the brief in any case, because eight bits
-# for each weight are a quarter of 32, and the brief asks for an eighth. If the *reference* is not accepted on your machine, read which requirement it hangs on:
+# *Today* misses the latency by far: a queue that grows has no p99, only a length of observation.
+# *Only INT8* may meet it, if your processor has the instruction; the file is too large for the
+# brief in any case, because eight bits for each weight are a quarter of 32, and the brief asks for
+# an eighth. If the *reference* is not accepted on your machine, read which requirement it hangs on:
 #
 # **If yours shows no gain**
 #
@@ -640,7 +749,9 @@ claims.verdict("15.one_technique_is_enough", missed)
 # | undecided | the load was too short to tell | raise `LOAD` |
 #
 # ## Two deployments that fail, and ought to
-# A test that accepts everything proves nothing. *Cut and not healed* is as small and as fast as the reference. *Waits for company* is the reference's own model with one wrong setting: the batcher holds each order back until 64 are together or four times the limit is over.
+# A test that accepts everything proves nothing. *Cut and not healed* is as small and as fast as the
+# reference. *Waits for company* is the reference's own model with one wrong setting: the batcher
+# holds each order back until 64 are together or four times the limit is over.
 
 # %% tags=["nbval-ignore-output"]
 if serves:
@@ -660,8 +771,13 @@ if serves:
 
 # %% tags=["nbval-ignore-output"]
 if serves:
-    figure, ax = plots.axes("share of the budget that is used", "", height=4.6,
-        title="Accepted: " + (", ".join(n for n, x in trials.items() if x.verdict == "accepted") or "none"))  # fmt: skip
+    figure, ax = plots.axes(
+        "share of the budget that is used",
+        "",
+        height=4.6,
+        title="Accepted: "
+        + (", ".join(n for n, x in trials.items() if x.verdict == "accepted") or "none"),
+    )
     for i, requirement in enumerate(next(iter(trials.values())).requirements):
         used = [max(x.requirements[i].used, 0.01) for x in trials.values()]
         rows = np.arange(len(trials)) + 0.2 * (i - 1.5)
@@ -679,11 +795,14 @@ if serves:
     )
 
 # %% [markdown]
-# Bars that cross the line are requirements missed. Each of the two ends beyond it in one place, and it is the place you would expect: the first by its answers, the second by its wait. The longest bar of an accepted deployment is what
-# *binds* it: work on anything else changes nothing for the hall.
+# Bars that cross the line are requirements missed. Each of the two ends beyond it in one place, and
+# it is the place you would expect: the first by its answers, the second by its wait. The longest
+# bar of an accepted deployment is what *binds* it: work on anything else changes nothing for the
+# hall.
 #
 # ## Explain: two sentences put to the test
-# *The model is k times faster, so we need k times fewer servers.* And: *the file is k times smaller, so it needs k times less memory.*
+# *The model is k times faster, so we need k times fewer servers.* And: *the file is k times
+# smaller, so it needs k times less memory.*
 
 # %% tags=["nbval-ignore-output"]
 if serves:
@@ -707,23 +826,32 @@ claims.verdict(
 files = shipped.stat().st_size / reduced.path.stat().st_size
 memory = [facts_of(path)[1] for path in (shipped, reduced.path)]
 print(
-    f"file {files:.1f}x smaller; memory {memory[0]:.0f} MB and {memory[1]:.0f} MB, {memory[0] / memory[1]:.2f}x"
+    f"file {files:.1f}x smaller; memory {memory[0]:.0f} MB and {memory[1]:.0f} MB,"
+    f" {memory[0] / memory[1]:.2f}x"
 )
 claims.verdict("15.memory_shrinks_with_the_file", memory[0] / memory[1] / files)
 
 # %% [markdown]
-# The first is Amdahl again: what HTTP and the processes cost stays. How much that is stood in the first figure. Where its upper bar is a small part of the lower one, as with orders of this size, the service gains nearly what the
-# model gains, and the verdict may be open; with orders of one image the same model would gain far less. The second sentence forgets who is in the process: the interpreter, the runtime's code, the activations. The weights of a small network are a
-# rounding error of it. For a language model it is the other way round (chapter 14), and the sentence is nearly true.
+# The first is Amdahl again: what HTTP and the processes cost stays. How much that is stood in the
+# first figure. Where its upper bar is a small part of the lower one, as with orders of this size,
+# the service gains nearly what the model gains, and the verdict may be open; with orders of one
+# image the same model would gain far less. The second sentence forgets who is in the process: the
+# interpreter, the runtime's code, the activations. The weights of a small network are a rounding
+# error of it. For a language model it is the other way round (chapter 14), and the sentence is
+# nearly true.
 #
 # ## Exercise A · what it hangs on
-# Requirements may also be *at least*. Complete the share of the budget that is used, so that 1 is the limit in both directions and more is worse, and return a tuple: the name of the requirement with the largest share, and that share.
-# Where nothing was measured (`nan`), or where *at least* something is asked and nothing is there, the share is infinite.
+# Requirements may also be *at least*. Complete the share of the budget that is used, so that 1 is
+# the limit in both directions and more is worse, and return a tuple: the name of the requirement
+# with the largest share, and that share. Where nothing was measured (`nan`), or where *at least*
+# something is asked and nothing is there, the share is infinite.
 
 
 # %% tags=["exercise"]
 def binding(requirements):
-    """requirements: a list of (name, measured, target, kind), kind "at most" or "at least"; targets are above 0."""
+    """requirements: a list of (name, measured, target, kind), kind "at most" or "at least"; targets
+    are above 0.
+    """
     shares = {}
     for name, measured, target, kind in requirements:
         if math.isnan(measured):
@@ -794,12 +922,17 @@ def binding(requirements):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Ask for the units of each quotient: none. That is why they may be compared. Then ask what *work on anything else changes nothing* means for a team that has a week.
+# 8 minutes. Ask for the units of each quotient: none. That is why they may be compared. Then ask
+# what *work on anything else changes nothing* means for a team that has a week.
 
 # %% [markdown]
 # ## Exercise B · the front
-# A candidate is *dominated* when another is at least as good in both respects and better in one: no slower and no less accurate. Those that are not dominated are the Pareto front. Write
-# `front(points)`: `points` is a list of `(name, ms, right)`; return the names on the front, the fastest first (of equally fast ones, the order of the list). Two candidates that are equal in both do not dominate each other. Example: `[("a", 2, 0.9), ("b", 1, 0.8), ("c", 2, 0.8)]` gives `["b", "a"]`.
+# A candidate is *dominated* when another is at least as good in both respects and better in one: no
+# slower and no less accurate. Those that are not dominated are the Pareto front. Write
+# `front(points)`: `points` is a list of `(name, ms, right)`; return the names on the front, the
+# fastest first (of equally fast ones, the order of the list). Two candidates that are equal in both
+# do not dominate each other. Example: `[("a", 2, 0.9), ("b", 1, 0.8), ("c", 2, 0.8)]` gives `["b",
+# "a"]`.
 
 
 # %% tags=["exercise"]
@@ -842,7 +975,8 @@ def front(points):
 
 
 # %% tags=["wrong"]
-# A sweep from the fastest on that forgets candidates as fast as the last one: they come in the list's order.
+# A sweep from the fastest on that forgets candidates as fast as the last one: they come in the
+# list's order.
 def front(points):
     out, best = [], -math.inf
     for name, _, right in sorted(points, key=lambda p: p[1]):
@@ -853,14 +987,19 @@ def front(points):
 
 
 # %% [markdown] tags=["instructor"]
-# 12 minutes. The sweep is the answer that fast learners give; it fails on ties. Let them find the two points that break it before they mend it.
+# 12 minutes. The sweep is the answer that fast learners give; it fails on ties. Let them find the
+# two points that break it before they mend it.
 
 # %% [markdown]
 # ## Exercise C · choose under a brief
-# Now without a machine to try on: from a table. Write `choose(candidates, brief)`. A candidate is a dict with `name`, `fixed_ms` and `image_ms` (a call takes $a + c\,n$ for $n$ images, one call at a time), `kb`, and
-# `right`, the *lower end* of its accuracy's interval. The brief is a dict with `rate` (orders a second, Poisson), `images` (the images of each order, always the same number), `p99_ms`, `kb` and `right`.
-# Return `(name, max_batch, max_wait_ms)` of a deployment that meets all four, with the smallest file among those that can; or `None` if none can. The check simulates your deployment on arrivals that it draws. A candidate that it expects you to take meets the latency with room to spare, and one that
-# it expects you to leave is beyond it by far.
+# Now without a machine to try on: from a table. Write `choose(candidates, brief)`. A candidate is a
+# dict with `name`, `fixed_ms` and `image_ms` (a call takes $a + c\,n$ for $n$ images, one call at a
+# time), `kb`, and `right`, the *lower end* of its accuracy's interval. The brief is a dict with
+# `rate` (orders a second, Poisson), `images` (the images of each order, always the same number),
+# `p99_ms`, `kb` and `right`. Return `(name, max_batch, max_wait_ms)` of a deployment that meets all
+# four, with the smallest file among those that can; or `None` if none can. The check simulates your
+# deployment on arrivals that it draws. A candidate that it expects you to take meets the latency
+# with room to spare, and one that it expects you to leave is beyond it by far.
 
 
 # %% tags=["exercise"]
@@ -871,13 +1010,18 @@ def choose(candidates, brief): ...
 exercises.check("15.C", choose)
 
 # %% [markdown] tags=["hint"]
-# File and accuracy first: they need no simulation. Then go through what is left, from the smallest file up.
+# File and accuracy first: they need no simulation. Then go through what is left, from the smallest
+# file up.
 
 # %% [markdown] tags=["hint"]
-# With batches of up to $b$ orders a service can answer $b / (a + c\,b\,n)$ orders a second. If the load is above that for every $b$ you allow, the queue grows, and the candidate is out. One order by itself takes $a + c\,n$: it must be well within the limit.
+# With batches of up to $b$ orders a service can answer $b / (a + c\,b\,n)$ orders a second. If the
+# load is above that for every $b$ you allow, the queue grows, and the candidate is out. One order
+# by itself takes $a + c\,n$: it must be well within the limit.
 
 # %% [markdown] tags=["hint"]
-# Waiting for company helps nobody while a queue is there, and costs time when none is. A wait of 0 with a large `max_batch` takes what has come in meanwhile. To be sure of the p99, simulate: a list of arrivals, and a loop that jumps from call to call.
+# Waiting for company helps nobody while a queue is there, and costs time when none is. A wait of 0
+# with a large `max_batch` takes what has come in meanwhile. To be sure of the p99, simulate: a list
+# of arrivals, and a loop that jumps from call to call.
 
 
 # %% tags=["solution"]
@@ -904,8 +1048,13 @@ def choose(candidates, brief):
 # %% tags=["wrong"]
 # The latency of one order by itself: the queue is forgotten.
 def choose(candidates, brief):
-    fits = [x for x in candidates if x["kb"] <= brief["kb"] and x["right"] >= brief["right"]
-            and x["fixed_ms"] + x["image_ms"] * brief["images"] <= brief["p99_ms"]]  # fmt: skip
+    fits = [
+        x
+        for x in candidates
+        if x["kb"] <= brief["kb"]
+        and x["right"] >= brief["right"]
+        and x["fixed_ms"] + x["image_ms"] * brief["images"] <= brief["p99_ms"]
+    ]
     best = min(fits, key=lambda x: x["kb"], default=None)
     return best and (best["name"], 64, 0.0)
 
@@ -947,14 +1096,19 @@ def choose(candidates, brief):
 
 
 # %% [markdown] tags=["instructor"]
-# 25 minutes. The second hint is the capacity of chapter 13; the simulator is fifteen lines, and most will have one from there. Those who finish early: what does the answer change when orders are of different sizes?
+# 25 minutes. The second hint is the capacity of chapter 13; the simulator is fifteen lines, and
+# most will have one from there. Those who finish early: what does the answer change when orders are
+# of different sizes?
 
 # %% [markdown]
 # ## Yours
-# The reference is one way. There are better ones. Make a model file of your own with what the sixteen chapters taught, put it into a `Deployment`, and let `accept` judge it. Some questions to begin with:
+# The reference is one way. There are better ones. Make a model file of your own with what the
+# sixteen chapters taught, put it into a `Deployment`, and let `accept` judge it. Some questions to
+# begin with:
 # - The reference hangs on one requirement. Which, and what would you give up for it?
 # - Cut more (`pruning_ratio=0.6`, chapter 03) and heal longer: does the accuracy hold?
-# - A narrower network trained from nothing with distillation (`models.mini_resnet(16)`, chapter 04) in place of a cut one?
+# - A narrower network trained from nothing with distillation (`models.mini_resnet(16)`, chapter 04)
+#   in place of a cut one?
 # - `max_batch` and `max_wait_ms`: can you make it worse? Better?
 
 # %% tags=["nbval-ignore-output"]
@@ -967,7 +1121,8 @@ elif serves:
 
 # %% [markdown]
 # ## The report
-# One page, to hand in or to show to somebody who will pay for the box: the brief, who was tried, the verdicts, the figures, the machine. It is one file without any link to elsewhere.
+# One page, to hand in or to show to somebody who will pay for the box: the brief, who was tried,
+# the verdicts, the figures, the machine. It is one file without any link to elsewhere.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -978,14 +1133,22 @@ def report(path):
 
     rows = "".join(
         f"<tr><td>{html.escape(x.deployment.name)}</td><td><b>{x.verdict}</b></td><td>{x.binding.name}</td>"
-        + "".join(f"<td>{r.measured:.3g} {r.unit}<br><small>{r.verdict}</small></td>" for r in x.requirements) + "</tr>"
+        + "".join(
+            f"<td>{r.measured:.3g} {r.unit}<br><small>{r.verdict}</small></td>"
+            for r in x.requirements
+        )
+        + "</tr>"
         for x in trials.values()
-    )  # fmt: skip
+    )
     images = "".join(
-        f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+        f"<img alt='{html.escape(alt)}'"
+        f" src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
         for png, alt in pictures.values()
     )
-    limits = f"{brief.latency_ms:.3g} ms</th><th>{brief.file_kb:.3g} kB</th><th>{brief.memory_mb:.3g} MB</th><th>{brief.lost_points:.3g} points"
+    limits = (
+        f"{brief.latency_ms:.3g} ms</th><th>{brief.file_kb:.3g} kB</th><th>{brief.memory_mb:.3g}"
+        f" MB</th><th>{brief.lost_points:.3g} points"
+    )
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Acceptance</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}td,th{{border:1px solid #ccc;padding:.3rem .6rem}}
 table{{border-collapse:collapse}}img{{max-width:100%}}</style><h1>Acceptance of a service</h1>
@@ -999,12 +1162,14 @@ table{{border-collapse:collapse}}img{{max-width:100%}}</style><h1>Acceptance of 
 
 
 print(
-    f"{(folder / 'report.html').name}: {report(folder / 'report.html'):.0f} kB, in the folder of this chapter"
+    f"{(folder / 'report.html').name}: {report(folder / 'report.html'):.0f} kB, in the folder of"
+    " this chapter"
 )
 
 # %% [markdown]
 # ## Your ledger
-# Every chapter that you ran wrote its verdicts down. Here they are, one square a claim. A chapter without squares has not been run on this machine; run it, and this cell again.
+# Every chapter that you ran wrote its verdicts down. Here they are, one square a claim. A chapter
+# without squares has not been run on this machine; run it, and this cell again.
 
 # %% tags=["nbval-ignore-output"]
 ledger = claims.ledger()
@@ -1015,19 +1180,22 @@ plots.show(
 
 # %% [markdown]
 # ### Which technique when
-# The same ledger, asked another way: for each technique, when to reach for it, and what *your* machine said about what is promised of it. A technique whose claims do not hold here may hold on the machine that you deploy on. Run the course there.
+# The same ledger, asked another way: for each technique, when to reach for it, and what *your*
+# machine said about what is promised of it. A technique whose claims do not hold here may hold on
+# the machine that you deploy on. Run the course there.
 
 # %% tags=["nbval-ignore-output"]
 claims.techniques(ledger)
 
 # %% [markdown]
 # ## Exit quiz
-# **1.** A deployment uses 0.4 of its latency, 0.95 of its file and 0.3 of its memory. You have one week.
-# a) make it faster · b) make the file smaller · c) improve the accuracy
+# **1.** A deployment uses 0.4 of its latency, 0.95 of its file and 0.3 of its memory. You have one
+# week. a) make it faster · b) make the file smaller · c) improve the accuracy
 #
 # <details><summary>Answer</summary>
 #
-# All limits are kept: the file binds, so *b* if the brief may become stricter, and otherwise none: it is done. *a* is what most people do, because speed is fun.
+# All limits are kept: the file binds, so *b* if the brief may become stricter, and otherwise none:
+# it is done. *a* is what most people do, because speed is fun.
 #
 # </details>
 #
@@ -1036,7 +1204,8 @@ claims.techniques(ledger)
 #
 # <details><summary>Answer</summary>
 #
-# *b*. The best of ten candidates on one set of images is partly the luckiest on it. *a* is so here, and not the reason. *c* is a pleasant side.
+# *b*. The best of ten candidates on one set of images is partly the luckiest on it. *a* is so here,
+# and not the reason. *c* is a pleasant side.
 #
 # </details>
 #
@@ -1045,7 +1214,8 @@ claims.techniques(ledger)
 #
 # <details><summary>Answer</summary>
 #
-# *b*. With none late among $n$, the share of late ones may still be about $3/n$, here 1.5 of 100. *c* matters for what the load is like, not for how many requests are needed.
+# *b*. With none late among $n$, the share of late ones may still be about $3/n$, here 1.5 of 100.
+# *c* matters for what the load is like, not for how many requests are needed.
 #
 # </details>
 #
@@ -1054,7 +1224,8 @@ claims.techniques(ledger)
 #
 # <details><summary>Answer</summary>
 #
-# *a*, and the service without a network shows how much. *c* would show as latency at low load and not in a closed loop with many connections. *b* would have to be larger than any interval you saw.
+# *a*, and the service without a network shows how much. *c* would show as latency at low load and
+# not in a closed loop with many connections. *b* would have to be larger than any interval you saw.
 #
 # </details>
 #
@@ -1063,7 +1234,8 @@ claims.techniques(ledger)
 #
 # <details><summary>Answer</summary>
 #
-# *b*. Healing needs gradients, which rounding has not (chapter 06's way round costs training), and it must come after the damage. *c* heals what is not yet hurt.
+# *b*. Healing needs gradients, which rounding has not (chapter 06's way round costs training), and
+# it must come after the damage. *c* heals what is not yet hurt.
 #
 # </details>
 #
@@ -1071,10 +1243,14 @@ claims.techniques(ledger)
 # - A requirement is a number, a unit, a load and a way to measure; everything else is a wish.
 # - Measure the service without the model first: that is the most you can gain.
 # - Techniques compose, and their factors seldom multiply.
-# - Choose on validation, accept once on test, and let the acceptance reject something before you trust it.
+# - Choose on validation, accept once on test, and let the acceptance reject something before you
+#   trust it.
 # - One requirement binds. Work on that one.
 #
-# **Sources** · C. J. Clopper, E. S. Pearson, *The use of confidence or fiducial limits*, 1934 · G. Amdahl, *Validity of the single processor approach*, 1967 · S. Han, H. Mao, W. Dally, *Deep Compression*, 2016 ·
-# G. Hinton, O. Vinyals, J. Dean, *Distilling the knowledge in a neural network*, 2015 · [mosec](https://mosecorg.github.io/mosec/)
+# **Sources** · C. J. Clopper, E. S. Pearson, *The use of confidence or fiducial limits*, 1934 · G.
+# Amdahl, *Validity of the single processor approach*, 1967 · S. Han, H. Mao, W. Dally, *Deep
+# Compression*, 2016 · G. Hinton, O. Vinyals, J. Dean, *Distilling the knowledge in a neural
+# network*, 2015 · [mosec](https://mosecorg.github.io/mosec/)
 #
-# **Where to go from here** Run the course on the machine that you deploy on, and put the ledgers side by side: `course report here.json there.json`.
+# **Where to go from here** Run the course on the machine that you deploy on, and put the ledgers
+# side by side: `course report here.json there.json`.
