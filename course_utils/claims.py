@@ -7,14 +7,12 @@ measurement, shows the result and writes it to the ledger.
 import difflib
 import functools
 import html
-import json
 import math
-import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from course_utils import ROOT, machine
+from course_utils import ROOT, ledger, machine
 from course_utils.measure.stats import Interval
 
 FOLDER = ROOT / "notebooks" / "claims"
@@ -25,13 +23,10 @@ HOLDS, FAILS, OPEN, UNTESTED = (
     "not testable here",
 )
 _COLOURS = {HOLDS: "#1b7837", FAILS: "#b2182b", OPEN: "#8a6d00", UNTESTED: "#666666"}
-LOOK = {
-    HOLDS: ("#bfe3c5", "holds"),
-    FAILS: ("#f4b6ae", "fails"),
-    OPEN: ("#f5e6a8", "open"),
-    UNTESTED: ("#e0e0e0", "n/a"),
-}
-"""Fill and short word of each verdict: a picture must be read in grey, too."""
+WORDS = {HOLDS: "holds", FAILS: "fails", OPEN: "open", UNTESTED: "n/a"}
+"""The short word of each verdict: a picture must be read in grey, too."""
+FILLS = {HOLDS: "#bfe3c5", FAILS: "#f4b6ae", OPEN: "#f5e6a8", UNTESTED: "#e0e0e0"}
+"""The colour behind it."""
 
 
 class ClaimError(ValueError):
@@ -42,6 +37,9 @@ class ClaimError(ValueError):
 class Claim:
     """A statement somebody makes, the condition under which it is tested, and the band of values
     for which it holds.
+
+    >>> Claim("99.twice", "It is twice as fast.", "somebody, 2020", "here", (1.8, 2.2), "x").band
+    (1.8, 2.2)
     """
 
     id: str
@@ -55,7 +53,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What this machine says about one claim."""
+    """What this machine says about one claim.
+
+    >>> claim = Claim("99.twice", "It is twice as fast.", "somebody, 2020", "here", (1.8, 2.2), "x")
+    >>> Verdict(claim, HOLDS, 2.0, 1.9, 2.1, "")
+    99.twice: holds here
+      claim:     It is twice as fast.
+      source:    somebody, 2020
+      condition: here
+      holds for: 1.8 to 2.2 x
+      measured:  2 x [1.9, 2.1]
+    """
 
     claim: Claim
     status: str
@@ -118,6 +126,9 @@ def verdict(
     (1 or 0), or a machine.Skip. The claim holds if the whole interval lies in its band, fails if
     all of it lies outside, and is inconclusive if the interval straddles an edge. Raises ClaimError
     for an unknown id, ValueError for NaN.
+
+    >>> verdict(next(iter(registry())), machine.Skip("gpu", "there is none.")).status
+    'not testable here'
     """
     claim = find(claim_id)
     if isinstance(measurement, machine.Skip):
@@ -125,7 +136,7 @@ def verdict(
     else:
         value, low, high = _numbers(claim_id, measurement)
         result = Verdict(claim, status(claim.band, low, high), value, low, high, "")
-    record(
+    ledger.record(
         "verdict",
         claim=claim.id,
         chapter=claim.id.split(".")[0],
@@ -142,7 +153,11 @@ def verdict(
 
 
 def status(band: tuple[float, float], low: float, high: float) -> str:
-    """Where an interval lies with respect to a band."""
+    """Where an interval lies with respect to a band.
+
+    >>> status((1.8, 2.2), 1.9, 2.1), status((1.8, 2.2), 1.0, 1.7), status((1.8, 2.2), 1.7, 1.9)
+    ('holds here', 'does not hold here', 'inconclusive')
+    """
     if band[0] <= low and high <= band[1]:
         return HOLDS
     if high < band[0] or low > band[1]:
@@ -151,7 +166,12 @@ def status(band: tuple[float, float], low: float, high: float) -> str:
 
 
 def find(claim_id: str) -> Claim:
-    """The claim with this id; ClaimError naming the nearest one otherwise."""
+    """The claim with this id; ClaimError naming the nearest one otherwise.
+
+    >>> find("99.nowhere")
+    Traceback (most recent call last):
+    course_utils.claims.ClaimError: no claim '99.nowhere' in notebooks/claims/; did you mean ...?
+    """
     known = registry()
     if claim_id not in known:
         near = difflib.get_close_matches(claim_id, known, 1, 0)
@@ -164,7 +184,11 @@ def find(claim_id: str) -> Claim:
 
 @functools.cache
 def registry(folder: Path = FOLDER) -> dict[str, Claim]:
-    """All claims by id. Raises ClaimError for an entry that lacks a field or has one too many."""
+    """All claims by id. Raises ClaimError for an entry that lacks a field or has one too many.
+
+    >>> all(id == claim.id for id, claim in registry().items())
+    True
+    """
     claims = {}
     for path in sorted(folder.glob("[0-9][0-9].toml")):
         for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
@@ -180,32 +204,16 @@ def registry(folder: Path = FOLDER) -> dict[str, Claim]:
     return claims
 
 
-def record(event: str, **fields: object) -> None:
-    """Append an event (a verdict, a check, a skip) to the ledger file; without a writable place it
-    is only shown.
-    """
-    path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
-    except OSError:
-        pass
-
-
-def ledger() -> list[dict]:
-    """This reader's verdicts so far, the last one of each claim."""
-    path = Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
-    if not path.is_file():
-        return []
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({e["claim"]: e for e in events if e["event"] == "verdict"}.values())
-
-
 @dataclass(frozen=True)
 class Techniques:
     """Which technique when, with what a ledger says about the claims made for it; shows itself as a
     table.
+
+    >>> said = (("99.twice", "It is twice as fast.", HOLDS),)
+    >>> row = {"name": "Pruning", "chapters": ["03"], "try_when": "…", "leave_when": "…"}
+    >>> Techniques((row | {"verdicts": said},))
+    Pruning (03)
+        holds: It is twice as fast.
     """
 
     rows: tuple[
@@ -216,8 +224,7 @@ class Techniques:
         lines = []
         for row in self.rows:
             said = [
-                f"{LOOK[v][1] if v else 'not run'}: {statement}"
-                for _, statement, v in row["verdicts"]
+                f"{WORDS.get(v, 'not run')}: {statement}" for _, statement, v in row["verdicts"]
             ]
             lines.append("\n    ".join([f"{row['name']} ({', '.join(row['chapters'])})", *said]))
         return "\n".join(lines)
@@ -226,8 +233,8 @@ class Techniques:
         e, body = html.escape, ""
         for row in self.rows:
             said = "<br>".join(
-                f"<span title='{e(claim)}' style='background:{LOOK[v][0] if v else 'none'}'>"
-                f"{LOOK[v][1] if v else 'not run'}</span> {e(statement)}"
+                f"<span title='{e(claim)}' style='background:{FILLS.get(v, 'none')}'>"
+                f"{WORDS.get(v, 'not run')}</span> {e(statement)}"
                 for claim, statement, v in row["verdicts"]
             )
             cells = (
@@ -254,8 +261,11 @@ class Techniques:
 
 
 def techniques(rows: list[dict]) -> Techniques:
-    """Which technique when, from a ledger's rows (`ledger()`, or a ledger.json). Raises ClaimError
-    for an unknown claim.
+    """Which technique when, from a ledger's rows (`ledger.verdicts()`, or a ledger.json). Raises
+    ClaimError for an unknown claim.
+
+    >>> [row["name"] for row in techniques([]).rows if "03" in row["chapters"]]
+    ['...']
     """
     said = {row["claim"]: row["verdict"] for row in rows}
     entries = tomllib.loads((FOLDER / "techniques.toml").read_text(encoding="utf-8"))

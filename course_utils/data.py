@@ -46,6 +46,13 @@ class DataError(RuntimeError):
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits.
+
+    >>> path = Path("empty")
+    >>> path.touch()
+    >>> sha256(path)[:8]
+    'e3b0c442'
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -53,6 +60,10 @@ def sha256(path: Path) -> str:
 def verified(path: Path, expected: str, remedy: str) -> Path:
     """`path` itself, if its SHA-256 is `expected`; DataError with both digests and the remedy
     otherwise.
+
+    >>> verified(Path("nowhere.txt"), "e3b0c442", "Get it with: course data --full")
+    Traceback (most recent call last):
+    course_utils.data.DataError: nowhere.txt is missing from /. Get it with: course data --full
     """
     if not path.is_file():
         raise DataError(f"{path.name} is missing from {path.parent.name}/. {remedy}")
@@ -66,7 +77,11 @@ def verified(path: Path, expected: str, remedy: str) -> Path:
 
 
 def dataset_file(name: str) -> Path:
-    """A file of datasets/, checked against datasets/SHA256.json."""
+    """A file of datasets/, checked against datasets/SHA256.json.
+
+    >>> dataset_file("persuasion.txt").suffix
+    '.txt'
+    """
     digests = json.loads((DATASETS / "SHA256.json").read_text())
     if name not in digests:
         raise DataError(f"datasets/ has no file {name!r}; it has: {', '.join(sorted(digests))}.")
@@ -84,6 +99,10 @@ def fashion_mnist(
     `full=True`, after `course data --full`: 55,000, 5,000 and 10,000. The 3,000 are among the
     5,000, the 12,000 among the 55,000, and train and validation share no image. Raises DataError
     for a missing or altered file, ValueError for another split.
+
+    >>> images, labels = fashion_mnist("validation")
+    >>> images.shape, images.dtype, CLASSES[labels[0]] in CLASSES
+    (torch.Size([3000, 1, 28, 28]), torch.uint8, True)
     """
     import torch
 
@@ -98,12 +117,21 @@ def fashion_mnist(
 
 
 def austen() -> str:
-    """The text of *Persuasion* (1818), public domain: about 83,000 words."""
+    """The text of *Persuasion* (1818), public domain: about 83,000 words.
+
+    >>> austen()[:10]
+    'Persuasion'
+    """
     return dataset_file("persuasion.txt").read_text(encoding="utf-8")
 
 
 def full_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The full data set's `split`: images uint8 (N, 28, 28), labels uint8 (N,)."""
+    """The full data set's `split`: images uint8 (N, 28, 28), labels uint8 (N,).
+
+    >>> images, labels = full_arrays("validation")  # doctest: +SKIP
+    >>> images.shape, labels.shape  # doctest: +SKIP
+    ((5000, 28, 28), (5000,))
+    """
     stem = "t10k" if split == "test" else "train"
     images = _read_idx(f"{stem}-images-idx3-ubyte", (-1, 28, 28), offset=16)
     labels = _read_idx(f"{stem}-labels-idx1-ubyte", (-1,), offset=8)
@@ -117,6 +145,10 @@ def full_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
 def validation_mask(labels: np.ndarray) -> np.ndarray:
     """Which of the 60,000 official training images are validation: 500 of each class, drawn once by
     a fixed seed.
+
+    >>> labels = np.repeat(np.arange(10), 6000)
+    >>> int(validation_mask(labels).sum())
+    5000
     """
     rng = np.random.default_rng(20260101)
     mask = np.zeros(len(labels), dtype=bool)
@@ -137,6 +169,9 @@ def fetch_full() -> list[str]:
     Files already there and whole are kept. Each arrives under another name and is renamed once its
     digest is right, so an interruption leaves no half a file. Returns the names of the files that
     were added.
+
+    >>> fetch_full()  # doctest: +SKIP
+    ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte', …]
     """
     FULL.mkdir(parents=True, exist_ok=True)
     missing = [n for n in _IDX if not ((FULL / n).is_file() and sha256(FULL / n) == _IDX[n])]

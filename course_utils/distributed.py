@@ -1,15 +1,15 @@
 """Several processes: the worker that torchrun starts, and the launcher a notebook starts torchrun
 with.
 
-results = distributed.launch("ring.py", "ddp.py", workers=2, settings={"steps": 8})   # {"ring": [of
-rank 0, of rank 1], …}
+    results = distributed.launch("ring.py", "ddp.py", workers=2, settings={"steps": 8})
+    results["ring"]  # [of rank 0, of rank 1]
 
 A module given by its file has a function `run(settings)`, called on every worker after the process
 group is up; what it returns (anything JSON can hold) comes back. The same worker runs on a cluster,
 started there by torchrun itself:
 
-torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 \\
-    -m course_utils.distributed ring.py ddp.py --out results
+    torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 \\
+        -m course_utils.distributed ring.py ddp.py --out results
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_utils import ROOT, machine
+from course_utils import ROOT, processes
 
 _BUSY = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
@@ -63,6 +63,12 @@ def launch(
     default) is retried with another. Raises WorkerError with the worker's own traceback,
     TimeoutError with the place where each worker hung. However the call ends (error, timeout,
     Ctrl-C), no process outlives it.
+
+    >>> launch("ring.py", workers=2)
+    Traceback (most recent call last):
+    FileNotFoundError: no such module: ring.py
+    >>> launch("ring.py", workers=2, settings={"steps": 8})["ring"]  # doctest: +SKIP
+    [{'rank': 0, …}, {'rank': 1, …}]
     """
     missing = [str(m) for m in modules if not Path(m).is_file()]
     if missing:
@@ -87,14 +93,22 @@ def launch(
 
 
 def free_port() -> int:
-    """A port that nothing listens on at this moment."""
+    """A port that nothing listens on at this moment.
+
+    >>> 1024 <= free_port() < 65536
+    True
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def command(tail: Sequence[str], workers: int, restarts: int, port: int) -> list[str]:
-    """torchrun's command line for one machine."""
+    """torchrun's command line for one machine.
+
+    >>> command(["ring.py"], workers=2, restarts=0, port=29400)[-1]
+    'ring.py'
+    """
     return [
         sys.executable,
         "-m",
@@ -134,7 +148,7 @@ def _torchrun(
                 f" stopped.\n{_hanging(folder)}"
             ) from None
         finally:
-            end(process.pid)
+            processes.end(process.pid)
             process.wait()
         log.seek(0)
         return code, log.read()
@@ -164,6 +178,9 @@ def launch_two_nodes(
 
     Needs root, Linux and the program `ip`. The namespaces, and with them the cable, are removed
     however the call ends.
+
+    >>> launch_two_nodes("ring.py", settings={"steps": 8})["ring"]  # doctest: +SKIP
+    [{'rank': 0, …}, {'rank': 1, …}]
     """
     names = [f"course-{os.getpid()}-{side}" for side in "ab"]
     cable, addresses = [f"cv{os.getpid()}{side}" for side in "ab"], ["10.213.77.1", "10.213.77.2"]
@@ -175,7 +192,7 @@ def launch_two_nodes(
         tempfile.TemporaryDirectory(prefix="course-nodes-") as temporary,
         tempfile.TemporaryFile("w+") as log,
     ):
-        folder, processes = Path(temporary), []
+        folder, nodes = Path(temporary), []
         tail = ["-m", "course_utils.distributed", *map(str, modules), "--out", temporary]
         tail += ["--settings", json.dumps(settings or {})]
         try:
@@ -219,22 +236,22 @@ def launch_two_nodes(
                 ]
                 env = os.environ | _environment() | {"GLOO_SOCKET_IFNAME": cable[node]}
                 command_line = ["ip", "netns", "exec", name, *torchrun]
-                processes.append(
+                nodes.append(
                     subprocess.Popen(
                         command_line, stdout=log, stderr=log, env=env, start_new_session=True
                     )
                 )
             stop = time.monotonic() + timeout
-            codes = [process.wait(max(stop - time.monotonic(), 0.1)) for process in processes]
+            codes = [process.wait(max(stop - time.monotonic(), 0.1)) for process in nodes]
         except subprocess.TimeoutExpired:
-            for process in processes:
+            for process in nodes:
                 _ask_where(process.pid)
             raise TimeoutError(
                 f"the two nodes did not end within {timeout:g} s.\n{_hanging(folder)}"
             ) from None
         finally:
-            for process in processes:
-                end(process.pid)
+            for process in nodes:
+                processes.end(process.pid)
                 process.wait()
             for name in names:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -244,30 +261,14 @@ def launch_two_nodes(
         return {Path(m).stem: results(folder, Path(m).stem, 2) for m in modules}
 
 
-def end(pid: int) -> None:
-    """Kill a process and everything below it. It is stopped first, so that nothing new is started
-    meanwhile.
-    """
-    import psutil
-
-    try:
-        root = psutil.Process(pid)
-        if root.status() != psutil.STATUS_ZOMBIE:
-            root.send_signal(signal.SIGSTOP)
-        tree = [*root.children(recursive=True), root]
-    except psutil.Error:
-        return
-    for process in tree:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    machine.wait_gone([process.pid for process in tree[:-1]], seconds=5)
-
-
 def results(folder: Path, stem: str, workers: int) -> list:
     """What module `stem` returned on each worker: also from a launch that failed in a later
     module.
+
+    >>> for rank in range(2):
+    ...     _ = Path(f"ring.worker.{rank}.json").write_text(json.dumps({"rank": rank}))
+    >>> results(Path(), "ring", workers=2)
+    [{'rank': 0}, {'rank': 1}]
     """
     return [
         json.loads((folder / f"{stem}.worker.{rank}.json").read_text()) for rank in range(workers)
@@ -288,10 +289,12 @@ def _first_failure(folder: Path, text: str) -> str:
 
 def _ask_where(pid: int) -> None:
     """Have every worker below `pid` write where it stands: each has told faulthandler to answer
-    SIGUSR1.
+    SIGUSR1. Windows has no such signal; there `_hanging` says so.
     """
     import psutil
 
+    if not hasattr(signal, "SIGUSR1"):
+        return
     try:
         for process in psutil.Process(pid).children(recursive=True):
             process.send_signal(signal.SIGUSR1)
@@ -307,11 +310,17 @@ def _hanging(folder: Path) -> str:
         parts.append(
             "\n".join([f"worker {path.suffix[1:]} was here, the innermost call first:", *stack])
         )
+    if not hasattr(signal, "SIGUSR1"):
+        return "Where they hung is not known: this system has no signal to ask them (SIGUSR1)."
     return shorten("\n".join(parts))
 
 
 def shorten(text: str) -> str:
-    """Files by their names alone: where things lie on this machine is nobody's business."""
+    """Files by their names alone: where things lie on this machine is nobody's business.
+
+    >>> shorten('  File "/home/ann/course/ring.py", line 3')
+    'File "ring.py", line 3'
+    """
     return re.sub(r'File "[^"]*[/\\]', 'File "', text).strip()
 
 
@@ -320,13 +329,15 @@ def _loopback() -> str:
     return next((n for n in ("lo", "lo0") if n in names), "")
 
 
-# --- for the modules that run in workers
-# -----------------------------------------------------------------------------
+# --- for the modules that run in workers ---
 
 
 class Block(nn.Module):
     """x + down(relu(up(x))): the block behind a transformer's attention, rows of `width` numbers,
     8·width² weights.
+
+    >>> Block(8)(torch.zeros(2, 8)).shape
+    torch.Size([2, 8])
     """
 
     def __init__(self, width: int, norm: bool = False) -> None:
@@ -341,6 +352,9 @@ class Block(nn.Module):
 def chain(width: int, depth: int, seed: int = 0, norm: bool = False) -> nn.Sequential:
     """`depth` blocks whose weights depend on `seed` alone: the same on every worker that asks for
     the same.
+
+    >>> torch.equal(chain(8, 2)[0].up.weight, chain(8, 2)[0].up.weight)
+    True
     """
     torch.manual_seed(seed)
     return nn.Sequential(*[Block(width, norm) for _ in range(depth)])
@@ -349,38 +363,61 @@ def chain(width: int, depth: int, seed: int = 0, norm: bool = False) -> nn.Seque
 def batch(
     rows: int, width: int, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, the same on every worker that asks with the same seed."""
+    """Inputs and targets, the same on every worker that asks with the same seed.
+
+    >>> x, y = batch(rows=4, width=8)
+    >>> x.shape, y.shape
+    (torch.Size([4, 8]), torch.Size([4, 8]))
+    """
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, rows, width, generator=generator, dtype=dtype).unbind(0)
     return x, y
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Forward and backward of the mean squared error; gradients add up in .grad."""
+    """Forward and backward of the mean squared error; gradients add up in .grad.
+
+    >>> model = chain(8, 1)
+    >>> step(model, *batch(4, 8)).shape
+    torch.Size([])
+    >>> flat_gradients(model).shape
+    torch.Size([552])
+    """
     loss = F.mse_loss(model(x), y)
     loss.backward()
     return loss
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Wall-clock seconds of one call.
+
+    >>> 0.01 <= seconds(lambda: time.sleep(0.01)) < 1
+    True
+    """
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def flat_gradients(model: nn.Module) -> Tensor:
-    """All gradients of a model in one row."""
+    """All gradients of a model in one row.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> flat_gradients(layer)
+    tensor([1., 1., 1.])
+    """
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# --- in a worker
-# ---------------------------------------------------------------------------------------------------
+# --- in a worker ---
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """What torchrun starts: open the process group, run the modules one after the other, write what
     they return.
+
+    >>> main(["ring.py", "--out", "results"])  # doctest: +SKIP
     """
     parser = argparse.ArgumentParser(prog="course_utils.distributed")
     parser.add_argument("modules", nargs="+")
@@ -457,27 +494,17 @@ def _watch(folder: Path, rank: int) -> None:
     it is gone.
     """
     parent, launcher = os.getppid(), int(os.environ.get("COURSE_LAUNCHER", 0))
-    if launcher:
+    if launcher and hasattr(faulthandler, "register") and hasattr(signal, "SIGUSR1"):
         faulthandler.register(
             signal.SIGUSR1, (folder / f"hang.worker.{rank}").open("w"), all_threads=False
         )
 
     def look() -> None:
-        while os.getppid() == parent and (not launcher or _alive(launcher)):
+        while os.getppid() == parent and (not launcher or processes.runs(launcher)):
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=look, daemon=True).start()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 if __name__ == "__main__":

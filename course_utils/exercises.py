@@ -16,15 +16,17 @@ import importlib
 import inspect
 import io
 import pkgutil
+import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 import numpy as np
 import torch
 
-from course_utils import claims
+from course_utils import ledger
 
 _predictions: dict[str, object] = {}
 _COLOURS = {"passed": "#1b7837", "wrong": "#b2182b", "pending": "#666666"}
@@ -51,7 +53,11 @@ class _Stopped(BaseException):
 
 @dataclass(frozen=True)
 class Result:
-    """`status` is "pending", "passed" or "wrong"; `message` says what was seen."""
+    """`status` is "pending", "passed" or "wrong"; `message` says what was seen.
+
+    >>> Result("99.A", "wrong", "for 0 the answer is 1.")
+    Exercise 99.A: not yet right: for 0 the answer is 1.
+    """
 
     id: str
     status: str
@@ -70,12 +76,27 @@ class Result:
         )
 
 
+_LATE = {
+    True: (
+        "your code was still running after {seconds:g} s and was stopped. Does a loop ever end?"
+    ),
+    False: (
+        "your code was still running after {seconds:g} s and could not be stopped: it is still"
+        " running in the background. Restart the kernel to end it. Does it sleep, or catch every"
+        " exception in a loop?"
+    ),
+}
 _LABELS = {"passed": "passed. ", "wrong": "not yet right: ", "pending": "not attempted yet. "}
 
 
 class Probe:
     """The reader's answer, called on copies: what it raises becomes a message, and a changed input
     is noticed.
+
+    >>> Probe(lambda x: 1 / x)(0)
+    Traceback (most recent call last):
+    course_utils.exercises.Wrong: your code raised ZeroDivisionError: division by zero
+    for the input 0.
     """
 
     def __init__(self, answer: object) -> None:
@@ -106,11 +127,18 @@ class Probe:
         return value
 
 
-def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
+def check(
+    exercise_id: str, answer: object, *, seconds: float = 20.0, seed: int | None = None
+) -> Result:
     """Check a reader's answer. Never raises for what the answer does; raises UnknownExercise for an
     unknown id.
 
-    Random inputs are drawn now. After `seconds` an answer that loops in Python is stopped.
+    Random inputs are drawn now, the same ones again for the same `seed`. After `seconds` an answer
+    that loops in Python is stopped; one that cannot be stopped is said to be running still. What
+    the answer printed is shown when the check is over.
+
+    >>> check("01.A", ...)
+    Exercise 01.A: not attempted yet. Replace the ... and run this cell again.
     """
     function = _find(exercise_id)
     if is_pending(answer):
@@ -119,33 +147,33 @@ def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
 
     def work() -> None:
         try:
-            function(Probe(answer), np.random.default_rng())
+            if seed is not None:
+                torch.manual_seed(seed)  # some checks draw with torch
+            function(Probe(answer), np.random.default_rng(seed))
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
 
     state = torch.random.get_rng_state()
-    printed = io.StringIO()
     thread = threading.Thread(target=work, daemon=True)
+    printed = _Printed(thread)
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.redirect_stdout(_Split(sys.stdout, printed)),
+            contextlib.redirect_stderr(_Split(sys.stderr, printed)),
+        ):
             thread.start()
             thread.join(seconds)
             in_time = not thread.is_alive()
-            if not in_time:
-                _stop(thread)
+            stopped = in_time or _stop(thread)
     except KeyboardInterrupt:
         _stop(thread)
         raise
     finally:
         torch.random.set_rng_state(state)
+        printed.show()
     if not in_time:
-        return _report(
-            exercise_id,
-            "wrong",
-            f"your code was still running after {seconds:g} s and was stopped. Does a loop ever"
-            " end?",
-        )
+        return _report(exercise_id, "wrong", _LATE[stopped].format(seconds=seconds))
     error = outcome[0]
     if error is None:
         return _report(exercise_id, "passed", inspect.getdoc(function) or "")
@@ -160,7 +188,11 @@ def check(exercise_id: str, answer: object, *, seconds: float = 20.0) -> Result:
 
 
 def predict(question: str, guess: object) -> None:
-    """Keep the reader's guess until `reveal`; `...` means none, and nothing is blocked by it."""
+    """Keep the reader's guess until `reveal`; `...` means none, and nothing is blocked by it.
+
+    >>> predict("how much faster?", 2)
+    Noted: 2
+    """
     _predictions.pop(question, None)
     if guess is ...:
         print("No prediction yet. A wrong one teaches more than none.")
@@ -170,7 +202,13 @@ def predict(question: str, guess: object) -> None:
 
 
 def reveal(question: str, measured: float, unit: str = "") -> None:
-    """Show the measurement beside what the reader predicted."""
+    """Show the measurement beside what the reader predicted.
+
+    >>> predict("how much faster?", 2)
+    Noted: 2
+    >>> reveal("how much faster?", 1.234, "x")
+    measured 1.23 x; you predicted 2 x
+    """
     guess = _predictions.get(question)
     said = "you did not predict" if guess is None else f"you predicted {guess} {unit}".rstrip()
     print(f"measured {measured:.3g} {unit}".rstrip() + f"; {said}")
@@ -181,6 +219,10 @@ def fails(kind: type[Exception] = Exception) -> Iterator[None]:
     """Run a circulating mistake live and show the error it ends in, without a traceback.
 
     Should it no longer fail, AssertionError says so: then the text around it is out of date.
+
+    >>> with fails(ZeroDivisionError):
+    ...     1 / 0
+    ZeroDivisionError: division by zero
     """
     try:
         yield
@@ -197,7 +239,17 @@ def fails(kind: type[Exception] = Exception) -> Iterator[None]:
 
 
 def exercise(exercise_id: str) -> Callable:
-    """Register a check in course_utils/checks/. Its docstring is shown when the answer passes."""
+    """Register a check in course_utils/checks/. Its docstring is shown when the answer passes.
+
+    >>> @exercise("99.A")
+    ... def double(answer, rng):
+    ...     '''Right: twice.'''
+    ...     n = int(rng.integers(1, 9))
+    ...     if answer(n) != 2 * n:
+    ...         raise Wrong(f"twice {n} is {2 * n}.")
+    >>> double.exercise_id
+    '99.A'
+    """
 
     def register(function: Callable[[Probe, np.random.Generator], None]) -> Callable:
         function.exercise_id = exercise_id
@@ -208,7 +260,11 @@ def exercise(exercise_id: str) -> Callable:
 
 @functools.cache
 def registry() -> dict[str, Callable]:
-    """All checks by id, from the modules of course_utils.checks."""
+    """All checks by id, from the modules of course_utils.checks.
+
+    >>> "01.A" in registry()
+    True
+    """
     from course_utils import checks
 
     found = {}
@@ -221,6 +277,9 @@ def registry() -> dict[str, Callable]:
 def is_pending(answer: object) -> bool:
     """Whether this is still the stub: `...` itself, or a function that holds a `...` anywhere but
     in an index.
+
+    >>> is_pending(...), is_pending(len)
+    (True, False)
     """
     if answer is ...:
         return True
@@ -248,7 +307,13 @@ def is_pending(answer: object) -> bool:
 
 
 def same(a: object, b: object) -> bool:
-    """Deep equality that knows tensors and arrays; NaN equals NaN."""
+    """Deep equality that knows tensors and arrays; NaN equals NaN.
+
+    >>> same([torch.tensor([1.0, float("nan")])], [torch.tensor([1.0, float("nan")])])
+    True
+    >>> same(torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    False
+    """
     if isinstance(a, torch.Tensor):
         return (
             a.shape == b.shape
@@ -269,7 +334,11 @@ def same(a: object, b: object) -> bool:
 
 
 def shown(*args: object, **kwargs: object) -> str:
-    """Arguments as the reader would write them, long ones shortened."""
+    """Arguments as the reader would write them, long ones shortened.
+
+    >>> shown(2, torch.zeros(3, 4), scale=0.5)
+    '2, tensor of shape (3, 4), scale=0.5'
+    """
     parts = [_short(a) for a in args] + [f"{k}={_short(v)}" for k, v in kwargs.items()]
     return ", ".join(parts)
 
@@ -298,18 +367,63 @@ def _find(exercise_id: str) -> Callable:
 
 
 def _report(exercise_id: str, status: str, message: str) -> Result:
-    claims.record("check", exercise=exercise_id, status=status)
+    ledger.record("check", exercise=exercise_id, status=status)
     return Result(exercise_id, status, message)
 
 
-def _stop(thread: threading.Thread) -> None:
-    """Raise _Stopped inside the thread until it ends; what sits in C code cannot be reached and is
-    left behind.
+def _stop(thread: threading.Thread) -> bool:
+    """Raise _Stopped inside the thread until it ends; whether it did. What sits in C code, or
+    catches everything, cannot be reached and is left behind.
     """
     for _ in range(20):
         if not thread.is_alive():
-            return
+            return True
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped)
         )
         thread.join(0.05)
+    return not thread.is_alive()
+
+
+class _Printed:
+    """What an answer's thread prints, kept until the check is over: its first lines."""
+
+    LINES, CHARACTERS = 40, 4000
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self.thread, self.text = thread, ""
+
+    def add(self, text: str) -> None:
+        room = self.CHARACTERS + 1 - len(self.text)  # one more: it shows that there was more
+        self.text += text[: max(room, 0)]
+
+    def show(self) -> None:
+        lines = self.text[: self.CHARACTERS].splitlines()
+        more = len(self.text) > self.CHARACTERS or len(lines) > self.LINES
+        if lines:
+            print("\n".join(["Your code printed:", *lines[: self.LINES], *["…"] * more]))
+
+
+class _Split(io.TextIOBase):
+    """A stream that keeps what one thread writes; what others write goes where it would have
+    gone.
+    """
+
+    def __init__(self, stream: TextIO, printed: _Printed) -> None:
+        self._stream, self._printed = stream, printed
+
+    def write(self, text: str) -> int:
+        if threading.current_thread() is not self._printed.thread:
+            return self._stream.write(text)
+        self._printed.add(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding

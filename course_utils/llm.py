@@ -1,9 +1,9 @@
 """SmolLM2-135M, a small real language model that travels in a package, and a tiny random one for
 where it is missing.
 
-lm = llm.load()                      # weights dequantised to fp32, in about five seconds and 1 GB
-lm.weights["0.q"], lm.config.layers, lm.encode("Once upon"), lm.decode([657, 253])
-reference = llm.transformers_model(lm)     # the same tensors inside transformers' LlamaForCausalLM
+    lm = llm.load()  # weights dequantised to fp32, in about five seconds and 1 GB
+    lm.weights["0.q"], lm.config.layers, lm.encode("Once upon"), lm.decode([657, 253])
+    reference = llm.transformers_model(lm)  # the same tensors in transformers' LlamaForCausalLM
 """
 
 import functools
@@ -37,7 +37,11 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model of the Llama family (Touvron et al. 2023)."""
+    """The shape of a model of the Llama family (Touvron et al. 2023).
+
+    >>> Config(2, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=256, context=128).head_width
+    16
+    """
 
     layers: int
     width: int
@@ -61,6 +65,10 @@ class Model:
     Linear weights are (outputs, inputs). "embed" (vocabulary, width) is also the output layer: the
     two are tied. `real` is False for the random stand-in; then `why` is the typed reason, to be
     given to a claim in place of a number.
+
+    >>> lm = load(tiny=True)
+    >>> lm.weights["0.k"].shape, lm.decode(lm.encode("Hello"))
+    (torch.Size([64, 128]), 'Hello')
     """
 
     name: str
@@ -92,6 +100,10 @@ def load(*, tiny: bool = False) -> Model:
     The package's file holds 4-bit weights (Q4_1: groups of 32 with a scale and a minimum) and an
     8-bit embedding. They are dequantised here, tensor by tensor: what you get is the 4-bit model
     written in fp32, not the original one.
+
+    >>> lm = load(tiny=True)
+    >>> lm.real, lm.why.kind, lm.config.layers
+    (False, 'profile', 3)
     """
     if tiny:
         return random_model(
@@ -111,6 +123,9 @@ def load(*, tiny: bool = False) -> Model:
 def gguf_file() -> Path:
     """The model's file inside its package, found without importing it. Raises FileNotFoundError
     where there is none.
+
+    >>> gguf_file().name  # doctest: +SKIP
+    'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations if spec else None) or ():
@@ -182,6 +197,9 @@ def _tokenizer(field: Callable[[str], list]) -> Any:
 def random_model(why: machine.Skip) -> Model:
     """The same architecture with random weights and one token a byte: everything runs, nothing it
     says means anything.
+
+    >>> random_model(machine.Skip("memory", "too little.")).encode("Hi")
+    tensor([ 72, 105])
     """
     c = Config(layers=3, width=128, heads=4, kv_heads=2, hidden=256, vocabulary=256, context=2048)
     draw = torch.Generator().manual_seed(0)
@@ -207,7 +225,13 @@ def random_model(why: machine.Skip) -> Model:
 
 
 def transformers_model(model: Model) -> torch.nn.Module:
-    """The same weights, shared and not copied, in transformers' implementation: to compare with."""
+    """The same weights, shared and not copied, in transformers' implementation: to compare with.
+
+    >>> lm = load(tiny=True)
+    >>> reference = transformers_model(lm)  # doctest: +SKIP
+    >>> reference(lm.encode("Hi")[None]).logits.shape  # doctest: +SKIP
+    torch.Size([1, 2, 256])
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c, w = model.config, model.weights
@@ -246,6 +270,9 @@ def transformers_model(model: Model) -> torch.nn.Module:
 def write_gguf(path: Path, kind: str) -> Path:
     """The package's file with its matrices stored as `kind` ("F16", "Q8_0", "Q4_0", …): still the
     4-bit model's values.
+
+    >>> write_gguf(Path("f16.gguf"), "F16")  # doctest: +SKIP
+    PosixPath('f16.gguf')
     """
     import gguf
 

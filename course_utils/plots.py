@@ -45,7 +45,13 @@ _STYLE = {
 def axes(
     x: str, y: str, *, title: str, columns: int = 1, height: float = 3.4
 ) -> tuple[Figure, "Axes | np.ndarray"]:
-    """An empty figure in the course's style, 6.4 inches wide; finish it with `show`."""
+    """An empty figure in the course's style, 6.4 inches wide; finish it with `show`.
+
+    >>> figure, ax = axes("batch", "latency (ms)", title="It grows with the batch")
+    >>> _ = ax.plot([1, 2, 4], [3, 5, 9])
+    >>> show(figure, "A line that rises from 3 to 9 ms.")
+    Figure: A line that rises from 3 to 9 ms.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4 if columns == 1 else 8.4, height), layout="constrained")
         panels = figure.subplots(1, columns)
@@ -60,8 +66,13 @@ def axes(
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure with its alternative text, for screen readers and for whoever reads the
-    notebook as text.
+    notebook as text. Outside a notebook, the text alone is printed.
+
+    >>> figure, _ = axes("n", "seconds", title="Nothing yet")
+    >>> show(figure, "An empty figure.")
+    Figure: An empty figure.
     """
+    from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
     if not alt.strip():
@@ -70,6 +81,9 @@ def show(figure: Figure, alt: str) -> None:
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    if not InteractiveShell.initialized():  # a plain program: there is nothing to draw on
+        print(f"Figure: {alt}")
+        return
     bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
@@ -82,6 +96,11 @@ def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
     `ipywidgets.interact`, whose Output widget sometimes leaves papermill waiting for ever: to fill
     it, papermill sends on the socket on which it awaits the cell's reply, and the reply is then not
     noticed (nbclient's issue 312).
+
+    >>> def picture(n):
+    ...     lines([1, 2], {"n·x": [n, 2 * n]}, xlabel="x", ylabel="y", title="", alt="A line.")
+    >>> explore(picture, n=[1, 2, 4])  # doctest: +SKIP
+    VBox(children=(Dropdown(description='n', options=(1, 2, 4), value=1), HTML(value='<img …')))
     """
     import ipywidgets
     from IPython.utils.capture import capture_output
@@ -113,6 +132,11 @@ def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
 def plain_log(axis: Axis) -> None:
     """A logarithmic axis with plain numbers (0.5, 20) at 1, 2 and 5 times each power of ten, not 2
     × 10⁰; at the powers alone where the data span so many that the labels would touch.
+
+    >>> _, ax = axes("n", "seconds", title="")
+    >>> plain_log(ax.yaxis)
+    >>> ax.get_yscale()
+    'log'
     """
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     low, high = axis.get_data_interval()
@@ -136,6 +160,10 @@ def lines(
 ) -> None:
     """One line a series over `x`; a value may be an Interval, whose ends are drawn. `reference` is
     (height, label).
+
+    >>> times = [Interval(2.0, 1.9, 2.1), Interval(3.9, 3.7, 4.2)]
+    >>> lines([1, 2], {"fp32": times}, xlabel="n", ylabel="ms", title="It rises", alt="A line.")
+    Figure: A line.
     """
     figure, ax = axes(xlabel, ylabel, title=title)
     for i, (name, values) in enumerate(series.items()):
@@ -157,16 +185,19 @@ def lines(
 def bars(
     values: Mapping[str, "Interval | float"],
     *,
-    ylabel: str,
+    xlabel: str,
     title: str,
     alt: str,
     reference: tuple[float, str] | None = None,
     logx: bool = False,
 ) -> None:
-    """Horizontal bars, the first on top, with intervals where given. `ylabel` names the quantity
+    """Horizontal bars, the first on top, with intervals where given. `xlabel` names the quantity
     and its unit.
+
+    >>> bars({"fp32": 4.0, "int8": 1.0}, xlabel="MB", title="A quarter", alt="Bars of 4 and 1 MB.")
+    Figure: Bars of 4 and 1 MB.
     """
-    figure, ax = axes(ylabel, "", title=title, height=0.42 * len(values) + 1.3)
+    figure, ax = axes(xlabel, "", title=title, height=0.42 * len(values) + 1.3)
     middle, low, high = _ends(list(values.values()))
     rows = np.arange(len(values))
     ax.barh(rows, middle, color=COLOURS[0], height=0.62)
@@ -199,6 +230,10 @@ def intervals(
 ) -> None:
     """Point and interval a row, with the band in which two arms count as the same and a line at
     1.
+
+    >>> ratios = {"int8": Interval(2.0, 1.9, 2.1), "bf16": Interval(1.0, 0.98, 1.02)}
+    >>> intervals(ratios, xlabel="speed-up", title="int8 wins", alt="int8 at 2, bf16 at 1.")
+    Figure: int8 at 2, bf16 at 1.
     """
     figure, ax = axes(xlabel, "", title=title, height=0.42 * len(values) + 1.3)
     if same:
@@ -222,6 +257,10 @@ def seeds(
 ) -> None:
     """Every run as a point, one column a group; the same seed's points are joined, because runs are
     compared pairwise.
+
+    >>> runs = {"plain": [90.1, 90.4], "smoothed": [90.6, 90.7]}
+    >>> seeds(runs, ylabel="accuracy (%)", title="Smoothing helps", alt="Two columns of points.")
+    Figure: Two columns of points.
     """
     figure, ax = axes("", ylabel, title=title)
     table = np.asarray(list(groups.values()), dtype=float)
@@ -236,8 +275,12 @@ def seeds(
 
 
 def verdicts(rows: Sequence[Mapping]) -> Figure:
-    """One row a chapter, one square a claim, from a ledger's rows (claims.ledger() or a
+    """One row a chapter, one square a claim, from a ledger's rows (`ledger.verdicts()` or a
     ledger.json); show it with `show`.
+
+    >>> figure = verdicts([{"claim": "01.a", "verdict": "holds here"}])
+    >>> figure.axes[0].get_title("left")
+    '1 claims on this machine: 1 hold'
     """
     from course_utils import claims
 
@@ -261,17 +304,17 @@ def verdicts(rows: Sequence[Mapping]) -> Figure:
     letter = {claims.HOLDS: "✓", claims.FAILS: "✗", claims.OPEN: "?", claims.UNTESTED: "–"}
     for y, found in enumerate(by_chapter.values()):
         for x, verdict in enumerate(found):
-            ax.add_patch(Rectangle((x, y), 0.9, 0.85, color=claims.LOOK[verdict][0]))
+            ax.add_patch(Rectangle((x, y), 0.9, 0.85, color=claims.FILLS[verdict]))
             ax.text(x + 0.45, y + 0.45, letter[verdict], ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, max(14, *map(len, by_chapter.values()))), ylim=(len(by_chapter), 0))
     ax.set_yticks([y + 0.45 for y in range(len(by_chapter))], list(by_chapter), fontsize=8)
     ax.set_xticks([])
     ax.grid(visible=False)
     ax.tick_params(length=0)
-    key = [Rectangle((0, 0), 1, 1, color=fill) for fill, _ in claims.LOOK.values()]
+    key = [Rectangle((0, 0), 1, 1, color=fill) for fill in claims.FILLS.values()]
     figure.legend(
         key,
-        [f"{letter[v]} {v}" for v in claims.LOOK],
+        [f"{letter[v]} {v}" for v in claims.WORDS],
         loc="outside lower center",
         ncols=4,
         fontsize=8,

@@ -17,6 +17,9 @@ from course_utils.models import normalise
 class Recipe:
     """SGD with Nesterov momentum under a one-cycle learning rate (Smith 2018), label smoothing and
     mirrored images.
+
+    >>> Recipe(epochs=2).batch_size
+    128
     """
 
     epochs: int = 4
@@ -32,7 +35,11 @@ class Recipe:
 
 @dataclass
 class History:
-    """What a run cost and gave: one entry an epoch."""
+    """What a run cost and gave: one entry an epoch.
+
+    >>> History(loss=[1.2, 0.7], seconds=3.1).loss[-1]
+    0.7
+    """
 
     loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -52,6 +59,13 @@ def fit(
     The order of images and the mirroring come from `recipe.seed` alone, so two models with one seed
     see the same batches: what differs between them is the models. Raises ValueError for data of
     other lengths or no data.
+
+    >>> from course_utils import data, models
+    >>> images, labels = data.fashion_mnist("validation")
+    >>> net = models.mini_resnet(8, seed=0)
+    >>> history = fit(net, images[:256], labels[:256], Recipe(epochs=2), progress=False)
+    >>> len(history.loss), net.training
+    (2, False)
     """
     recipe = recipe or Recipe()
     if len(images) != len(labels) or len(images) == 0:
@@ -106,6 +120,10 @@ def fit(
 def batch(images: Tensor, index: Tensor, flip: torch.Generator | None = None) -> Tensor:
     """The images at `index`, normalised, channels last; with a generator, each is mirrored with
     probability one half.
+
+    >>> images = torch.zeros(10, 1, 28, 28, dtype=torch.uint8)
+    >>> batch(images, torch.tensor([0, 3, 5])).shape
+    torch.Size([3, 1, 28, 28])
     """
     x = normalise(images[index])
     if flip is not None:
@@ -118,6 +136,10 @@ def batch(images: Tensor, index: Tensor, flip: torch.Generator | None = None) ->
 def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
     """Logits (N, classes) of uint8 images (N, 1, 28, 28); the model's mode is left as it was, and
     eval is used.
+
+    >>> from course_utils import models
+    >>> predict(models.mini_resnet(8), torch.zeros(3, 1, 28, 28, dtype=torch.uint8)).shape
+    torch.Size([3, 10])
     """
     was_training = model.training
     model.eval()
@@ -130,5 +152,11 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images classified right, between 0 and 1."""
+    """The share of images classified right, between 0 and 1.
+
+    >>> from course_utils import models
+    >>> images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    >>> accuracy(models.mini_resnet(8), images, torch.tensor([3, 3, 3, 3])) in (0.0, 1.0)
+    True
+    """
     return float((predict(model, images).argmax(1) == labels).float().mean())

@@ -1,9 +1,16 @@
-"""Shared by the suite: the chapters, and how a source's cells are executed alone."""
+"""Shared by the suite: the chapters, how a source's cells are executed alone, and the seeds.
+
+Every random draw follows from one base seed, the environment's COURSE_SEED or 0, and from the
+test's own name: a failure repeats, alone or in company.
+"""
 
 import ast
 import itertools
 import linecache
 import math
+import os
+import random
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,36 +23,91 @@ from course_utils.course import build
 from course_utils.course.chapters import chapters
 
 CHAPTERS = chapters()
+SEED = int(os.environ.get("COURSE_SEED", "0"))
 _count = itertools.count()
+_drawn = itertools.count()
+_default_rng = np.random.default_rng
+
+
+def seed_of(name: str) -> int:
+    """A seed for this name, the same wherever and whenever it is asked for."""
+    return zlib.crc32(f"{SEED} {name}".encode())
+
+
+def sow(seed: int) -> None:
+    """Seed what draws without a generator of its own, `np.random.default_rng()` included."""
+    global _drawn
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the legacy generator is seeded, not used
+    torch.manual_seed(seed)
+    _drawn = itertools.count()
+    np.random.default_rng = lambda given=None: _default_rng(
+        [seed, next(_drawn)] if given is None else given
+    )
+
+
+sow(seed_of("import"))  # what a test module draws when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    """What a module's fixture draws does not depend on the test that asks for it first."""
+    if fixturedef.scope != "function":
+        sow(seed_of(f"{request.node.nodeid} {fixturedef.argname}"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request) -> int:
+    """The test's seed; `random`, NumPy and torch have been seeded with it."""
+    seed = seed_of(request.node.nodeid)
+    sow(seed)
+    return seed
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "wall_clock: reads the clock; its budget is one that a busy machine keeps"
+    )
+
+
+def pytest_report_header(config):
+    return f"seed: {SEED}; repeat these draws with COURSE_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """With -q there is no header: say it where it is needed."""
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"seed: {SEED}; repeat these draws with COURSE_SEED={SEED}")
 
 
 def names(chapter_list: list) -> list[str]:
     return [c.name for c in chapter_list]
 
 
-@pytest.fixture
-def run_cell():
+def execute(source: str, **given: object) -> dict:
     """Execute a cell's source with what every chapter has imported, and return its names.
 
     The source is put where `inspect` finds it, as IPython does for a notebook's cells.
     """
+    filename = f"<cell {next(_count)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    space = {
+        "__name__": "__main__",
+        "torch": torch,
+        "np": np,
+        "math": math,
+        "nn": nn,
+        "F": F,
+        **given,
+    }
+    exec(compile(source, filename, "exec"), space)
+    return space
 
-    def run(source: str, **given: object) -> dict:
-        filename = f"<cell {next(_count)}>"
-        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        space = {
-            "__name__": "__main__",
-            "torch": torch,
-            "np": np,
-            "math": math,
-            "nn": nn,
-            "F": F,
-            **given,
-        }
-        exec(compile(source, filename, "exec"), space)
-        return space
 
-    return run
+@pytest.fixture
+def run_cell():
+    """`execute`, as a fixture."""
+    return execute
 
 
 def taught(number: str, **given: object) -> SimpleNamespace:

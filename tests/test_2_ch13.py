@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import taught
 
-from course_utils import machine, serving
+from course_utils import processes, serving
 
 ECHO = """
 import asyncio, os, sys
@@ -217,10 +217,10 @@ def test_no_process_and_no_port_is_left_however_the_block_ends(echo, error):
         serving.server(echo, token="t") as server,
     ):
         pid, port = server.pid, server.port
-        assert machine.runs(pid)
+        assert processes.runs(pid)
         if error:
             raise error
-    assert not machine.runs(pid)
+    assert not processes.runs(pid)
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port)) != 0
 
@@ -237,10 +237,10 @@ def test_a_killed_notebook_takes_its_server_along(echo):
     pid = int(process.stdout.readline())
     process.kill(), process.wait(), process.stdout.close()
     for _ in range(100):
-        if not machine.runs(pid):
+        if not processes.runs(pid):
             break
         time.sleep(0.05)
-    assert not machine.runs(pid)
+    assert not processes.runs(pid)
 
 
 def test_a_server_that_dies_says_its_last_words_and_a_taken_port_is_not_mistaken_for_ours(

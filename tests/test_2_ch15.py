@@ -153,9 +153,9 @@ LAST = """\
 PROFILE = "fast"
 
 # %%
-from course_utils import claims
+from course_utils import claims, ledger
 
-assert [e["claim"] for e in claims.ledger()] == ["06.quarter_size"]
+assert [e["claim"] for e in ledger.verdicts()] == ["06.quarter_size"]
 claims.verdict("05.six_db_a_bit", 6.02)
 """
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 import time
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_skip_is_not_testable_and_keeps_its_reason(toml, ledger):
     assert result.status == claims.UNTESTED
     assert "there is none" in result.measured()
     assert "stand-in (a toy)" in result.heading()
-    assert claims.ledger()[0]["value"] is None
+    assert json.loads(ledger.read_text())["value"] is None
 
 
 def test_unknown_claims_broken_entries_and_nan(toml):
@@ -153,7 +154,7 @@ def test_an_ellipsis_in_an_index_is_no_stub(double):
     assert check("99.A", lambda x: np.asarray(x)[..., :].__mul__(2).tolist()).status == "passed"
 
 
-def test_what_an_answer_may_do_without_stopping_the_notebook(double, capsys):
+def test_what_an_answer_may_do_without_stopping_the_notebook(double):
     def raises(x):
         raise KeyError("lost")
 
@@ -164,15 +165,9 @@ def test_what_an_answer_may_do_without_stopping_the_notebook(double, capsys):
         x.append(1)
         return []
 
-    def prints(x):
-        print("hello")
-        return [2 * v for v in x]
-
     assert "KeyError: 'lost'" in check("99.A", raises).message
     assert "ended the program" in check("99.A", exits).message
     assert "changed its input" in check("99.A", mutates).message
-    assert check("99.A", prints).status == "passed"
-    assert capsys.readouterr().out == ""
     assert "int" in check("99.A", 3).message
     assert check("99.A", lambda x: None).status == "wrong"
     assert "TypeError" in check("99.A", lambda: 1).message
@@ -193,11 +188,109 @@ def test_an_answer_that_never_ends_is_stopped(double, swallow):
 
     start = time.monotonic()
     result = check("99.A", endless, seconds=0.3)
-    assert (result.status, "still running" in result.message) == ("wrong", True)
+    assert (result.status, "was stopped" in result.message) == ("wrong", True)
+    assert "in the background" not in result.message
     assert time.monotonic() - start < 3
     count = len(ticks)
     time.sleep(0.1)
     assert len(ticks) == count, "the answer's thread goes on"
+
+
+def sleeps(x):
+    time.sleep(4)  # in C code: no exception of ours arrives there
+
+
+def catches_everything(x):
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.001)
+        except BaseException:
+            continue
+
+
+@pytest.mark.parametrize("answer", [sleeps, catches_everything])
+def test_an_answer_that_cannot_be_stopped_is_said_to_run_still(double, answer):
+    before = set(threading.enumerate())
+    result = check("99.A", answer, seconds=0.2)
+    left = set(threading.enumerate()) - before
+    assert result.status == "wrong"
+    assert "could not be stopped: it is still running in the background" in result.message
+    assert "Restart the kernel" in result.message
+    assert len(left) == 1, "and it is"
+    left.pop().join(10)
+
+
+def test_what_an_answer_prints_is_shown_before_the_result_right_or_wrong(double, capsys):
+    def prints(x):
+        print("x is", x)
+        print("to the error stream", file=sys.stderr)
+        return [2 * v for v in x]
+
+    assert check("99.A", prints).status == "passed"
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[:3] == ["Your code printed:", "x is []", "to the error stream"]
+    assert lines[3].startswith("x is [")
+    assert err == ""
+    assert check("99.A", lambda x: print("wrong", x)).status == "wrong"
+    assert capsys.readouterr().out == "Your code printed:\nwrong []\n"
+    assert check("99.A", lambda x: [2 * v for v in x]).status == "passed"
+    assert capsys.readouterr().out == "", "nothing printed, nothing shown"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "characters"),
+    [("a\n" * 40, 40, None), ("a\n" * 41, 41, None), ("b" * 5000, 2, 4000), ("c" * 4000, 1, 4000)],
+)
+def test_a_long_print_is_cut_after_40_lines_or_4000_characters(
+    double, capsys, text, lines, characters
+):
+    def prints(x):
+        sys.stdout.write(text)
+        raise KeyError
+
+    assert check("99.A", prints).status == "wrong"
+    shown = capsys.readouterr().out.splitlines()[1:]
+    assert len(shown) == lines
+    assert (shown[-1] == "…") == (text not in ("a\n" * 40, "c" * 4000))
+    assert characters is None or len(shown[0]) == characters
+
+
+def test_an_endless_print_is_stopped_and_its_beginning_shown(double, capsys):
+    def endless(x):
+        while True:
+            print("again")
+
+    assert "was stopped" in check("99.A", endless, seconds=0.3).message
+    assert capsys.readouterr().out.splitlines() == ["Your code printed:", *["again"] * 40, "…"]
+
+
+def test_what_another_thread_prints_meanwhile_is_not_held_back(double, capsys):
+    def busy(x):
+        other = threading.Thread(target=print, args=("from elsewhere",))
+        other.start()
+        other.join()
+        return [2 * v for v in x]
+
+    assert check("99.A", busy).status == "passed"
+    out = capsys.readouterr().out
+    assert "from elsewhere" in out
+    assert "Your code printed" not in out
+
+
+def test_a_seed_draws_the_same_again(monkeypatch, ledger):
+    drawn = []
+    monkeypatch.setattr(
+        exercises,
+        "registry",
+        lambda: {"99.A": lambda answer, rng: drawn.append((rng.random(), float(torch.rand(1))))},
+    )
+    for seed in (1, 1, 2):
+        check("99.A", lambda: 1, seed=seed)
+    assert drawn[0] == drawn[1]
+    assert drawn[1][0] != drawn[2][0]
+    assert drawn[1][1] != drawn[2][1]
 
 
 def test_check_leaves_the_random_state_alone_and_draws_anew(monkeypatch, ledger):

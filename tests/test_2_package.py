@@ -1,8 +1,7 @@
-"""The other instruments: data, models, training, sizes, memory, machine, plots."""
+"""The other instruments: data, models, training, sizes, memory, plots."""
 
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
 
 import course_utils
-from course_utils import data, llm, machine, measure, models, plots, scratch, training
+from course_utils import data, measure, models, plots, scratch, training
 
 
 def test_splits_are_balanced_and_share_no_image():
@@ -189,7 +189,7 @@ def test_children_take_turns_and_none_outlives_the_call():
     assert [len(rows) for rows in got.values()] == [5, 5]
     with pytest.raises(RuntimeError, match=r"child 'a'(.|\n)*ZeroDivisionError"):
         measure.turns("def sample(): 1 / 0", {"a": {}}, rounds=1)
-    with pytest.raises(TimeoutError, match="1 s"):
+    with pytest.raises(TimeoutError, match="did not end within"):
         measure.turns("import time\ndef sample(): time.sleep(30)", {"a": {}}, rounds=1, timeout=1)
 
 
@@ -214,38 +214,6 @@ def test_roofline_bounds():
     assert roof.bound(roof.ridge) == pytest.approx(100.0)
 
 
-def test_skips_are_typed_and_false():
-    for what in (
-        "gpu",
-        "vnni",
-        "bf16",
-        "compiler",
-        "energy",
-        "root",
-        "full",
-        "two cores",
-        "package:nowhere",
-    ):
-        answer = machine.can(what)
-        assert answer is True or (isinstance(answer, machine.Skip) and not answer and answer.reason)
-    assert machine.can("package:torch") is True
-    assert machine.can("package:nowhere").kind == "package"
-    for unknown in ("tpu", "many GB", "-3 GB"):
-        with pytest.raises(ValueError, match=f"not '{unknown}'"):
-            machine.can(unknown)
-    with pytest.raises(ValueError, match="'boredom'"):
-        machine.Skip("boredom", "no reason")
-    with pytest.raises(ValueError, match="must run"):
-        machine.skip("package:torch", "nothing")
-
-
-def test_the_card_shows_the_same_in_text_and_html():
-    card = machine.card()
-    assert card.cpu in repr(card)
-    assert card.profile in card._repr_html_()
-    assert json.dumps(card.as_dict())
-
-
 def test_a_figure_without_an_alternative_text_is_refused():
     figure, _ = plots.axes("x (s)", "y", title="t")
     with pytest.raises(ValueError, match="alternative text"):
@@ -255,6 +223,7 @@ def test_a_figure_without_an_alternative_text_is_refused():
 @pytest.mark.parametrize("draw", ["lines", "bars", "intervals", "seeds"])
 def test_figures_carry_png_text_and_alt(draw, monkeypatch):
     shown = []
+    monkeypatch.setattr(InteractiveShell, "initialized", lambda: True)  # as in a notebook
     monkeypatch.setattr(
         "IPython.display.display", lambda bundle, **kw: shown.append((bundle, kw["metadata"]))
     )
@@ -263,7 +232,7 @@ def test_figures_carry_png_text_and_alt(draw, monkeypatch):
         "lines": lambda: plots.lines(
             [1, 2], {"a": [i, i], "b": [1, 2]}, xlabel="n", ylabel="s", title="t", alt="an alt"
         ),
-        "bars": lambda: plots.bars({"a": i, "b": 2.0}, ylabel="s", title="t", alt="an alt"),
+        "bars": lambda: plots.bars({"a": i, "b": 2.0}, xlabel="s", title="t", alt="an alt"),
         "intervals": lambda: plots.intervals({"a": i}, xlabel="x", title="t", alt="an alt"),
         "seeds": lambda: plots.seeds(
             {"a": [1, 2, 3], "b": [2, 3, 4]}, ylabel="%", title="t", alt="an alt"
@@ -307,48 +276,6 @@ def test_a_knob_redraws_the_figure_and_an_error_is_read_where_the_figure_stood()
     assert "ValueError: n must be positive" in ran.stderr, "the first picture's error is not hidden"
 
 
-@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_a_container_with_little_memory_gets_the_tiny_language_model(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    whole = machine.memory_gb()
-    (tmp_path / "memory").mkdir()
-    (tmp_path / name).write_text("max\n")
-    assert machine.memory_gb() == whole
-    (tmp_path / name).write_text(str(2 * 2**30))
-    assert machine.memory_gb() == 2
-    assert machine.can("2 GB") is True
-    answer = machine.can("3 GB")
-    assert (answer.kind, answer.reason) == (
-        "memory",
-        "3 GB of memory are needed; this machine lets the course use 2.0.",
-    )
-    model = llm.load()
-    assert not model.real
-    assert model.why.kind == "memory"
-
-
-def test_the_memory_a_process_holds_grows_with_what_it_fills():
-    before = machine.held_bytes(os.getpid())
-    filled = np.ones(50 * 2**20 // 8)
-    assert 45 * 2**20 < machine.held_bytes(os.getpid()) - before < 70 * 2**20
-    assert filled.nbytes == 50 * 2**20
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    assert machine.held_bytes(ended.pid) == 0
-
-
-def test_a_zombie_does_not_run_and_what_runs_is_waited_for_no_longer_than_said():
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    assert machine.wait_gone([ended.pid], seconds=20)
-    assert not machine.runs(ended.pid), "it ended; nobody has asked how"
-    ended.wait()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as asleep:
-        assert machine.runs(asleep.pid)
-        assert not machine.wait_gone([ended.pid, asleep.pid], seconds=0.1)
-        asleep.kill()
-        assert machine.wait_gone([asleep.pid], seconds=20)
-
-
 def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(
     tmp_path, monkeypatch
 ):
@@ -360,14 +287,3 @@ def test_a_chapter_finds_what_it_wrote_also_where_the_course_cannot_be_written(
     for name in ("chapter", "another"):
         shutil.rmtree(scratch(name))
     course_utils._temporary.cache_clear()
-
-
-def test_vector_code_is_not_compiled_where_vectors_are_capped(monkeypatch):
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    assert machine.can("compiler").kind == "isa"
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
-    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(machine, "isa", lambda: ())
-    assert machine.can("compiler").kind == "isa"
-    monkeypatch.setattr(machine, "isa", lambda: ("avx2",))
-    assert getattr(machine.can("compiler"), "kind", "") != "isa"

@@ -28,7 +28,8 @@ OFFLINE = """
 import socket
 real = socket.socket.connect
 def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+    internet = self.family in (socket.AF_INET, socket.AF_INET6)
+    if internet and address[0] not in ("127.0.0.1", "localhost", "::1"):
         raise OSError(101, f"the suite has no network, and something asked for {address[0]}")
     return real(self, address)
 socket.socket.connect = connect

@@ -179,13 +179,15 @@ def test_an_exercise_without_solution_hint_or_enough_wrong_answers(chapter):
     assert "fewer than three" in complaints
 
 
-def test_a_wrong_answer_made_right(run_cell):
+def test_a_wrong_answer_made_right(run_cell, seeded):
     _, exercise = exercise_tests.ALL[0]
     with pytest.raises(AssertionError, match="passed"):
-        exercise_tests.test_wrong_answer_is_rejected("", exercise, exercise.solution, run_cell)
+        exercise_tests.test_wrong_answer_is_rejected(
+            "", exercise, exercise.solution, run_cell, seeded
+        )
 
 
-def test_a_changed_constant_in_a_check(run_cell, monkeypatch):
+def test_a_changed_constant_in_a_check(run_cell, seeded, monkeypatch):
     """The percentile of 01.A's check turned from 99 to 90: the suite's own test of the solution
     must fail.
     """
@@ -199,14 +201,16 @@ def test_a_changed_constant_in_a_check(run_cell, monkeypatch):
     monkeypatch.setattr(exercises, "registry", lambda: {"01.A": module.p99})
     exercise = next(e for i, e in exercise_tests.ALL if i == "01.A")
     with pytest.raises(AssertionError, match="not yet right"):
-        exercise_tests.test_solution_passes("", exercise, 1, run_cell)
+        exercise_tests.test_solution_passes("", exercise, run_cell, seeded)
 
 
-def test_a_check_that_accepts_everything(run_cell, monkeypatch):
+def test_a_check_that_accepts_everything(run_cell, seeded, monkeypatch):
     monkeypatch.setattr(exercises, "registry", lambda: {"01.A": lambda answer, rng: None})
     exercise = next(e for i, e in exercise_tests.ALL if i == "01.A")
     with pytest.raises(AssertionError):
-        exercise_tests.test_wrong_answer_is_rejected("", exercise, exercise.wrong[0], run_cell)
+        exercise_tests.test_wrong_answer_is_rejected(
+            "", exercise, exercise.wrong[0], run_cell, seeded
+        )
 
 
 def test_of_two_stages_side_by_side_each_can_fail(capfd):

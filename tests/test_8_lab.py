@@ -29,8 +29,10 @@ STATE = """() => {
   const panel = window.jupyterapp.shell.currentWidget;
   const code = panel.content.widgets.map(w => w.model).filter(m => m.type === 'code');
   const outputs = code.flatMap(m => m.outputs.toJSON());
-  return {left: code.filter(m => m.executionCount === null && m.sharedModel.getSource().trim()).length,
-          errors: outputs.filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue),
+  const left = code.filter(m => m.executionCount === null && m.sharedModel.getSource().trim());
+  const errors = outputs.filter(o => o.output_type === 'error');
+  return {left: left.length,
+          errors: errors.map(o => o.ename + ': ' + o.evalue),
           images: outputs.filter(o => o.data && o.data['image/png']).length};
 }"""
 
@@ -60,9 +62,8 @@ def lab(tmp_path):
     log = (tmp_path / "lab.log").open("w+")
     server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
     try:
-        yield (
-            f"{_address(tmp_path / 'lab.log', server)}/lab/tree/{chapter.learner.name}?token={token}"
-        )
+        address = _address(tmp_path / "lab.log", server)
+        yield f"{address}/lab/tree/{chapter.learner.name}?token={token}"
     finally:
         server.terminate()
         try:

@@ -1,7 +1,5 @@
 """Checks of chapter 02, Training recipe."""
 
-import time
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,24 +7,24 @@ from torch import nn
 from torch.utils import benchmark
 
 from course_utils import data, models, training
+from course_utils.checks.clock import Clock, Work, told_to
 from course_utils.exercises import Probe, Wrong, exercise
 
 
 @exercise("02.A")
 def standardise(answer: Probe, rng: np.random.Generator) -> None:
     """Mean 0 and deviation 1 on the training images, the same map for every other image."""
-    low, high = sorted(int(v) for v in rng.integers(0, 256, 2))
-    drawn = torch.from_numpy(rng.integers(low, high + 2, (20, 1, 6, 6)).clip(0, 255)).to(
-        torch.uint8
-    )
+    low = int(rng.integers(0, 216))
+    high = int(rng.integers(low + 20, 256))  # far enough apart for fp32, whoever divides first
+    drawn = torch.from_numpy(rng.integers(low, high + 1, (20, 1, 6, 6))).to(torch.uint8)
     cases = {
         "[0, 255], half of each": torch.tensor([0, 255] * 8, dtype=torch.uint8).view(4, 1, 2, 2),
         "mostly dark": torch.tensor([0] * 15 + [200], dtype=torch.uint8).view(4, 1, 2, 2),
-        f"drawn from {low} to {high + 1}": drawn,
+        f"drawn from {low} to {high}": drawn,
     }
     for name, train in cases.items():
         got = _tensor(answer(train, train), name, train.shape)
-        mean, std = float(got.mean()), float(got.std(correction=0))
+        mean, std = float(got.double().mean()), float(got.double().std(correction=0))
         if abs(mean) > 1e-3 or abs(std - 1) > 0.05:
             raise Wrong(
                 f"training images {name}: mean {mean:.3g} and deviation {std:.3g} come out; 0 and 1"
@@ -116,7 +114,7 @@ def _torch_rates(total: int, max_lr: float, warmup: float) -> list[float]:
     return rates
 
 
-STEPS, NEEDED = 150, 0.68
+STEPS, NEEDED = 150, 0.68  # the solution gets 0.80, with a deviation of 0.013 from draw to draw
 
 
 @exercise("02.C")
@@ -125,9 +123,8 @@ def train_within(answer: Probe, rng: np.random.Generator) -> None:
     images, labels = data.fashion_mnist("train")
     chosen = torch.from_numpy(rng.permutation(len(images))[:4000])
     images, labels = images[chosen], labels[chosen]
-    with benchmark.set_torch_threads(
-        1
-    ):  # a second thread that waits for a busy core makes steps erratic
+    torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
+    with benchmark.set_torch_threads(1):
         net, budget = _on_time(answer, images, labels)
     unseen, truth = data.fashion_mnist("validation")
     reached = training.accuracy(net, unseen[:1000], truth[:1000])
@@ -141,17 +138,26 @@ def train_within(answer: Probe, rng: np.random.Generator) -> None:
 
 def _on_time(answer: Probe, images: torch.Tensor, labels: torch.Tensor) -> tuple[nn.Module, float]:
     """The network trained in the longer of two budgets, and that budget; Wrong if either is
-    overrun.
+    overrun. The time is the work that torch does: a busy machine makes nobody late.
     """
+    clock = Clock()
+    took = 0.0
+
+    def timed(*given: object) -> object:
+        nonlocal took
+        with told_to(answer.answer, clock), Work(clock):
+            start = clock.now
+            net = answer.answer(*given)
+            took = clock.now - start
+        return net
+
     step = _seconds_a_step(images, labels)
     for steps in (1, STEPS):
         budget = steps * step
-        start = time.perf_counter()
-        net = answer(images, labels, budget)
-        took = time.perf_counter() - start
+        net = Probe(timed)(images, labels, budget)
         if not isinstance(net, nn.Module):
             raise Wrong(f"a network was expected; you returned a {type(net).__name__}.")
-        if took > 1.3 * budget + 12 * step + 0.3:
+        if took > 1.3 * budget + 12 * step:
             raise Wrong(
                 f"{budget:.2f} s were allowed, and it took {took:.2f} s. Look at the clock inside"
                 " the loop."
@@ -165,17 +171,14 @@ def _on_time(answer: Probe, images: torch.Tensor, labels: torch.Tensor) -> tuple
 
 
 def _seconds_a_step(images: torch.Tensor, labels: torch.Tensor) -> float:
-    """How long one step of the small network takes on this machine now: what the budget is counted
-    in.
+    """How long one step of the small network takes on the clock that counts torch's work: what the
+    budget is counted in.
     """
-    net = models.mini_resnet(8, seed=0).train()
+    net, clock = models.mini_resnet(8, seed=0).train(), Clock()
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    times = []
-    for index in torch.arange(64 * 12).split(64):
-        start = time.perf_counter()
-        loss = F.cross_entropy(net(models.normalise(images[index])), labels[index])
+    with Work(clock):
+        loss = F.cross_entropy(net(models.normalise(images[:64])), labels[:64])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
+    return clock.now

@@ -102,6 +102,7 @@ def shrink(answer: Probe, rng: np.random.Generator) -> None:
                 f" {tuple(wanted.shape)}: {where}."
             )
         apart = float((small - wanted).abs().max())
+        # 108 products, each rounded to 1.1e-16 of terms that add up to 1e3 or so: 1e-11 at most.
         if not apart <= 1e-10:
             raise Wrong(
                 f"your chain and the masked one differ by {apart:.2g} (allowed: 1e-10, in fp64):"

@@ -49,7 +49,9 @@ def soften(answer: Probe, rng: np.random.Generator) -> None:
             (got[..., :1].double() / got[..., 1:].double()).log(),
             (logits[..., :1] - logits[..., 1:]).double() / T,
         )
-        known = torch.isfinite(apart) & (due.abs() < 60)
+        # Where both probabilities are above e⁻⁶⁰, fp32 holds them to seven digits.
+        above = (logits.amax(-1, keepdim=True) - logits).double() / T < 60
+        known = above[..., :1] & above[..., 1:]
         if not torch.allclose(apart[known], due[known], atol=1e-3, rtol=1e-3):
             worst = int((apart - due)[known].abs().argmax())
             raise Wrong(
@@ -123,12 +125,13 @@ def kd_loss(answer: Probe, rng: np.random.Generator) -> None:
                 f"{where}: your loss is {got}; it should be {due:.5g}. What is 0 times the"
                 " logarithm of 0?"
             )
-        if abs(got - due) > 1e-4 * max(1, abs(due)):
+        # fp32 rounds each logarithm by up to 2⁻²⁰, and T² multiplies that.
+        if abs(got - due) > 1e-4 * max(1, abs(due)) + alpha * T * T * 2**-18:
             raise Wrong(
                 f"{where}: your loss is {got:.5g}; image by image it comes to"
                 f" {due:.5g}.{_guess(z, v, T, alpha, got, due)}"
             )
-    _graph(answer)
+    _graph(answer, rng)
 
 
 def _guess(z: list, v: list, T: float, alpha: float, got: float, due: float) -> str:
@@ -143,8 +146,11 @@ def _guess(z: list, v: list, T: float, alpha: float, got: float, due: float) -> 
     return ""
 
 
-def _graph(answer: Probe) -> None:
-    student, teacher = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+def _graph(answer: Probe, rng: np.random.Generator) -> None:
+    student, teacher = (
+        torch.tensor(rng.normal(size=(4, 3)), dtype=torch.float32, requires_grad=True)
+        for _ in range(2)
+    )
     value = answer.answer(student, teacher, torch.tensor([0, 1, 2, 0]), 3.0, 0.7)
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         raise Wrong("the loss has no graph: the student could not learn from it.")
@@ -157,7 +163,9 @@ def _graph(answer: Probe) -> None:
         )
 
 
-NEEDED = 0.75
+# The exercise asks for 0.75. A right answer gets 0.80 with a deviation of 0.01 from draw to draw,
+# one that believes the labels 0.60: with two points less nobody fails by chance.
+ASKED, NEEDED = 0.75, 0.73
 
 
 @exercise("04.C")
@@ -167,12 +175,12 @@ def distil(answer: Probe, rng: np.random.Generator) -> None:
     chosen = torch.from_numpy(rng.permutation(len(pixels))[:1000])
     x, noisy = models.normalise(pixels[chosen]), labels[chosen].clone()
     wrong = torch.from_numpy(rng.random(1000) < 0.4)
-    noisy[wrong] = torch.from_numpy(rng.integers(0, 10, int(wrong.sum())))
+    # All to the class that lies the same way off: whoever believes them stays far below the bar.
+    noisy[wrong] = (noisy[wrong] + int(rng.integers(1, 10))) % 10
     teacher = training.predict(models.baseline(), pixels[chosen]).clone()
     unseen, truth = (t[:1000] for t in data.fashion_mnist("validation"))
-    with benchmark.set_torch_threads(
-        1
-    ):  # a second thread that waits for a busy core makes steps erratic
+    torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
+    with benchmark.set_torch_threads(1):  # the same sums, however many cores are free
         smallest = measure.parameters(models.mini_resnet(6, seed=0))
         for budget in (smallest + int(rng.integers(0, 500)), int(rng.integers(21_000, 25_000))):
             net = answer(x, noisy, teacher, budget)
@@ -197,6 +205,6 @@ def distil(answer: Probe, rng: np.random.Generator) -> None:
                 alike = float(teacher.argmax(1).eq(noisy).float().mean())
                 raise Wrong(
                     f"with a budget of {budget} parameters yours gets {reached:.1%} of unseen"
-                    f" images right; {NEEDED:.0%} are within reach. The teacher agrees with"
+                    f" images right; {ASKED:.0%} are within reach. The teacher agrees with"
                     f" {alike:.0%} of the labels you got: whom do you follow?"
                 )

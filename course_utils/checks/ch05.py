@@ -197,7 +197,10 @@ def _random_layer(answer: Probe, rng: np.random.Generator, n: int, k: int, m: in
         np.array(sy),
         np.array(zy, np.uint8),
     )[0]
-    _codes(y.numpy(), theirs, given + ", without bias,", "QLinearMatMul")
+    # The exact values; ONNX multiplies in fp32, which is off by less than a thousandth of a code.
+    values = exact * (sx.astype(float) * sw / sy)
+    tie = np.abs(values % 1 - 0.5) < 1e-3
+    _codes(y.numpy(), theirs, given + ", without bias,", "QLinearMatMul", tie)
 
     bias = rng.integers(-int(spread) // 2 - 3, int(spread) // 2 + 3, m).astype(np.int32)
     acc, y = _layer(answer, given, bias=torch.from_numpy(bias), **common)
@@ -213,19 +216,27 @@ def _random_layer(answer: Probe, rng: np.random.Generator, n: int, k: int, m: in
     exact_codes = np.vectorize(lambda v: min(max(v, 0), 255), otypes=[np.int64])(
         (wide + halves) // (2 * halves) + zy
     )
-    _codes(y.numpy(), exact_codes, given + ", with a bias,", "exact rounding", allowed=0)
+    _codes(y.numpy(), exact_codes, given + ", with a bias,", "exact rounding")
 
 
-def _codes(ours: np.ndarray, theirs: np.ndarray, given: str, judge: str, allowed: int = 1) -> None:
+def _codes(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    given: str,
+    judge: str,
+    tie: np.ndarray | bool = False,
+) -> None:
+    """Equal codes; where `tie` says so, one more or less is right as well."""
     apart = np.abs(ours.astype(int) - theirs.astype(int))
-    if apart.max() > allowed:
-        i, j = np.argwhere(apart == apart.max())[0]
-        raise Wrong(f"{given} y[{i}, {j}] is {ours[i, j]} and {judge} gives {theirs[i, j]}.")
-    if (apart > 0).sum() > max(1, 0.02 * apart.size):
-        raise Wrong(
-            f"{given} {(apart > 0).sum()} of {apart.size} codes are one off from {judge}: too many"
-            " for ties. Do you round to the nearest?"
-        )
+    bad = np.argwhere(apart > np.where(tie, 1, 0))
+    if not bad.size:
+        return
+    i, j = bad[0]
+    alike = " All are one off at most: do you round to the nearest?" if apart.max() == 1 else ""
+    raise Wrong(
+        f"{given} {len(bad)} of {apart.size} codes differ from {judge}: y[{i}, {j}] is"
+        f" {ours[i, j]} and {judge} gives {theirs[i, j]}.{alike}"
+    )
 
 
 @exercise("05.C")
@@ -234,13 +245,15 @@ def choose_clip(answer: Probe, rng: np.random.Generator) -> None:
     error.
     """
     n = 20_000
+    # One draw in a million is beyond 50, and would leave the best clip outside every search.
+    tail = rng.standard_t(4, n).clip(-50, 50)
     tails = [
         ("all zeros", np.zeros(50), 8),
         ("uniform numbers", rng.uniform(-1, 1, n), int(rng.integers(3, 9))),
         ("normal numbers", rng.normal(size=n), 3),
         ("normal numbers", rng.normal(size=n), 8),
         ("Laplace numbers", rng.laplace(size=n) * rng.uniform(0.01, 100), int(rng.integers(3, 7))),
-        ("Student's t, 4 degrees of freedom,", rng.standard_t(4, n), int(rng.integers(3, 7))),
+        ("Student's t, 4 degrees of freedom,", tail, int(rng.integers(3, 7))),
     ]
     for name, values, bits in tails:
         x = torch.from_numpy(values.astype(np.float32))

@@ -12,6 +12,7 @@ from course_utils.exercises import Probe, Wrong, exercise
 @exercise("08.A")
 def mlp_bytes(answer: Probe, rng: np.random.Generator) -> None:
     """Counted on real networks: parameters, Adam's state, and every tensor that autograd kept."""
+    torch.manual_seed(int(rng.integers(2**31)))
     cases = [([4, 8, 2], 3), ([5, 3], 2), ([6, 9, 9, 4], 2)]
     cases += [
         ([int(w) for w in rng.integers(2, 40, rng.integers(3, 7))], int(rng.integers(1, 30)))
@@ -79,6 +80,7 @@ def my_checkpoint(answer: Probe, rng: np.random.Generator) -> None:
     cls = answer.answer
     if not (isinstance(cls, type) and issubclass(cls, torch.autograd.Function)):
         raise Wrong("a class derived from torch.autograd.Function was expected.")
+    torch.manual_seed(int(rng.integers(2**31)))
     width = int(rng.integers(3, 9))
     linear, words = nn.Linear(width, width), nn.Embedding(20, width)
     a = torch.from_numpy(rng.normal(size=(4, width))).float()

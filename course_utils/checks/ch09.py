@@ -1,9 +1,10 @@
 """Checks of chapter 09, Distributed training."""
 
 import itertools
-import queue
 import sys
 import threading
+import time
+from collections import deque
 
 import numpy as np
 import torch
@@ -47,25 +48,38 @@ def _held(numbers: int, n: int, stage: int) -> int:
 
 
 class _Ring:
-    """p threads that can only hand tensors to their right neighbours."""
+    """p threads that can only hand tensors to their right neighbours. When all that still run wait
+    for one another, that is noticed at once, and without a clock.
+    """
 
     def __init__(self, p: int) -> None:
-        self.boxes = [queue.Queue() for _ in range(p)]
+        self.boxes: list[deque[torch.Tensor]] = [deque() for _ in range(p)]
         self.sent: list[list[int]] = [[] for _ in range(p)]
         self.results: list[object] = [None] * p
         self.errors: list[Exception] = []
-        self.over = threading.Event()
+        self.news, self.waiting, self.ended = threading.Condition(), set(), 0
+        self.over = False
 
-    def run(self, answer: object, vectors: list[torch.Tensor]) -> None:
+    def run(self, answer: object, vectors: list[torch.Tensor], seconds: float = 15.0) -> None:
+        """`seconds` is for an answer that computes for ever; a right one needs thousandths."""
         threads = [
             threading.Thread(target=self._worker, args=(answer, vectors, r), daemon=True)
             for r in range(len(vectors))
         ]
         for thread in threads:
             thread.start()
+        end = time.monotonic() + seconds
         for thread in threads:
-            thread.join(4)
-        self.over.set()  # whoever still runs is stopped at his next line
+            thread.join(max(end - time.monotonic(), 0))
+        if any(thread.is_alive() for thread in threads):
+            self.over = True  # whoever still runs is stopped at his next line
+            with self.news:
+                self.news.notify_all()
+            raise Wrong(f"with p = {len(vectors)}: a worker still runs. Does a loop ever end?")
+
+    def _stuck(self) -> bool:
+        empty = not any(self.boxes[rank] for rank in self.waiting)
+        return empty and len(self.waiting) + self.ended == len(self.boxes)
 
     def _worker(self, answer: object, vectors: list[torch.Tensor], rank: int) -> None:
         p = len(vectors)
@@ -73,19 +87,25 @@ class _Ring:
         def send(tensor: torch.Tensor) -> None:
             if not isinstance(tensor, torch.Tensor):
                 raise Wrong(f"send takes a tensor, not a {type(tensor).__name__}.")
-            self.sent[rank].append(tensor.numel())
-            self.boxes[(rank + 1) % p].put(tensor.clone())
+            with self.news:
+                self.sent[rank].append(tensor.numel())
+                self.boxes[(rank + 1) % p].append(tensor.clone())
+                self.news.notify_all()
 
         def receive() -> torch.Tensor:
-            try:
-                return self.boxes[rank].get(timeout=1.5)
-            except queue.Empty:
-                raise Wrong(
-                    f"with p = {p}: worker {rank} waits for a message that nobody sends."
-                ) from None
+            with self.news:
+                self.waiting.add(rank)
+                self.news.notify_all()
+                self.news.wait_for(lambda: self.boxes[rank] or self._stuck() or self.over)
+                if not self.boxes[rank]:
+                    raise Wrong(
+                        f"with p = {p}: worker {rank} waits for a message that nobody sends."
+                    )
+                self.waiting.discard(rank)
+                return self.boxes[rank].popleft()
 
         def stop(*_: object) -> object:
-            if self.over.is_set():
+            if self.over:
                 raise SystemExit
             return stop
 
@@ -98,6 +118,10 @@ class _Ring:
             pass
         finally:
             sys.settrace(None)
+            with self.news:
+                self.waiting.discard(rank)
+                self.ended += 1
+                self.news.notify_all()
 
 
 @exercise("09.B")

@@ -3,7 +3,6 @@
 import re
 
 from course_utils import ROOT
-from course_utils.course import build
 from course_utils.course.chapters import UsageError, chapters
 
 START, END = "<!-- badges -->", "<!-- /badges -->"
@@ -12,8 +11,8 @@ BINDER = "https://mybinder.org/v2/gh/{repo}/HEAD?urlpath=lab/tree/notebooks/{nam
 
 
 def stamp(repo: str) -> None:
-    """Write `repo` into pyproject.toml, the links into README.md, and rebuild the notebooks with
-    their outputs kept.
+    """Write `repo` into pyproject.toml and the links into README.md. The notebooks take them from
+    there when they are built again.
     """
     if repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(
@@ -31,9 +30,6 @@ def stamp(repo: str) -> None:
     if len(parts) != 3:
         raise UsageError(f"README.md must hold {START} … {END} once.")
     readme.write_text(parts[0] + START + links(repo) + END + parts[2], encoding="utf-8")
-    for chapter in chapters():
-        if chapter.learner.is_file():
-            build.write_learner(chapter, "fast", keep_outputs=True)
 
 
 def links(repo: str, name: str | None = None) -> str:

@@ -20,6 +20,7 @@ from nbformat.notebooknode import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course_utils import ROOT, machine
+from course_utils.course.badges import links
 from course_utils.course.chapters import Chapter, repository
 
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -27,7 +28,8 @@ QUIET = {
     "extra_arguments": ["--IPKernelApp.log_level=40"]
 }  # local kernels warn of unencrypted transport at every start
 START = """\
-# Opened alone, in Colab for example? Then this cell fetches the course. Inside the course it does nothing.
+# Opened alone, in Colab for example? Then this cell fetches the course.
+# Inside the course it does nothing.
 import importlib.util
 import os
 import pathlib
@@ -122,8 +124,6 @@ def _folded(summary: str, text: str, cell_id: str) -> NotebookNode:
 
 def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     """The cell that fetches the course stands before the first code cell."""
-    from course_utils.course.badges import links
-
     first = next(i for i, c in enumerate(built.cells) if c.cell_type == "code")
     if badges := links(repository(), chapter.name):
         built.cells[0].source += f"\n\n{badges}"

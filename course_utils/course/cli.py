@@ -189,9 +189,12 @@ def _data(commands: argparse._SubParsersAction) -> None:
 
 def _badges(commands: argparse._SubParsersAction) -> None:
     def do(options: argparse.Namespace) -> int:
-        from course_utils.course import badges
+        from course_utils.course import badges, build
 
         badges.stamp(options.repo)
+        for chapter in chapters():
+            if chapter.learner.is_file():
+                build.write_learner(chapter, "fast", keep_outputs=True)
         return 0
 
     parser = commands.add_parser(

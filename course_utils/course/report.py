@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from course_utils import claims as registry
-from course_utils.claims import LOOK
+from course_utils.claims import FILLS, WORDS
 from course_utils.course.chapters import UsageError
 
 FIELDS = {
@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict]:
         if not isinstance(row, dict) or not row.keys() >= FIELDS:
             missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else "every field"
             raise UsageError(f"{path} is no ledger: an entry lacks {missing}.")
-        if row["verdict"] not in LOOK:
+        if row["verdict"] not in WORDS:
             raise UsageError(f"{path} is no ledger: {row['verdict']!r} is no verdict.")
     return rows
 
@@ -105,9 +105,9 @@ def draw(claims: list[dict], names: list[str], by_machine: list[dict]) -> bytes:
         for row, claim in enumerate(claims):
             if claim["claim"] not in rows:
                 continue
-            colour, word = LOOK[rows[claim["claim"]]["verdict"]]
-            ax.add_patch(Rectangle((column, row), 0.94, 0.9, color=colour))
-            ax.text(column + 0.47, row + 0.5, word, ha="center", va="center", fontsize=8)
+            verdict = rows[claim["claim"]]["verdict"]
+            ax.add_patch(Rectangle((column, row), 0.94, 0.9, color=FILLS[verdict]))
+            ax.text(column + 0.47, row + 0.5, WORDS[verdict], ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, len(names)), ylim=(len(claims), 0))
     ax.set_yticks(
         [i + 0.45 for i in range(len(claims))],
@@ -149,8 +149,11 @@ def render(claims: list[dict], names: list[str], by_machine: list[dict], picture
 def page(title: str, body: str) -> str:
     """A page that needs nothing from elsewhere."""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}}
+<style>
+body{{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto}}
+body{{padding:0 1rem;color:#222}}
+table{{border-collapse:collapse}}
+td,th{{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}}
 img{{max-width:100%}}small{{color:#555}}</style>
 <h1>{title}</h1>{body}</html>
 """
@@ -173,9 +176,10 @@ def _cell(row: dict | None) -> str:
         if row.get("stand_in")
         else ""
     )
-    return f"<td style='background:{LOOK[row['verdict']][0]}'><b>{row['verdict']}</b><br>{measured}{stand_in}</td>"
+    fill = FILLS[row["verdict"]]
+    return f"<td style='background:{fill}'><b>{row['verdict']}</b><br>{measured}{stand_in}</td>"
 
 
 def _count(rows: dict) -> str:
     verdicts = [row["verdict"] for row in rows.values()]
-    return ", ".join(f"{verdicts.count(v)} {v}" for v in LOOK if v in verdicts)
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in WORDS if v in verdicts)

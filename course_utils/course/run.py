@@ -17,9 +17,10 @@ from types import FrameType
 
 from nbformat.notebooknode import NotebookNode
 
-from course_utils import machine
+from course_utils import machine, processes
 from course_utils.course import build
 from course_utils.course.chapters import Chapter
+from course_utils.ledger import events as recorded
 
 CELL_SECONDS = {"smoke": 300, "fast": 900, "full": None}
 """Longer than any cell. A message between papermill and a kernel can get lost (see plots.explore):
@@ -122,8 +123,7 @@ def execute(
             part = folder / f".{name}.part"
             part.write_bytes(after.read_bytes())
             part.replace(folder / f"{name}.ipynb")
-        lines = events.read_text(encoding="utf-8").splitlines()
-        outcome.events = [json.loads(line) for line in lines[len(earlier) :]]
+        outcome.events = recorded(events)[len(earlier) :]
     outcome.seconds, outcome.peak_bytes = time.perf_counter() - start, watch.peak
     return outcome
 
@@ -207,7 +207,7 @@ class Watch:
                 self._kill()
             total = 0
             for process in self._started():
-                total += machine.held_bytes(process.pid)
+                total += processes.held_bytes(process.pid)
             self.peak = max(self.peak, total)
 
 

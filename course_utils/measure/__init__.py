@@ -1,12 +1,17 @@
 """Measuring: time with its uncertainty, size, work, memory and energy.
 
-measure.compare(lambda: slow(x), lambda: fast(x))   # a speed-up with its interval and a verdict
-measure.latency(call), measure.throughput(call, batch) measure.saved_bytes(model),
-measure.macs(model, x), measure.parameters(model), measure.peak_memory(call) measure.roofline(),
-measure.energy(call), measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
+measure.compare(lambda: slow(x), lambda: fast(x))  # a quick look, within this process
+measure.across(measure.arm(a, x), measure.arm(b, x))  # a speed-up over fresh processes
+measure.derive(lambda s, p: 1 / (1 - p + p / s), speedup, share)  # carries both widths
+measure.latency(call), measure.throughput(call, batch)
+measure.saved_bytes(model), measure.macs(model, x), measure.parameters(model)
+measure.peak_memory(call), measure.roofline(), measure.energy(call)
+measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
 """
 
+from course_utils.measure.arms import Arm, MeasurementError, arm, pretty
 from course_utils.measure.children import Child, child, turns
+from course_utils.measure.fresh import across
 from course_utils.measure.resources import (
     Roofline,
     energy,
@@ -18,19 +23,15 @@ from course_utils.measure.resources import (
     saved_bytes,
 )
 from course_utils.measure.runtimes import onnx_arm, onnx_session
-from course_utils.measure.stats import Interval, median_interval, paired_share, paired_t
-from course_utils.measure.timing import (
-    Arm,
-    Comparison,
-    Latency,
-    MeasurementError,
-    aa_spread,
-    arm,
-    compare,
-    latency,
-    pretty,
-    throughput,
+from course_utils.measure.stats import (
+    Interval,
+    derive,
+    median_interval,
+    over_processes,
+    paired_share,
+    paired_t,
 )
+from course_utils.measure.timing import Comparison, Latency, compare, latency, throughput
 
 __all__ = [
     "Arm",
@@ -40,16 +41,18 @@ __all__ = [
     "Latency",
     "MeasurementError",
     "Roofline",
-    "aa_spread",
+    "across",
     "arm",
     "child",
     "compare",
+    "derive",
     "energy",
     "latency",
     "macs",
     "median_interval",
     "onnx_arm",
     "onnx_session",
+    "over_processes",
     "paired_share",
     "paired_t",
     "parameters",

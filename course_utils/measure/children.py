@@ -89,7 +89,12 @@ def _resident_peak(pid: int) -> int:
 
 
 def turns(
-    code: str, arms: Mapping[str, dict[str, str]], *, rounds: int, timeout: float = 120.0
+    code: str,
+    arms: Mapping[str, dict[str, str]],
+    *,
+    rounds: int,
+    starts: int = 1,
+    timeout: float = 120.0,
 ) -> dict[str, list[object]]:
     """One child an arm, all alive at once and asked in turn: `rounds` results of each, the k-th
     ones of one round.
@@ -97,22 +102,41 @@ def turns(
     `code` defines `sample()`, which returns what JSON can hold; an arm is the environment its child
     gets. For arms that can't share a process (`{"ONEDNN_MAX_CPU_ISA": "AVX2"}`) and must share the
     machine's moods: two children that run one after the other are as bad a comparison as two loops.
-    The order changes every round, the first answer is thrown away. Raises RuntimeError with a
-    child's own traceback if it fails, TimeoutError after `timeout` seconds; no child outlives the
-    call.
+    The order changes every round, the first answer is thrown away.
+
+    One child an arm is one sample of a process. For a verdict ask for five `starts` at least: the
+    children are ended and started anew, and each list holds `starts` times `rounds` results, start
+    by start; `over_processes` takes one number from each start. Raises RuntimeError with a child's
+    own traceback if it fails, TimeoutError after `timeout` seconds; no child outlives the call.
+
+    >>> turns("sample = lambda: 7", {"a": {}, "b": {}}, rounds=2)
+    {'a': [7, 7], 'b': [7, 7]}
     """
     results: dict[str, list[object]] = {name: [] for name in arms}
     release()  # the children are about to need what this process holds free
+    end = time.monotonic() + timeout
+    for _ in range(starts):
+        _one_start(code, arms, rounds, end, results)
+    return results
+
+
+def _one_start(
+    code: str,
+    arms: Mapping[str, dict[str, str]],
+    rounds: int,
+    end: float,
+    results: dict[str, list[object]],
+) -> None:
     with contextlib.ExitStack() as stack:
-        children = {name: stack.enter_context(_Turn(name, code, env)) for name, env in arms.items()}
         late = threading.Event()
+        children = {name: stack.enter_context(_Turn(name, code, env)) for name, env in arms.items()}
 
         def stop() -> None:
             late.set()
             for one in children.values():
                 one.process.kill()
 
-        clock = threading.Timer(timeout, stop)
+        clock = threading.Timer(max(end - time.monotonic(), 0.0), stop)
         stack.callback(clock.cancel)
         clock.start()
         try:
@@ -124,14 +148,14 @@ def turns(
         except RuntimeError:
             if late.is_set():
                 raise TimeoutError(
-                    f"the children did not end within {timeout:.0f} s and were stopped."
+                    "the children did not end within the time they had and were stopped."
                 ) from None
             raise
-    return results
 
 
 _TURN = """
 import json as _json, os as _os, sys as _sys
+import course_utils as _course  # the allocator as in every other process that is timed
 _answers = _os.fdopen(_os.dup(1), "w")
 _os.dup2(2, 1)  # what libraries print must not be taken for an answer
 {code}

@@ -22,13 +22,20 @@ from course_utils.measure.stats import Interval, median_interval
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers the model learns (buffers such as BatchNorm's running mean are not counted)."""
+    """Numbers the model learns (buffers such as BatchNorm's running mean are not counted).
+
+    >>> parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(p.numel() for p in model.parameters())
 
 
 def saved_bytes(model: nn.Module | dict[str, Tensor]) -> int:
     """Bytes of the file that safetensors writes for the model's state, buffers and header
     included.
+
+    >>> saved_bytes({"w": torch.zeros(250)}) > 1000
+    True
     """
     from safetensors.torch import save_file
 
@@ -46,6 +53,9 @@ def macs(model: nn.Module, x: Tensor) -> int:
     It counts matrix products, convolutions and attention only; additions, activations and
     normalisation are free to it, and so is a fused operator it does not know:
     nn.TransformerEncoderLayer's fast path counts 0.
+
+    >>> macs(nn.Linear(10, 5), torch.zeros(2, 10))
+    100
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +69,9 @@ def peak_memory(call: Callable[[], object]) -> int:
 
     Summed from the profiler's allocation events: exact for torch's tensors and blind to every other
     library. For another runtime use `child`, which reads a process's peak.
+
+    >>> peak_memory(lambda: torch.zeros(1000))
+    4000
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -80,6 +93,8 @@ def peak_memory(call: Callable[[], object]) -> int:
 def release() -> None:
     """Hand memory that is free inside this process back to the system (glibc keeps it otherwise):
     for small machines.
+
+    >>> release()
     """
     gc.collect()
     if sys.platform == "linux":
@@ -91,6 +106,9 @@ def release() -> None:
 class Roofline:
     """The two ceilings of this machine: operations a second, and bytes a second from memory
     (Williams et al. 2009).
+
+    >>> Roofline(gflops=80, gbytes=20, threads=1).bound(0.25)
+    5.0
     """
 
     gflops: float  # 10⁹ floating-point operations a second, a multiply–accumulate being two
@@ -115,6 +133,9 @@ class Roofline:
 def roofline(threads: int | None = None) -> Roofline:
     """Measure both ceilings in fp32, about one second: a 1024³ matrix product, and a copy far
     larger than the caches.
+
+    >>> roofline(1).ridge > 1
+    True
     """
     threads = threads or torch.get_num_threads()
     n = 1024
@@ -143,6 +164,9 @@ def _best(call: Callable[[], object], repeat: int = 9) -> float:
 def energy(call: Callable[[], object], *, seconds: float = 2.0) -> "Interval | machine.Skip":
     """Joules a call, from the processor's own counter (RAPL): the whole package, idle power
     included. A Skip elsewhere.
+
+    >>> isinstance(energy(lambda: sum(range(1000)), seconds=0.1), Interval | machine.Skip)
+    True
     """
     answer = machine.can("energy")
     if answer is not True:

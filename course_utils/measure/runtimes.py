@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from course_utils.measure.timing import Arm
+from course_utils.measure.arms import Arm
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -22,6 +22,18 @@ def onnx_session(
 
     Left on, ONNX Runtime's waiting threads keep a core busy between calls and slow whatever else is
     measured.
+
+    >>> from onnx import helper
+    >>> graph = helper.make_graph(
+    ...     [helper.make_node("Relu", ["x"], ["y"])],
+    ...     "relu",
+    ...     [helper.make_tensor_value_info("x", 1, [2])],
+    ...     [helper.make_tensor_value_info("y", 1, [2])],
+    ... )
+    >>> small = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    >>> session = onnx_session(small.SerializeToString(), threads=1)
+    >>> session.run(None, {"x": np.array([-1, 2], np.float32)})
+    [array([0., 2.], dtype=float32)]
     """
     import onnxruntime
 
@@ -38,8 +50,25 @@ def onnx_arm(
     label: str,
     dtype: str = "float32",
 ) -> Arm:
-    """`session` on the one input `x` as an Arm that says its own threads."""
+    """`session` on the one input `x` as an Arm that says its own threads.
+
+    >>> from types import SimpleNamespace as Fake
+    >>> options = Fake(intra_op_num_threads=2)
+    >>> session = Fake(get_inputs=lambda: [Fake(name="x")], get_session_options=lambda: options)
+    >>> onnx_arm(session, torch.zeros(4, 3), "ONNX Runtime").threads
+    2
+    """
     array = x.numpy() if isinstance(x, torch.Tensor) else x
     feed = {session.get_inputs()[0].name: np.ascontiguousarray(array)}
     threads = session.get_session_options().intra_op_num_threads
-    return Arm(lambda: session.run(None, feed), label, threads, dtype, len(array), "contiguous")
+    return Arm(_Run(session, feed), label, threads, dtype, len(array), "contiguous")
+
+
+class _Run:
+    def __init__(
+        self, session: "onnxruntime.InferenceSession", feed: dict[str, np.ndarray]
+    ) -> None:
+        self.session, self.feed = session, feed
+
+    def __call__(self) -> list[np.ndarray]:
+        return self.session.run(None, self.feed)

@@ -1,25 +1,28 @@
 """Time measured so that two arms can be compared: interleaved rounds, paired ratios, an honest
-interval.
+interval. `compare` looks inside this process; `fresh.across` asks several.
 """
 
-import concurrent.futures
-import functools
 import html
-import inspect
-import math
 import random
 import time
-import timeit
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.utils import benchmark
 
+from course_utils.measure.arms import (
+    Arm,
+    Sampler,
+    agreed_threads,
+    as_arm,
+    graphs_compiled,
+    pretty,
+    refuse_compilation,
+    refuse_two_modes,
+)
 from course_utils.measure.stats import (
-    LOOKS,
     MIN_ROUNDS,
+    ROUNDS_BETWEEN_LOOKS,
     Interval,
     decide,
     median_interval,
@@ -27,62 +30,18 @@ from course_utils.measure.stats import (
     speedup,
 )
 
-BLOCK_SECONDS = 0.005  # inner calls are repeated until a block lasts this long
-_EMPTY_CALLS = 4  # a callable that costs less than this many empty calls has computed nothing
-
-
-class MeasurementError(RuntimeError):
-    """The measurement would mean nothing: the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of a comparison: what is called, and the conditions under which it runs.
-
-    `threads` is None for a torch arm (the comparison sets them). A runtime with threads of its own
-    (ONNX Runtime, OpenVINO) must say how many it was given, because torch's setting does not reach
-    it. Example: Arm(lambda: session.run(None, feed), "ONNX Runtime int8", threads=1, dtype="int8",
-    batch=8)
-    """
-
-    call: Callable[[], object]
-    label: str = ""
-    threads: int | None = None
-    dtype: str = ""
-    batch: int | None = None
-    memory_format: str = ""
-
-    def conditions(self) -> str:
-        parts = [self.dtype, f"batch {self.batch}" if self.batch else "", self.memory_format]
-        return ", ".join(p for p in parts if p)
-
-
-def arm(model: Callable[[torch.Tensor], object], x: torch.Tensor, label: str = "") -> Arm:
-    """`model(x)` in inference mode as an Arm; dtype, batch and memory format are read from `x`."""
-
-    @torch.inference_mode()
-    def call() -> object:
-        return model(x)
-
-    channels_last = (
-        x.dim() == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
-    )
-    name = label or type(model).__name__
-    return Arm(
-        call,
-        name,
-        None,
-        str(x.dtype).removeprefix("torch."),
-        len(x),
-        "channels_last" if channels_last else "contiguous",
-    )
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """The speed-up of `candidate` over `baseline`: above 1, the candidate is faster."""
+    """The speed-up of `candidate` over `baseline`: above 1, the candidate is faster.
+
+    `ratios` holds one number a round where `processes` is 1, one a process otherwise. `cores` is
+    how many cores each arm kept busy, `faults` how many page faults one call of each made.
+
+    >>> import time
+    >>> compare(lambda: time.sleep(2e-3), lambda: time.sleep(1e-3), seconds=0.2).processes
+    1
+    """
 
     ratio: float
     low: float
@@ -96,10 +55,18 @@ class Comparison:
     threads: int
     clock: str
     ratios: tuple[float, ...]
+    processes: int = 1
+    cores: tuple[float, float] = (0.0, 0.0)
+    faults: tuple[float, float] = (0.0, 0.0)
 
     @property
     def interval(self) -> Interval:
         return Interval(self.ratio, self.low, self.high, "x")
+
+    @property
+    def scope(self) -> str:
+        """Where the interval holds: "within this process", or over how many fresh ones."""
+        return f"{self.processes} fresh processes" if self.processes > 1 else "within this process"
 
     def __repr__(self) -> str:
         names = f"{self.candidate.label} against {self.baseline.label}"
@@ -107,9 +74,11 @@ class Comparison:
         a, b = self.baseline.conditions(), self.candidate.conditions()
         conditions = "; ".join(c for c in (a if a == b else f"{a} → {b}",) if c.strip(" →"))
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        idle = min(self.cores) < 0.6 * max(self.cores) and self.threads > 1
+        busy = f", busy cores {self.cores[0]:.1f} → {self.cores[1]:.1f}" if idle else ""
         return (
-            f"{names}: {self.ratio:.2f}x [{self.low:.2f}, {self.high:.2f}], {self.verdict}"
-            f" ({times}; {self.rounds} rounds, {threads}, {self.clock}"
+            f"{names}: {self.ratio:.2f}x [{self.low:.2f}, {self.high:.2f}], {self.verdict},"
+            f" {self.scope} ({times}; {self.rounds} rounds, {threads}{busy}, {self.clock}"
             f" clock{'; ' + conditions if conditions else ''})"
         )
 
@@ -125,23 +94,53 @@ def compare(
     threads: int | None = None,
     clock: str = "wall",
     precision: float = 0.01,
+    across_modes: bool = False,
 ) -> Comparison:
-    """How much faster `candidate` is than `baseline`, as the median of per-round ratios with a 95%
-    interval.
+    """A quick look: how much faster `candidate` is than `baseline` *within this process*.
 
     Every round times both, in random order, and gives one ratio, so that whatever slows the machine
-    for a while slows both. Sampling ends when half the interval's width is `precision` of the
-    ratio, or after `seconds`; eight rounds are made in any case. Then the interval is widened by
-    the A/A spread of this machine (`aa_spread`). `clock="cpu"` counts one thread's CPU time: for a
-    machine that is busy with something else.
+    for a while slows both; the median of the ratios has a 95% interval that knows the noise's
+    memory. Sampling ends after `seconds`, or from 180 rounds on when half the interval's width is
+    `precision` of the ratio; eight rounds are made in any case. `clock="cpu"` counts one thread's
+    CPU time: for a machine that is busy with something else.
 
+    The next process may differ by more than the interval is wide: `across` measures that.
     Raises MeasurementError where an arm raises, returns without computing, returns something lazy,
-    or where the arms do not have the same number of threads.
+    is compiled while it is timed, or where the arms differ in threads or in mode.
+
+    >>> import time
+    >>> compare(lambda: time.sleep(4e-3), lambda: time.sleep(2e-3), seconds=0.5).verdict
+    'faster'
     """
-    a, b = _as_arm(baseline, "baseline"), _as_arm(candidate, "candidate")
-    threads = _threads(a, b, threads, clock)
-    first, second = _Sampler(a, threads, clock), _Sampler(b, threads, clock)
-    spread = aa_spread(threads, clock)
+    a, b = as_arm(baseline, "baseline"), as_arm(candidate, "candidate")
+    threads = agreed_threads(a, b, threads, clock)
+    first, second = Sampler(a, threads, clock), Sampler(b, threads, clock)
+    if not across_modes:
+        refuse_two_modes(first, second)
+    graphs = graphs_compiled()
+    ratios, times = collect(interleaved(first, second), seconds=seconds, precision=precision)
+    refuse_compilation(graphs, first.arm, second.arm)
+    result, medians = speedup(ratios), np.median(times, axis=0)
+    return Comparison(
+        ratio=result.value,
+        low=result.low,
+        high=result.high,
+        verdict=decide(result.low, result.high),
+        baseline=a.spent(),
+        candidate=b.spent(),
+        baseline_seconds=float(medians[0]),
+        candidate_seconds=float(medians[1]),
+        rounds=len(ratios),
+        threads=threads,
+        clock=clock,
+        ratios=tuple(ratios),
+        cores=(first.cores, second.cores),
+        faults=(first.faults, second.faults),
+    )
+
+
+def interleaved(first: Sampler, second: Sampler) -> Callable[[], tuple[float, float]]:
+    """A round: both arms timed once, in random order; (seconds of the first, of the second)."""
 
     def one_round() -> tuple[float, float]:
         if random.random() < 0.5:
@@ -149,23 +148,7 @@ def compare(
         later = second.sample()
         return first.sample(), later
 
-    ratios, times = collect(one_round, seconds=seconds, precision=precision)
-    result = speedup(ratios, spread)
-    medians = np.median(times, axis=0)
-    return Comparison(
-        result.value,
-        result.low,
-        result.high,
-        decide(result.low, result.high),
-        _spent(a),
-        _spent(b),
-        float(medians[0]),
-        float(medians[1]),
-        len(ratios),
-        threads,
-        clock,
-        tuple(ratios),
-    )
+    return one_round
 
 
 def collect(
@@ -176,46 +159,32 @@ def collect(
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """Rounds until the interval is narrow or time is spent. The stopping rule looks at the width,
-    never at the verdict: stopping as soon as a difference shows would find one in noise.
+    never at the verdict (stopping as soon as a difference shows would find one in noise), and not
+    before 180 rounds: a width from few rounds is narrow by luck.
     """
     start, ratios, times = now(), [], []
     while len(ratios) < MIN_ROUNDS or now() - start < seconds:
         pair = one_round()
         times.append(pair)
         ratios.append(pair[0] / pair[1])
-        if len(ratios) in LOOKS and narrow_enough(speedup(ratios), precision):
+        if len(ratios) in ROUNDS_BETWEEN_LOOKS and narrow_enough(speedup(ratios), precision):
             break
     return ratios, times
 
 
-@functools.cache
-def aa_spread(threads: int, clock: str = "wall", pairs: int = 9) -> float:
-    """How far two *equal* arms come out apart on this machine, in log units: measured once a
-    process, about 1 s.
-
-    Each pair is the same small convolution on two buffers of its own, so what differs is what
-    should not matter: where the buffers lie, what the other arm left in the cache. The median over
-    pairs is returned, at most 0.05.
-    """
-    apart = []
-    for _ in range(pairs):
-        samplers = []
-        for _ in range(2):
-            conv, x = torch.nn.Conv2d(32, 32, 3, padding=1), torch.randn(8, 32, 28, 28)
-            samplers.append(_Sampler(arm(conv, x), threads, clock, block=0.002))
-        ratios = [samplers[0].sample() / samplers[1].sample() for _ in range(15)]
-        apart.append(abs(math.log(float(np.median(ratios)))))
-    return min(float(np.median(apart)), 0.05)
-
-
 @dataclass(frozen=True)
 class Latency:
-    """The distribution of single calls, in seconds."""
+    """The distribution of single calls, in seconds.
+
+    >>> Latency((0.010, 0.011, 0.012, 0.040), "a call").p50
+    0.0115
+    """
 
     samples: tuple[float, ...]
     label: str = ""
 
     def percentile(self, share: float) -> float:
+        """The latency that `share` percent of the calls do not exceed, interpolated."""
         return float(np.percentile(self.samples, share))
 
     mean = property(lambda self: float(np.mean(self.samples)))
@@ -225,9 +194,8 @@ class Latency:
     median = property(lambda self: median_interval(self.samples))
 
     def __repr__(self) -> str:
-        values = ", ".join(
-            f"{n} {pretty(v)}" for n, v in [("p50", self.p50), ("p95", self.p95), ("p99", self.p99)]
-        )
+        shares = [("p50", self.p50), ("p95", self.p95), ("p99", self.p99)]
+        values = ", ".join(f"{name} {pretty(v)}" for name, v in shares)
         return f"{self.label or 'latency'}: {values} ({len(self.samples)} calls)"
 
 
@@ -240,9 +208,12 @@ def latency(
 ) -> Latency:
     """Time single calls one by one, after a warm-up, for `seconds` or for `calls` calls (at least
     eight either way).
+
+    >>> len(latency(lambda: sum(range(10_000)), calls=20).samples)
+    20
     """
-    a = _as_arm(call, "the call")
-    sampler = _Sampler(a, _threads(a, a, threads, "wall"), "wall", block=0.0)
+    a = as_arm(call, "the call")
+    sampler = Sampler(a, agreed_threads(a, a, threads, "wall"), "wall", block=0.0)
     samples: list[float] = []
     start = time.perf_counter()
     while len(samples) < MIN_ROUNDS or (
@@ -260,112 +231,10 @@ def throughput(
     threads: int | None = None,
 ) -> Interval:
     """Items a second when batches of `batch` are computed one after the other, with the median's
-    interval.
+    interval, within this process.
+
+    >>> throughput(lambda: sum(range(10_000)), 8, seconds=0.05).unit
+    'items/s'
     """
     median = latency(call, seconds=seconds, threads=threads).median
     return Interval(batch / median.value, batch / median.high, batch / median.low, "items/s")
-
-
-def pretty(seconds: float) -> str:
-    """A duration for people: 12.3 ms."""
-    for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-class _Sampler:
-    """Times one arm: checks it, finds how many inner calls fill a block, then gives seconds a call,
-    block by block.
-    """
-
-    def __init__(self, a: Arm, threads: int, clock: str, block: float = BLOCK_SECONDS) -> None:
-        self.threads, self.arm = threads, a
-        # benchmark.timer waits for an accelerator before it reads the clock.
-        self._timer = timeit.Timer(
-            a.call, timer=time.thread_time if clock == "cpu" else benchmark.timer
-        )
-        once = self._first_calls()
-        self.number = max(1, math.ceil(block / once)) if block else 1
-
-    def _first_calls(self) -> float:
-        with benchmark.set_torch_threads(self.threads):
-            try:
-                _refuse_lazy(
-                    self.arm.call(), self.arm.label
-                )  # the first call warms up memory and caches
-                once = min(timeit.Timer(self.arm.call).repeat(2, 1))
-            except MeasurementError:
-                raise
-            except Exception as error:
-                raise MeasurementError(
-                    f"{self.arm.label} raised {type(error).__name__}: {error}"
-                ) from error
-            if once < 20e-6:  # short: look again, without the clock's own cost
-                once = min(timeit.Timer(self.arm.call).repeat(3, 1000)) / 1000
-                empty = min(timeit.Timer(lambda: None).repeat(3, 1000)) / 1000
-                if once < _EMPTY_CALLS * empty:
-                    raise MeasurementError(
-                        f"{self.arm.label} returns after {pretty(once)}, an empty function after"
-                        f" {pretty(empty)}: nothing is computed in it. Let the callable do the work"
-                        " itself; a value computed before the clock started costs nothing."
-                    )
-        return max(once, 1e-9)
-
-    def sample(self) -> float:
-        with benchmark.set_torch_threads(self.threads):
-            return max(self._timer.timeit(self.number) / self.number, 1e-9)
-
-
-def _refuse_lazy(value: object, label: str) -> None:
-    lazy = (
-        inspect.isgenerator(value)
-        or inspect.isawaitable(value)
-        or isinstance(value, map | filter | zip)
-    )
-    if lazy or isinstance(value, concurrent.futures.Future):
-        if inspect.iscoroutine(value):
-            value.close()
-        raise MeasurementError(
-            f"{label} returned a {type(value).__name__}: work that is promised, not done. Consume"
-            " it inside the callable: list(generator), future.result(), asyncio.run(coroutine)."
-        )
-
-
-def _as_arm(value: Callable[[], object] | Arm, name: str) -> Arm:
-    if isinstance(value, Arm):
-        return value if value.label else Arm(**(value.__dict__ | {"label": name}))
-    if not callable(value):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}, already computed; pass a function without"
-            " arguments, or measure.arm(model, x)."
-        )
-    return Arm(value, name)
-
-
-def _spent(a: Arm) -> Arm:
-    """The arm without its callable: a result that is kept must not keep the model alive."""
-    return replace(a, call=_no_call)
-
-
-def _no_call() -> object:
-    raise MeasurementError(
-        "a Comparison keeps its arms' conditions, not what they called; measure again with new"
-        " arms."
-    )
-
-
-def _threads(a: Arm, b: Arm, threads: int | None, clock: str) -> int:
-    if clock not in ("wall", "cpu"):
-        raise ValueError(f"clock is {clock!r}; it must be 'wall' or 'cpu'.")
-    own = {x for x in (a.threads, b.threads, threads) if x is not None}
-    if len(own) > 1:
-        raise MeasurementError(
-            f"the arms do not have the same threads: {a.label} {a.threads or 'torch'}, {b.label}"
-            f" {b.threads or 'torch'}, asked for {threads}. A runtime's threads are set when it is"
-            " made (intra_op_num_threads, INFERENCE_NUM_THREADS): give both the same."
-        )
-    chosen = own.pop() if own else (1 if clock == "cpu" else torch.get_num_threads())
-    if chosen < 1 or (clock == "cpu" and chosen != 1):
-        raise ValueError(f"threads is {chosen}; it must be at least 1, and 1 with clock='cpu'.")
-    return chosen

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 class Answers:
     """What became of every request, in the order in which they were due. Times are seconds since
     the load began.
+
+    >>> import numpy as np
+    >>> due, end = np.array([0.0, 0.5]), np.array([0.1, 0.9])
+    >>> answers = Answers(due, due, end, np.array([200, 503]), np.array([0, 0]), seconds=1.0)
+    >>> round(answers.p(99)), answers.throughput, answers.failed
+    (100, 1.0, 1)
     """
 
     intended: np.ndarray
@@ -98,6 +104,13 @@ def open_loop(
     If all `connections` are busy a request waits in the client, and that wait counts. A request
     that is not answered `timeout_s` after it was due is given up, with status 0. Raises
     RuntimeError if the server cannot be reached.
+
+    >>> open_loop("http://127.0.0.1:8000/", [b"{}"], rate=0, seconds=1)
+    Traceback (most recent call last):
+    ValueError: rate is 0; it must be above 0 requests a second.
+    >>> answers = open_loop("http://127.0.0.1:8000/", [b"{}"], 200, 5)  # doctest: +SKIP
+    >>> answers.p(99), answers.failed  # doctest: +SKIP
+    (12.5, 0)
     """
     import numpy as np
 
@@ -124,6 +137,10 @@ def closed_loop(
     pace.
 
     Good for a capacity, wrong for a latency under load: a slow server is asked less often.
+
+    >>> answers = closed_loop("http://127.0.0.1:8000/", [b"{}"], 5, connections=0)
+    Traceback (most recent call last):
+    ValueError: at least one body and one connection and more than 0 s are needed; ...
     """
     return _client(url, bodies, seconds, connections, token, seed, timeout_s, keep, None)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from course_utils import ROOT, machine
+from course_utils import ROOT, processes
 
 _BUSY = (
     "address already in use",
@@ -30,7 +30,11 @@ _BUSY = (
 
 @dataclass
 class Server:
-    """A running server. `pid` is the program's own, `log()` what it printed so far."""
+    """A running server. `pid` is the program's own, `log()` what it printed so far.
+
+    >>> Server("http://127.0.0.1:8000", 1, None, Path("log.txt"), 1).port
+    8000
+    """
 
     url: str
     pid: int
@@ -68,7 +72,7 @@ class Server:
 
     def _look(self) -> None:
         self._peak = max(
-            self._peak, sum(machine.held_bytes(process.pid) for process in self.processes())
+            self._peak, sum(processes.held_bytes(process.pid) for process in self.processes())
         )
 
 
@@ -107,6 +111,10 @@ def server(
     gone, its port free, when the block is over. Without `port` a free one is taken, another one if
     somebody else took it meanwhile. Raises RuntimeError with the server's last lines if it ends
     while starting, TimeoutError if it does not answer within `ready_s` seconds.
+
+    >>> with server(Path("app.py"), token="secret") as running:  # doctest: +SKIP
+    ...     print(running.url, running.peak_mb())
+    http://127.0.0.1:41527 312.4
     """
     with tempfile.TemporaryDirectory(prefix="course-server-", ignore_cleanup_errors=True) as folder:
         for attempt in range(3):
@@ -227,7 +235,7 @@ def _end(process: subprocess.Popen, seen: set, patience_s: float) -> None:
         for member in family:  # those that left the group, and where there are no groups
             with contextlib.suppress(psutil.Error):
                 member.send_signal(kind)
-        if machine.wait_gone([member.pid for member in family], patience):
+        if processes.wait_gone([member.pid for member in family], patience):
             break
     if process.poll() is None:
         process.kill()

@@ -586,7 +586,7 @@ per_mac = {
 }
 plots.bars(
     {f"{name}": per_mac[name] for name in per_mac},
-    ylabel="share of convolution time / share of MACs",
+    xlabel="share of convolution time / share of MACs",
     reference=(1.0, "time in proportion to MACs"),
     title=(
         f"A depthwise MAC costs {per_mac['depthwise'] / per_mac['pointwise']:.1f} times a"

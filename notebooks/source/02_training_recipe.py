@@ -201,7 +201,7 @@ del loader
 most, least = max(c.value for c in cost.values()), min(c.value for c in cost.values())
 plots.bars(
     cost,
-    ylabel="microseconds an image, data alone",
+    xlabel="microseconds an image, data alone",
     logx=True,
     title=f"The dearest way to the same bits costs {most / least:.0f} times the cheapest",
     alt=(

@@ -242,7 +242,7 @@ size = {
 }
 plots.bars(
     {k: v / 1e6 for k, v in size.items()},
-    ylabel="size on disk (MB)",
+    xlabel="size on disk (MB)",
     title=(
         f"Zeros alone: {size['dense'] / size['90% zeros, saved as it is']:.2f} times smaller. "
         f"Packed: {size['dense'] / size['90% zeros, bits + values']:.1f} times"

@@ -940,7 +940,7 @@ plots.bars(
     {"said": 3.0}
     | {f"fewer {n}": v for n, v in fewer.items()}
     | {"faster, measured": apart.interval},
-    ylabel="ResNet-152 over MobileNetV3-large (x)",
+    xlabel="ResNet-152 over MobileNetV3-large (x)",
     logx=True,
     title=(
         f"{fewer['multiply–accumulates']:.0f} times less arithmetic, {apart.ratio:.1f} times faster"

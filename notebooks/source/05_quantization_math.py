@@ -586,7 +586,7 @@ by_method = {name: 100 * accuracy_clipped(method, 3) for name, method in METHODS
 ahead = max(by_method, key=by_method.get)
 plots.bars(
     {"fp32 activations": 100 * training.accuracy(model, images[:1000], labels[:1000])} | by_method,
-    ylabel="accuracy on validation images (%), activations in 3 bits",
+    xlabel="accuracy on validation images (%), activations in 3 bits",
     title=(
         f"{ahead.capitalize()} leads the plain maximum by"
         f" {by_method[ahead] - by_method['maximum']:.1f} points"
@@ -897,7 +897,7 @@ rivals = {
 ratios = {name: sqnr_db(w, r) for name, r in rivals.items()}
 plots.bars(
     ratios,
-    ylabel="SQNR (dB) of one layer",
+    xlabel="SQNR (dB) of one layer",
     title=(
         "At 4 bits a codebook is worth"
         f" {ratios['4 bits, codebook'] - ratios['4 bits, even steps']:.1f} dB over even steps"
@@ -1672,7 +1672,7 @@ remedies["one scale, clipped"] = of_the_others(cut.reshape(w.shape))
 lost = float((fake_quantize(w, 4, "tensor")[honest] == 0).float().mean())
 plots.bars(
     remedies,
-    ylabel="SQNR of all other weights (dB), 4 bits",
+    xlabel="SQNR of all other weights (dB), 4 bits",
     title=f"One weight, and {100 * lost:.1f}% of the others become zero",
     alt=(
         "SQNR of the remaining weights of a layer with one outlier, for one scale a tensor, a"

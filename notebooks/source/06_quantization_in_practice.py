@@ -339,7 +339,7 @@ drop = {
 worst = max(drop, key=drop.get)
 plots.bars(
     drop,
-    ylabel="points of accuracy lost with this layer alone at 2 bits",
+    xlabel="points of accuracy lost with this layer alone at 2 bits",
     title=(
         f"{worst} loses {drop[worst]:.0f} points, the median layer"
         f" {np.median(list(drop.values())):.1f}"
@@ -723,7 +723,7 @@ if here:
     gains = {cap: measure.median_interval(ratio) for cap, ratio in ratios.items()}
     plots.bars(
         {cap.replace("_CORE", "").replace("_", " with "): gain for cap, gain in gains.items()},
-        ylabel="speed-up of INT8 over fp32 (x), one convolution, one thread",
+        xlabel="speed-up of INT8 over fp32 (x), one convolution, one thread",
         reference=(1.0, "as fast as fp32"),
         title="INT8 over fp32: " + ", ".join(f"{g.value:.1f}x" for g in gains.values()),
         alt=(
@@ -841,7 +841,7 @@ if have_lite:
     difference = measure.paired_share(agreement["per tensor"], agreement["per channel"])
     plots.bars(
         share,
-        ylabel="same class as fp32 (%)",
+        xlabel="same class as fp32 (%)",
         title=(
             f"A scale for each channel: {share['per tensor']:.0f}% → {share['per channel']:.0f}%"
             " agreement"

@@ -663,7 +663,7 @@ rows = {f"add, {n}": additions[d].interval for n, d in HALVES.items()}
 rows |= {f"matrix product, {n}": products[d].interval for n, d in HALVES.items()}
 plots.bars(
     rows,
-    ylabel="speed-up over fp32 (x)",
+    xlabel="speed-up over fp32 (x)",
     logx=True,
     reference=(1.0, "as fast as fp32"),
     title=(
@@ -812,7 +812,7 @@ factor = {
 }
 plots.bars(
     factor,
-    ylabel="speed-up of bf16 autocast over fp32 (x), one thread",
+    xlabel="speed-up of bf16 autocast over fp32 (x), one thread",
     reference=(1.0, "as fast as fp32"),
     title="bf16 training over fp32: "
     + ", ".join(f"{name} {factor[f'training, {name}'].value:.2f}x" for name in seen),

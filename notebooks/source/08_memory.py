@@ -589,7 +589,7 @@ plots.bars(
             100 * (quiet.ratio - 1), 100 * (quiet.low - 1), 100 * (quiet.high - 1)
         ),
     },
-    ylabel="more time than the plain step (%)",
+    xlabel="more time than the plain step (%)",
     title=f"The forward pass is {expected:.0f}% of the plain step",
     alt=(
         "Four bars: a third from counting, the forward's share, the measured extra time, and that"
@@ -1292,7 +1292,7 @@ milliseconds = {
 }
 plots.bars(
     milliseconds,
-    ylabel="round trip (ms)",
+    xlabel="round trip (ms)",
     logx=True,
     title=(
         f"{own.nbytes / MIB:.3g} MiB: copied into shared memory, {gain.ratio:.1f}x faster than"

@@ -1906,7 +1906,7 @@ share = dict(sorted(share.items(), key=lambda item: item[1]))
 least = min(share, key=share.get)
 plots.bars(
     share,
-    ylabel="computing alone, as a share of the DDP step (%)",
+    xlabel="computing alone, as a share of the DDP step (%)",
     title=f"With {least} only {share[least]:.0f}% of a DDP step computes",
     alt=(
         "Bars, sorted: for each number of blocks and rows the share of a data-parallel step that is"

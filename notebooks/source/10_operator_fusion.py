@@ -497,7 +497,7 @@ saved = {
 }
 plots.bars(
     saved,
-    ylabel="saved by folding (%)",
+    xlabel="saved by folding (%)",
     title=(
         f"{saved['floating-point operations']:.2g}% of the arithmetic, {saved['bytes moved']:.0f}%"
         f" of the bytes, {saved['time'].value:.0f}% of the time"

@@ -308,7 +308,7 @@ neighbours = None
 last = list(slower)[-1]
 plots.bars(
     slower,
-    ylabel="time of an eager call, alone = 1",
+    xlabel="time of an eager call, alone = 1",
     reference=(1.0, "alone"),
     title=(
         f"Right after a spinning neighbour an eager call takes {slower[last].value:.2f} times as"

@@ -30,7 +30,17 @@ from multiprocessing import shared_memory
 import numpy as np
 import torch
 
-from course_utils import claims, data, exercises, machine, measure, plots, scratch, serving
+from course_utils import (
+    claims,
+    data,
+    exercises,
+    machine,
+    measure,
+    plots,
+    processes,
+    scratch,
+    serving,
+)
 
 SMOKE, FULL = PROFILE == "smoke", PROFILE == "full"
 FOLDER = scratch("13")
@@ -1283,7 +1293,7 @@ plots.bars(
         **{f"{n}, all its processes": c / 1e3 for n, c in costs.items()},
         "the model alone, batch 32": model_alone / 1e3,
     },
-    ylabel="CPU milliseconds an answer",
+    xlabel="CPU milliseconds an answer",
     title=(
         f"Of our {costs['ours'] / 1e3:.2f} ms an answer, the model is"
         f" {100 * min(model_alone / costs['ours'], 1):.0f}%"
@@ -1308,7 +1318,7 @@ free = []
 for port in ports:
     with socket.socket() as s:
         free.append(s.connect_ex(("127.0.0.1", port)) != 0)
-print("processes left:", sum(machine.runs(pid) for pid in pids))
+print("processes left:", sum(processes.runs(pid) for pid in pids))
 print("ports free:", all(free))
 
 # %% [markdown]

@@ -745,7 +745,7 @@ if not missing and lm.real:
     }
     plots.bars(
         decode,
-        ylabel="one decoded token (ms)",
+        xlabel="one decoded token (ms)",
         logx=True,
         title=(
             f"4 bits against 16 in the same runtime: {kernel.value:.1f}x, with"
@@ -942,7 +942,7 @@ for bits in (4, 3):
         )
 plots.bars(
     table,
-    ylabel="squared error of the output (% of its power)",
+    xlabel="squared error of the output (% of its power)",
     logx=True,
     title=(
         f"Layer {name} at 4 bits: GPTQ {table['4 bits, GPTQ'] / table['4 bits, RTN']:.2f}, AWQ"

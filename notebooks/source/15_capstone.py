@@ -37,6 +37,7 @@ from course_utils import (
     claims,
     data,
     exercises,
+    ledger,
     machine,
     measure,
     models,
@@ -320,7 +321,7 @@ if serves:
     ceiling = per_order["shipped"] / per_order["no network"]
     plots.bars(
         {"no network": per_order["no network"], "the shipped network": per_order["shipped"]},
-        ylabel="time of an order in a busy service (ms)",
+        xlabel="time of an order in a busy service (ms)",
         title=(
             f"HTTP and processes take {1 / ceiling:.0%} of an order's time: at most {ceiling:.1f}x"
             " can be gained"
@@ -1172,9 +1173,9 @@ print(
 # without squares has not been run on this machine; run it, and this cell again.
 
 # %% tags=["nbval-ignore-output"]
-ledger = claims.ledger()
+said = ledger.verdicts()
 plots.show(
-    plots.verdicts(ledger),
+    plots.verdicts(said),
     "One row a chapter, one square a claim, coloured and lettered by its verdict on this machine.",
 )
 
@@ -1185,7 +1186,7 @@ plots.show(
 # the machine that you deploy on. Run the course there.
 
 # %% tags=["nbval-ignore-output"]
-claims.techniques(ledger)
+claims.techniques(said)
 
 # %% [markdown]
 # ## Exit quiz

@@ -1,74 +1,37 @@
-"""TensorRT engines: build, inspect, run, refit. Written for TensorRT 10 and 11; every failure is
-one clear exception.
+"""The builder and its engines, on the GPU of this machine."""
 
-profile = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}   # smallest, tuned for,
-largest plan = trt.build("model.onnx", [profile], timing_cache="timing.cache")     # bytes: save
-them as they are engine = trt.Engine(plan) engine.run({"image": x})["logits"]
-# torch tensors on the GPU [layer.name for layer in trt.layers(engine.inspect())]
-
-The precision is the graph's own: types and Q/DQ pairs in the ONNX file (networks are strongly
-typed).
-"""
-
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from course_utils.trt.errors import (
+    BuildError,
+    EngineMismatch,
+    NoDriver,
+    NoTensorRT,
+    OutOfWorkspace,
+    ParseError,
+    ProfileError,
+    RefitError,
+    TrtError,
+)
+from course_utils.trt.profiles import Profile, Shape, check_profiles, choose_profile
+
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]
-"""For each input with a free dimension: the smallest shape, the one to tune for, the largest."""
-
-
-class TrtError(RuntimeError):
-    """Something went wrong in TensorRT; a subclass says what, the message what to do."""
-
-
-class NoTensorRT(TrtError):
-    """The package or NVIDIA's libraries are missing."""
-
-
-class NoDriver(TrtError):
-    """TensorRT is installed and finds no usable NVIDIA driver or GPU."""
-
-
-class ParseError(TrtError):
-    """The ONNX file can't be read, or holds an operator that TensorRT does not know."""
-
-
-class ProfileError(TrtError):
-    """The shapes of a profile do not fit the network."""
-
-
-class OutOfWorkspace(TrtError):
-    """No kernel of a layer got by with the scratch memory that the builder may use."""
-
-
-class BuildError(TrtError):
-    """The builder gave up for another reason; its own last words are in the message."""
-
-
-class EngineMismatch(TrtError):
-    """The engine file belongs to another TensorRT version or another GPU, or is no engine."""
-
-
-class OutsideProfile(TrtError):
-    """An input has a shape that no profile of the engine covers."""
-
-
-class RefitError(TrtError):
-    """New weights did not fit the engine."""
-
 
 def load() -> ModuleType:
-    """The module `tensorrt`; NoTensorRT where it can't be imported."""
+    """The module `tensorrt`; NoTensorRT where it can't be imported.
+
+    >>> try:
+    ...     print(load().__name__)
+    ... except NoTensorRT:
+    ...     print("tensorrt")  # what it would be called
+    tensorrt
+    """
     try:
         import tensorrt
     except (ImportError, OSError) as error:
@@ -93,6 +56,9 @@ def build(
     `refit` allows new weights later. `timing_cache` is a file, read if it is there and fits this
     GPU, and written. Raises NoTensorRT, NoDriver, ParseError, ProfileError, OutOfWorkspace or
     BuildError.
+
+    >>> profile = {"image": ((1, 1, 28, 28), (64, 1, 28, 28), (256, 1, 28, 28))}
+    >>> plan = build("model.onnx", [profile], timing_cache="timing.cache")  # doctest: +SKIP
     """
     trt = load()
     log = messages(trt)
@@ -137,7 +103,12 @@ def build(
 
 
 class Engine:
-    """An engine ready to run. Raises NoTensorRT, NoDriver or EngineMismatch."""
+    """An engine ready to run. Raises NoTensorRT, NoDriver or EngineMismatch.
+
+    >>> engine = Engine(Path("model.plan").read_bytes())  # doctest: +SKIP
+    >>> engine.run({"image": torch.zeros(8, 1, 28, 28)})["logits"].shape  # doctest: +SKIP
+    torch.Size([8, 10])
+    """
 
     def __init__(self, plan: bytes) -> None:
         import torch
@@ -257,123 +228,12 @@ class Engine:
         return table[self._engine.get_tensor_dtype(name)]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One step of an engine: its kernel, the types it reads and writes, the ONNX nodes that went
-    into it.
-    """
-
-    name: str
-    kind: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    tactic: str
-    nodes: tuple[str, ...]
-
-
-_TYPES = {
-    "INT8": "int8",
-    "FP8": "fp8",
-    "BF16": "bf16",
-    "BFLOAT16": "bf16",
-    "FP16": "fp16",
-    "HALF": "fp16",
-    "FP32": "fp32",
-    "FLOAT": "fp32",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
-
-
-def layers(text: str) -> list[Layer]:
-    """The layers in an inspector's JSON, of TensorRT 10 or 11. Raises TrtError where only names
-    were kept.
-    """
-    found = json.loads(text)["Layers"]
-    if any(isinstance(layer, str) for layer in found):
-        raise TrtError(
-            "the engine was built with layer names alone; set profiling_verbosity to DETAILED and"
-            " build again."
-        )
-
-    def types(tensors: list[dict]) -> tuple[str, ...]:
-        words = [
-            f"{t.get('Format/Datatype', '')} {t.get('Datatype', t.get('DataType', ''))}".upper()
-            for t in tensors
-        ]
-        return tuple(
-            next((_TYPES[w] for w in re.findall(r"\w+", text) if w in _TYPES), "unknown")
-            for text in words
-        )
-
-    return [
-        Layer(
-            f["Name"],
-            f.get("LayerType", ""),
-            types(f.get("Inputs", [])),
-            types(f.get("Outputs", [])),
-            f.get("TacticName", ""),
-            tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", f.get("Metadata", ""))),
-        )
-        for f in found
-    ]
-
-
-def check_profiles(inputs: Mapping[str, Shape], profiles: Sequence[Profile]) -> None:
-    """Raise ProfileError unless each profile fits the network's inputs, in which -1 is a free
-    dimension.
-    """
-    free = sorted(name for name, shape in inputs.items() if -1 in shape)
-    if free and not profiles:
-        raise ProfileError(
-            f"the inputs {free} have free dimensions: give a profile with smallest, tuned and"
-            " largest shape."
-        )
-    for profile in profiles:
-        if missing := [n for n in free if n not in profile] + [
-            n for n in profile if n not in inputs
-        ]:
-            raise ProfileError(f"a profile must name the inputs {free}; look at {missing}.")
-        for name, (low, best, high) in profile.items():
-            shape = inputs[name]
-            if not len(low) == len(best) == len(high) == len(shape):
-                raise ProfileError(
-                    f"{name} has {len(shape)} dimensions; the profile says {low}, {best}, {high}."
-                )
-            for i, (size, a, b, c) in enumerate(zip(shape, low, best, high, strict=True)):
-                if not 0 <= a <= b <= c or (size != -1 and not a == b == c == size):
-                    wanted = "smallest ≤ tuned ≤ largest" if size == -1 else f"{size} three times"
-                    raise ProfileError(
-                        f"dimension {i} of {name}: {wanted} is due; the profile says {a}, {b}, {c}."
-                    )
-
-
-def choose_profile(bounds: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The profile that covers `shapes` and was tuned nearest to them (in elements); OutsideProfile
-    if none covers them.
-    """
-    fitting = {}
-    for index, profile in enumerate(bounds):
-        sides = [(shapes[n], low, high) for n, (low, _, high) in profile.items()]
-        if all(
-            len(s) == len(a) and all(x <= y <= z for x, y, z in zip(a, s, b, strict=True))
-            for s, a, b in sides
-        ):
-            fitting[index] = sum(
-                abs(math.prod(shapes[n]) - math.prod(best)) for n, (_, best, _) in profile.items()
-            )
-    if not fitting:
-        ranges = "; ".join(", ".join(f"{n} from {p[n][0]} to {p[n][2]}" for n in p) for p in bounds)
-        raise OutsideProfile(
-            f"{dict(shapes)} lies outside every profile ({ranges}). Build the engine with a wider"
-            " one."
-        )
-    return min(fitting, key=fitting.get)
-
-
 def build_failure(lines: Sequence[str]) -> TrtError:
-    """Which failure a builder's messages tell of."""
+    """Which failure a builder's messages tell of.
+
+    >>> build_failure(["Insufficient memory for any tactic"])
+    OutOfWorkspace('no kernel got by with the memory it was given; raise or drop `workspace` ...')
+    """
     said = " | ".join(lines[-3:]) or "TensorRT said nothing"
     if re.search(
         r"workspace|out ?of ?memory|insufficient memory|any implementation for node",
@@ -389,6 +249,9 @@ def build_failure(lines: Sequence[str]) -> TrtError:
 def messages(trt: ModuleType) -> object:
     """A logger for TensorRT that keeps warnings and errors in `lines`, for the exceptions to
     quote.
+
+    >>> messages(load()).lines  # doctest: +SKIP
+    []
     """
 
     class Messages(trt.ILogger):
