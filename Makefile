@@ -2,14 +2,19 @@
 PYTHON ?= python3
 PROFILE ?=
 CHAPTERS ?=
+ROUNDS ?= 50
+CHECKS ?= 1000
+JOBS ?= 2
 BIN := .venv/bin
 SETUP := $(PYTHON) course_utils/course/setup.py
 
-.PHONY: help setup setup-extended lab test run notebooks lock clean
+.PHONY: help setup setup-extended lab test soak run notebooks lock clean
 
 help:
 	@echo "make lab        open the course in JupyterLab"
 	@echo "make test       the whole suite (PROFILE=fast runs the notebooks in fast)"
+	@echo "make soak       ROUNDS=50 times its quick stages with other random draws, CHECKS=1000 times"
+	@echo "                every exercise's solution, JOBS=2 processes at a time: before a release"
 	@echo "make setup      the set-up alone; make setup-extended adds TVM, DeepSpeed, Model Optimizer"
 	@echo "make run        execute every chapter, write ledger and report to build/run"
 	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
@@ -26,6 +31,9 @@ lab: setup
 
 test: setup
 	@$(BIN)/python tests/run_suite.py $(if $(PROFILE),--profile $(PROFILE))
+
+soak: setup
+	@$(BIN)/python tests/soak.py --rounds $(ROUNDS) --checks $(CHECKS) --jobs $(JOBS)
 
 run: setup
 	@$(BIN)/course run $(CHAPTERS) $(if $(PROFILE),--profile $(PROFILE)) --out build/run

@@ -1,16 +1,19 @@
 """Helpers of the course *Efficient Deep Learning, Measured*.
 
 Import the module you need (`from course_utils import measure, plots`); nothing heavy is loaded
-before, and nothing outside the package changes.
+before. Two things change for the process, so that what it measures holds elsewhere: the C library
+keeps freed memory (`allocator`), and where a quota grants fewer cores than the machine has, threads
+are capped (`limits.cap_threads`).
 """
 
 import functools
 import os
 from pathlib import Path
 
-from course_utils import allocator
+from course_utils import allocator, limits
 
-allocator.settle()  # the one thing that an import changes: see there
+allocator.settle()
+limits.cap_threads()
 
 ROOT = Path(__file__).resolve().parent.parent
 """The course's folder: notebooks/ and datasets/ lie beside course_utils/."""

@@ -8,25 +8,20 @@ ever: the notebook goes on.
 import ast
 import contextlib
 import copy
-import ctypes
 import difflib
 import functools
 import html
 import importlib
 import inspect
-import io
 import pkgutil
-import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TextIO
 
 import numpy as np
 import torch
 
-from course_utils import ledger
+from course_utils import aside, ledger
 
 _predictions: dict[str, object] = {}
 _COLOURS = {"passed": "#1b7837", "wrong": "#b2182b", "pending": "#666666"}
@@ -43,12 +38,6 @@ class UnknownExercise(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-class _Stopped(BaseException):
-    """Thrown into an answer that runs too long. A BaseException, so that `except Exception` does
-    not swallow it.
-    """
 
 
 @dataclass(frozen=True)
@@ -77,10 +66,10 @@ class Result:
 
 
 _LATE = {
-    True: (
+    aside.STOPPED: (
         "your code was still running after {seconds:g} s and was stopped. Does a loop ever end?"
     ),
-    False: (
+    aside.RUNNING: (
         "your code was still running after {seconds:g} s and could not be stopped: it is still"
         " running in the background. Restart the kernel to end it. Does it sleep, or catch every"
         " exception in a loop?"
@@ -143,38 +132,19 @@ def check(
     function = _find(exercise_id)
     if is_pending(answer):
         return _report(exercise_id, "pending", "Replace the ... and run this cell again.")
-    outcome: list[BaseException | None] = []
 
     def work() -> None:
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)  # some checks draw with torch
-            function(Probe(answer), np.random.default_rng(seed))
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
+        if seed is not None:
+            torch.manual_seed(seed)  # some checks draw with torch
+        function(Probe(answer), np.random.default_rng(seed))
 
     state = torch.random.get_rng_state()
-    thread = threading.Thread(target=work, daemon=True)
-    printed = _Printed(thread)
     try:
-        with (
-            contextlib.redirect_stdout(_Split(sys.stdout, printed)),
-            contextlib.redirect_stderr(_Split(sys.stderr, printed)),
-        ):
-            thread.start()
-            thread.join(seconds)
-            in_time = not thread.is_alive()
-            stopped = in_time or _stop(thread)
-    except KeyboardInterrupt:
-        _stop(thread)
-        raise
+        ending, error = aside.run(work, seconds)
     finally:
         torch.random.set_rng_state(state)
-        printed.show()
-    if not in_time:
-        return _report(exercise_id, "wrong", _LATE[stopped].format(seconds=seconds))
-    error = outcome[0]
+    if ending != aside.ENDED:
+        return _report(exercise_id, "wrong", _LATE[ending].format(seconds=seconds))
     if error is None:
         return _report(exercise_id, "passed", inspect.getdoc(function) or "")
     if isinstance(error, Wrong):
@@ -369,61 +339,3 @@ def _find(exercise_id: str) -> Callable:
 def _report(exercise_id: str, status: str, message: str) -> Result:
     ledger.record("check", exercise=exercise_id, status=status)
     return Result(exercise_id, status, message)
-
-
-def _stop(thread: threading.Thread) -> bool:
-    """Raise _Stopped inside the thread until it ends; whether it did. What sits in C code, or
-    catches everything, cannot be reached and is left behind.
-    """
-    for _ in range(20):
-        if not thread.is_alive():
-            return True
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped)
-        )
-        thread.join(0.05)
-    return not thread.is_alive()
-
-
-class _Printed:
-    """What an answer's thread prints, kept until the check is over: its first lines."""
-
-    LINES, CHARACTERS = 40, 4000
-
-    def __init__(self, thread: threading.Thread) -> None:
-        self.thread, self.text = thread, ""
-
-    def add(self, text: str) -> None:
-        room = self.CHARACTERS + 1 - len(self.text)  # one more: it shows that there was more
-        self.text += text[: max(room, 0)]
-
-    def show(self) -> None:
-        lines = self.text[: self.CHARACTERS].splitlines()
-        more = len(self.text) > self.CHARACTERS or len(lines) > self.LINES
-        if lines:
-            print("\n".join(["Your code printed:", *lines[: self.LINES], *["…"] * more]))
-
-
-class _Split(io.TextIOBase):
-    """A stream that keeps what one thread writes; what others write goes where it would have
-    gone.
-    """
-
-    def __init__(self, stream: TextIO, printed: _Printed) -> None:
-        self._stream, self._printed = stream, printed
-
-    def write(self, text: str) -> int:
-        if threading.current_thread() is not self._printed.thread:
-            return self._stream.write(text)
-        self._printed.add(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return self._stream.encoding

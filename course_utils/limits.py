@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Which of them this process is in: one line a hierarchy, "4:memory:/name" or "0::/name"."""
 
-__all__ = ["memory_gb", "usable_cores"]
+__all__ = ["cap_threads", "memory_gb", "usable_cores"]
 
 
 def usable_cores() -> int:
@@ -25,6 +26,25 @@ def usable_cores() -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return min([cores, *(max(1, int(quota)) for quota in _quotas())])
+
+
+def cap_threads() -> int:
+    """No more threads than usable cores, here and in the processes started from here; returns that
+    number. Only where a quota or an affinity grants fewer cores than the machine has: torch looks
+    at the machine, and threads beyond the quota make each other wait.
+
+    >>> cap_threads() == usable_cores()
+    True
+    """
+    cores = usable_cores()
+    if cores < (os.cpu_count() or 1):
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        if not asked.isdigit() or int(asked) > cores:
+            os.environ["OMP_NUM_THREADS"] = str(cores)
+        torch = sys.modules.get("torch")  # loaded before us it has read the variable already
+        if torch is not None and torch.get_num_threads() > cores:
+            torch.set_num_threads(cores)
+    return cores
 
 
 def memory_gb() -> float:

@@ -64,6 +64,15 @@ def seeded(request) -> int:
     return seed
 
 
+@pytest.fixture
+def one_thread():
+    """For bits that must be equal: sums do not depend on how many cores are free."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "wall_clock: reads the clock; its budget is one that a busy machine keeps"

@@ -47,6 +47,7 @@ def test_one_by_one_and_at_once_are_the_same_bits_in_any_order(ch02):
         assert torch.equal(y, b)
 
 
+@pytest.mark.wall_clock
 def test_training_stops_at_the_target_and_counts_its_steps(ch02):
     net = models.mini_resnet(8, seed=0)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
@@ -56,7 +57,7 @@ def test_training_stops_at_the_target_and_counts_its_steps(ch02):
         net, batches, optimizer, 50, prepare=models.normalise, target=1e-9, every=5
     )
     assert steps == 5
-    assert 0 < seconds < 30
+    assert 0 < seconds < 300
     assert net.training, "looking at the accuracy must not leave the network in eval mode"
 
 
@@ -101,7 +102,7 @@ def test_separable_layers_keep_shapes_and_save_arithmetic(ch02):
     assert count[1] < count[0] / 2
 
 
-def test_the_recipe_is_training_fit_bit_for_bit(ch02):
+def test_the_recipe_is_training_fit_bit_for_bit(ch02, one_thread):
     seed = int(torch.randint(0, 1000, ()))
     recipe = training.Recipe(epochs=2, seed=seed, batch_size=50, warmup=0.4)
     ours, theirs = models.mini_resnet(8, seed=seed), models.mini_resnet(8, seed=seed)

@@ -77,6 +77,7 @@ def test_surgery_equals_the_mask_in_every_group(taught, net):
         taught["cut"](small, group, keep)
         with taught["masked"](net, group, keep):
             wanted = net(X)
+        # 20 layers of up to 288 products, rounded to 1.1e-16 of values below 100
         assert (small(X) - wanted).abs().max() <= 1e-10, name
         assert measure.macs(small, X[:1]) < measure.macs(net, X[:1])
 
@@ -95,7 +96,10 @@ def test_groups_are_right_for_a_network_the_chapter_never_saw(taught):
         small = copy.deepcopy(net)
         taught["cut"](small, group, keep)
         with taught["masked"](net, group, keep), torch.no_grad():
-            assert (small(x) - net(x)).abs().max() <= 1e-10, name
+            wanted = net(x)
+            # 20 layers of up to 4608 products: 1e5 roundings to 1.1e-16, were all of one sign
+            bound = 1e-10 * max(1.0, float(wanted.abs().max()))
+            assert (small(x) - wanted).abs().max() <= bound, name
 
 
 def test_a_grouped_convolution_is_refused(taught):

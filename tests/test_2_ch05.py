@@ -28,6 +28,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_step_and_zero_is_exact(ch0
     x[:10] = x[:10].abs()
     grid = getattr(ch05, scheme)(x, bits)
     back = ch05.dequantize(ch05.quantize(x, *grid), *grid[:2])
+    # half a step, and five roundings of 2⁻²⁴ at up to 255 steps: 0.00008 of one
     assert ((back - x).abs() <= grid[0] * 0.5001).all()
     assert (back[x == 0] == 0).all()
 
@@ -108,8 +109,8 @@ def test_requantization_is_exact_rounding(ch05):
         assert ch05.requantize(sums, m0, shift, 7).tolist() == wanted
 
 
-def test_huffman_is_prefix_free_lossless_and_near_the_entropy(ch05):
-    rng = np.random.default_rng()
+def test_huffman_is_prefix_free_lossless_and_near_the_entropy(ch05, seeded):
+    rng = np.random.default_rng(seeded)
     for size in (1, 2, 3, 17):
         codes = torch.from_numpy(rng.choice(size, 500, p=rng.dirichlet(np.ones(size) * 0.3)))
         length, packed = ch05.huffman_encode(codes)
@@ -130,9 +131,9 @@ def test_a_codebook_is_at_least_as_good_as_the_even_steps_it_starts_from(ch05):
     codes, values = ch05.codebook(w, 3)
     nearest = (w[:, None] - even).abs().amin(1)
     assert (values[codes] - w).square().mean() <= nearest.square().mean()
-    assert torch.equal(
-        ch05.codebook(w, 3)[0], (w[:, None].double() - values.double()).abs().argmin(1)
-    )
+    # the nearest, or as near: the values were rounded to fp32 after the choice
+    apart = (w[:, None].double() - values.double()).abs()
+    assert (apart.gather(1, codes[:, None])[:, 0] <= apart.amin(1) + 1e-6).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -110,13 +110,13 @@ def test_stochastic_rounding_keeps_what_bf16_holds_and_is_right_on_average(ch07)
     between = torch.full((200_000,), -1.001)
     rounded = ch07.to_bf16(between, "stochastic")
     assert set(rounded.unique().tolist()) == {-1.0, -1.0078125}
+    # 34 standard deviations of the mean of 200,000 draws between the two values
     assert rounded.mean().item() == pytest.approx(-1.001, abs=2e-4)
     assert ch07.to_bf16(between, "nearest").unique().tolist() == [-1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_our_autocast_is_torchs_bit_by_bit(ch07, dtype):
-    torch.manual_seed(random.randrange(10**6))
+def test_our_autocast_is_torchs_bit_by_bit(ch07, dtype, one_thread):
     makes = (
         lambda: ch07.mlp(1),
         lambda: nn.Sequential(

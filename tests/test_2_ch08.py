@@ -62,7 +62,6 @@ def ch08(tmp_path_factory) -> SimpleNamespace:
 
 
 def test_the_table_of_rules_agrees_with_what_autograd_keeps(ch08):
-    random.seed()
     widths = [random.randint(8, 40) for _ in range(5)]
     layers = [
         layer
@@ -88,7 +87,7 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured_one(ch08):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 6])
-def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(ch08, length):
+def test_checkpointed_gradients_are_the_plain_ones_bit_for_bit(ch08, length, one_thread):
     model = ch08.chain(24, 6, p=0.3)
     x, y = torch.randn(17, 24), torch.randint(0, 24, (17,))
     plain = ch08.gradients(model, model, x, y)
@@ -108,7 +107,8 @@ def test_accumulation_does_not_depend_on_the_pieces(ch08):
     x, y = torch.randn(37, 16, dtype=torch.float64), torch.randint(0, 16, (37,))
     whole = ch08.accumulated(model, x, y, 37)
     for size in (1, 5, 36):
-        assert ch08.apart(whole, ch08.accumulated(model, x, y, size)) < 1e-14
+        # at most 37 more roundings to 1.1e-16 of gradients below 10
+        assert ch08.apart(whole, ch08.accumulated(model, x, y, size)) < 1e-13
 
 
 def test_blocked_attention_equals_the_naive_one_for_lengths_that_do_not_divide(ch08):
@@ -117,8 +117,8 @@ def test_blocked_attention_equals_the_naive_one_for_lengths_that_do_not_divide(c
         torch.testing.assert_close(ch08.blocked(q, k, v), ch08.naive(q, k, v), atol=1e-12, rtol=0)
 
 
-def test_allocator_never_overlaps_and_emptying_changes_nothing_for_its_own_process(ch08):
-    rng = random.Random()
+def test_allocator_never_overlaps_and_emptying_changes_nothing_for_its_own_process(ch08, seeded):
+    rng = random.Random(seeded)
     for _ in range(10):
         twins = [ch08.CachingAllocator(300 * 2**20) for _ in range(2)]
         live: list[tuple] = []
@@ -169,11 +169,12 @@ def test_a_killed_worker_leaves_no_segment_and_no_zombie(ch08):
     assert not ch08.exists(name)
 
 
+@pytest.mark.wall_clock
 def test_a_worker_that_ends_by_itself_does_not_remove_the_owners_segment(ch08):
     with ch08.Segment() as segment:
         with ch08.Worker() as worker:
             worker.ask("attach", (segment.memory.name, ch08.COUNT))
             worker.process.stdin.close()  # the end of its input
-            assert worker.process.wait(10) == 0
+            assert worker.process.wait(120) == 0
         time.sleep(0.2)  # what a resource tracker would need
         assert ch08.exists(segment.memory.name)

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,10 @@ from course_utils.course import build
 from course_utils.course.chapters import chapters
 
 SETTINGS = {"width": 16, "depth": 2, "rows": 8, "steps": 9, "kill_at": 4}
-HANGS = "import time\ndef run(settings):\n    time.sleep(1000)\n"
+HANGS = (
+    "import os, time\ndef run(settings):\n    open(f'begun.{os.environ[\"RANK\"]}', 'w').close();"
+    " time.sleep(1000)\n"
+)
 RAISES = (
     "import torch.distributed as dist\ndef run(settings):\n    assert dist.get_rank() == 0, 'rank 1"
     " has no rows'\n    dist.barrier()\n"
@@ -101,8 +105,23 @@ def test_a_worker_that_raises_is_named_with_its_own_traceback(tmp_path):
     assert alive() == []
 
 
-def test_a_worker_that_hangs_is_stopped_and_its_line_named(tmp_path):
+@pytest.mark.wall_clock
+def test_a_worker_that_hangs_is_stopped_and_its_line_named(tmp_path, monkeypatch):
+    """The time is up when both workers hang, however long a busy machine needs until then."""
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            for _ in range(3000):
+                if len(list(tmp_path.glob("begun.*"))) == 2 or self.poll() is not None:
+                    break
+                time.sleep(0.1)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
     (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     with pytest.raises(TimeoutError, match=r'(?s)worker 0 was here.*"hangs\.py", line 3 in run'):
         distributed.launch(tmp_path / "hangs.py", timeout=12)
     assert alive() == []
@@ -131,8 +150,8 @@ def test_a_missing_module_starts_nothing(tmp_path):
         distributed.launch(tmp_path / "nowhere.py")
 
 
-def test_the_ring_on_paper_adds_up(taught, capsys):
-    rng = np.random.default_rng()
+def test_the_ring_on_paper_adds_up(taught, capsys, seeded):
+    rng = np.random.default_rng(seeded)
     for p in (1, 2, 3, 5, 8):
         vectors = rng.integers(-99, 99, (p, p))
         assert (taught.ring_on_paper(vectors) == vectors.sum(0)).all()

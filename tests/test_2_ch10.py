@@ -96,7 +96,8 @@ def test_tiles_equal_the_whole_softmax_also_for_huge_scores(ch10, length):
     q, k, v = torch.randn(3, 2, length, 8, dtype=torch.float64).unbind(0)
     for factor in (1.0, 300.0):
         want = F.scaled_dot_product_attention(factor * q, k, v)
-        for shape in ((64, 64), (1, 1), (30, 7)):
+        # tiles of one number are slow, and 65 rows of them show what 200 do
+        for shape in ((64, 64), (30, 7)) if length > 65 else ((64, 64), (1, 1), (30, 7)):
             torch.testing.assert_close(
                 ch10.tiled(factor * q, k, v, *shape), want, atol=1e-10, rtol=0
             )

@@ -95,8 +95,8 @@ def test_the_builder_measures_once_and_its_engine_agrees(ch12, monkeypatch):
     assert len(calls) == 2 * first  # another shape is another key
 
 
-def test_the_arena_never_overlaps_and_is_no_smaller_than_what_lives_at_once(ch12):
-    rng = np.random.default_rng()
+def test_the_arena_never_overlaps_and_is_no_smaller_than_what_lives_at_once(ch12, seeded):
+    rng = np.random.default_rng(seeded)
     for _ in range(50):
         count = int(rng.integers(1, 12))
         lives = {i: sorted(rng.integers(0, 10, 2).tolist()) for i in range(count)}
@@ -113,8 +113,8 @@ def test_the_arena_never_overlaps_and_is_no_smaller_than_what_lives_at_once(ch12
         assert at_once <= total <= sum(sizes.values())
 
 
-def test_pairs_stand_on_the_named_tensors_alone_and_stay_within_half_a_step(ch12, graph):
-    x = np.random.default_rng().normal(size=(5, 3, 8, 8)).astype(np.float32)
+def test_pairs_stand_on_the_named_tensors_alone_and_stay_within_half_a_step(ch12, graph, seeded):
+    x = np.random.default_rng(seeded).normal(size=(5, 3, 8, 8)).astype(np.float32)
     amax = {n: float(np.abs(v).max()) for n, v in ch12.all_tensors(graph, {"x": x}).items()}
     chosen = ["x", "w1", "r", "w2"]
     made = ch12.insert_pairs(graph, chosen, amax, unsigned={"r"})
@@ -130,9 +130,11 @@ def test_pairs_stand_on_the_named_tensors_alone_and_stay_within_half_a_step(ch12
     values = ch12.all_tensors(made, {"x": x})
     steps = {"x": amax["x"] / 127, "r": amax["r"] / 255}
     for name, step in steps.items():
-        assert np.abs(values[f"{name}.dq"] - values[name]).max() <= step * (
-            0.501 if name == "x" else 1.01
-        )
+        # The pairs before r change it a little, so it may leave the range that was seen without
+        # them: there it is clipped, and the half step counts from the end of the range. fp32 adds
+        # five roundings of 2⁻²⁴ at up to 255 steps, 0.00008 of one.
+        inside = np.clip(values[name], -amax[name], amax[name])
+        assert np.abs(values[f"{name}.dq"] - inside).max() <= step * 0.5001
     assert values["r.q"].dtype == np.uint8
     assert values["x.q"].dtype == np.int8
     assert len(graph.graph.node) == 4, "the graph that was given is not changed"
@@ -146,8 +148,8 @@ def test_compare_outputs_sees_nan_shapes_and_a_turned_class(ch12):
     assert ch12.compare_outputs(a, a[[1, 0, 2, 3]], 2)["same class (%)"] == 50
 
 
-def test_rescaling_changes_no_answer_and_only_fp32_weights_survive_it(ch12, graph):
-    x = np.random.default_rng().normal(size=(5, 3, 8, 8)).astype(np.float32)
+def test_rescaling_changes_no_answer_and_only_fp32_weights_survive_it(ch12, graph, seeded):
+    x = np.random.default_rng(seeded).normal(size=(5, 3, 8, 8)).astype(np.float32)
 
     def run(model):
         return ch12.all_tensors(model, {"x": x})["y"]
@@ -163,13 +165,14 @@ def test_rescaling_changes_no_answer_and_only_fp32_weights_survive_it(ch12, grap
     ranges = {n: float(np.abs(v).max()) for n, v in ch12.all_tensors(wide, {"x": x}).items()}
     right, names = ch12.to_fp16(wide, ranges)
     assert {"c1", "r1", "c2"} <= set(names)
-    np.testing.assert_allclose(run(right), run(plain), atol=0.02)
+    # sums of sizes below 100, five roundings to 2⁻¹¹ on the way: 0.25 at most, were all of one sign
+    np.testing.assert_allclose(run(right), run(plain), atol=0.25)
     listed = copy.deepcopy(wide)  # as torch's exporter writes it
     for i in wide.graph.initializer:
         listed.graph.value_info.append(helper.make_tensor_value_info(i.name, i.data_type, i.dims))
     spoiled, _ = ch12.to_fp16(listed, ranges)
-    assert np.abs(run(spoiled) - run(plain)).max() > 0.1, (
+    assert np.abs(run(spoiled) - run(plain)).max() > 2, (
         "onnxconverter now keeps listed weights: change the chapter"
     )
     unlisted, _ = ch12.to_fp16(ch12.weights_unlisted(listed), ranges)
-    np.testing.assert_allclose(run(unlisted), run(plain), atol=0.02)
+    np.testing.assert_allclose(run(unlisted), run(plain), atol=0.25)

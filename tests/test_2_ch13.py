@@ -19,6 +19,7 @@ import pytest
 from conftest import taught
 
 from course_utils import processes, serving
+from course_utils.checks.clock import Clock, Loop
 
 ECHO = """
 import asyncio, os, sys
@@ -30,7 +31,8 @@ async def serve(reader, writer):
         ok = fields.get("authorization", "") == "bearer " + os.environ["COURSE_TOKEN"].lower()
         if b"slow" in body: await asyncio.sleep(0.3)
         answer = lines[0].split()[1].encode() + b" " + body
-        writer.write(b"HTTP/1.1 %d X\\r\\ncontent-length: %d\\r\\n\\r\\n" % (200 if ok else 401, len(answer)) + answer)
+        head = b"HTTP/1.1 %d X\\r\\ncontent-length: %d\\r\\n\\r\\n"
+        writer.write(head % (200 if ok else 401, len(answer)) + answer)
 async def main():
     async with await asyncio.start_server(serve, "127.0.0.1", int(os.environ["PORT"])) as s:
         await s.serve_forever()
@@ -47,6 +49,12 @@ def ch13() -> SimpleNamespace:
     return chapter
 
 
+def play(work, clock: Clock) -> object:
+    """Run a coroutine on a loop whose timers keep this clock: no busy machine makes it late."""
+    with asyncio.Runner(loop_factory=lambda: Loop(clock)) as runner:
+        return runner.run(work)
+
+
 @pytest.fixture
 def echo(tmp_path):
     program = tmp_path / "echo.py"
@@ -54,8 +62,9 @@ def echo(tmp_path):
     return program
 
 
-def test_a_storm_is_answered_exactly_once_and_the_innocent_are_unharmed(ch13):
-    kinds = np.random.default_rng().permutation(
+def test_a_storm_is_answered_exactly_once_and_the_innocent_are_unharmed(ch13, seeded):
+    rng = np.random.default_rng(seeded)
+    kinds = rng.permutation(
         ["poisoned"] * 100 + ["cancelled"] * 300 + ["slow"] * 20 + ["plain"] * 9580
     )
     for workers in (1, 3):
@@ -63,7 +72,7 @@ def test_a_storm_is_answered_exactly_once_and_the_innocent_are_unharmed(ch13):
             ch13.storm(
                 ch13.Batcher,
                 kinds,
-                max_batch=int(np.random.default_rng().integers(2, 40)),
+                max_batch=int(rng.integers(2, 40)),
                 workers=workers,
             )
         )
@@ -97,27 +106,31 @@ def test_the_test_can_fail(ch13):
 
 
 def test_a_full_queue_refuses_and_closing_drains_without_waiting(ch13):
+    clock = Clock()
+
     async def go():
         batcher = ch13.Batcher(ch13.double, max_batch=4, max_wait=30.0, max_queue=8)
         tasks = [asyncio.create_task(batcher.ask(i)) for i in range(11)]
         await asyncio.sleep(0)
-        start = time.perf_counter()
+        start = clock.now
         await batcher.close()
-        took = time.perf_counter() - start
+        took = clock.now - start
         with pytest.raises(ch13.Closed):
             await batcher.ask(0)
         return await asyncio.gather(*tasks, return_exceptions=True), took
 
-    results, took = asyncio.run(go())
+    results, took = play(go(), clock)
     assert results[:8] == [2 * i for i in range(8)]
     assert all(isinstance(r, ch13.Full) for r in results[8:])
-    assert took < 5
+    assert took < 0.1
 
 
 def test_the_wait_counts_from_the_oldest_and_a_caller_who_leaves_frees_its_place(ch13):
+    clock = Clock()
+
     async def go():
         batcher = ch13.Batcher(ch13.double, max_batch=64, max_wait=0.3, max_queue=3)
-        start, loop = time.perf_counter(), asyncio.get_running_loop()
+        start = clock.now
         first = asyncio.create_task(batcher.ask(0))
         gone = asyncio.create_task(batcher.ask(1))
         await asyncio.sleep(0.1)
@@ -127,14 +140,13 @@ def test_the_wait_counts_from_the_oldest_and_a_caller_who_leaves_frees_its_place
             asyncio.create_task(batcher.ask(i)) for i in (2, 3)
         ]  # would be refused if the place were still taken
         assert await first == 0
-        took = time.perf_counter() - start
+        took = clock.now - start
         assert await asyncio.gather(*late) == [4, 6]
         await batcher.close()
-        assert loop.time() > 0
         return took, [n for n, _ in batcher.log]
 
-    took, sizes = asyncio.run(go())
-    assert 0.29 < took < 0.5
+    took, sizes = play(go(), clock)
+    assert 0.29 < took < 0.32
     assert sizes == [3]
 
 
@@ -151,16 +163,16 @@ def test_a_model_that_gives_too_few_outputs_is_an_error_for_everybody(ch13):
     assert all(isinstance(r, ValueError) for r in asyncio.run(go()))
 
 
-def test_padding_keeps_every_number_and_masks_the_rest(ch13):
-    rng = np.random.default_rng()
+def test_padding_keeps_every_number_and_masks_the_rest(ch13, seeded):
+    rng = np.random.default_rng(seeded)
     lists = [rng.integers(1, 30000, n).tolist() for n in rng.integers(1, 40, 20)]
     ids, mask = ch13.pad(lists)
     assert [row[m == 1].tolist() for row, m in zip(ids, mask, strict=True)] == lists
     assert mask.sum() == sum(map(len, lists))
 
 
-def test_a_fleet_of_one_is_the_simulated_machine(ch13):
-    rng = np.random.default_rng()
+def test_a_fleet_of_one_is_the_simulated_machine(ch13, seeded):
+    rng = np.random.default_rng(seeded)
     arrivals = np.cumsum(rng.exponential(1.0, 3000))
     for batch, wait in ((1, 0), (4, 0), (8, 2.5), (3, 100.0)):
         single = ch13.simulate(arrivals, batch, wait, lambda b: 0.5 + 0.3 * b) - arrivals
@@ -177,6 +189,7 @@ def test_one_machine_without_batching_is_the_textbook_queue(ch13):
     assert wait == pytest.approx(0.7 / (2 * 0.3), rel=0.05)
 
 
+@pytest.mark.wall_clock
 def test_load_over_http_keeps_its_books(echo):
     with serving.server(echo, token="s3cret") as server:
         bodies = [b'{"a": 1}', b'{"b": 22}']
@@ -193,23 +206,26 @@ def test_load_over_http_keeps_its_books(echo):
         again = serving.open_loop(server.url, bodies, 150, 1.0, token="s3cret", seed=4)
         np.testing.assert_array_equal(load.intended, again.intended)
         assert set(
-            serving.closed_loop(server.url, bodies, 0.2, connections=3, token="wrong").status
+            serving.closed_loop(server.url, bodies, 0.5, connections=3, token="wrong").status
         ) == {401}
         assert server.peak_mb() > 1
 
 
+@pytest.mark.wall_clock
 def test_waiting_for_a_connection_counts_and_what_comes_too_late_is_given_up(echo):
     with serving.server(echo, token="t") as server:
         queued = serving.open_loop(server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1)
         assert queued.p(99) > 2 * 300
-        assert 1e3 * (queued.finished - queued.sent).max() < 600
+        # sent one after the other: the times from sending to answer share the whole time
+        assert (queued.sent[1:] >= queued.finished[:-1]).all()
         late = serving.open_loop(
-            server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1, timeout_s=0.5
+            server.url, [b"slow"], 20, 0.5, connections=1, token="t", seed=1, timeout_s=1.5
         )
         assert 0 < late.failed < len(late.status)
         assert set(late.status) == {0, 200}
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_no_process_and_no_port_is_left_however_the_block_ends(echo, error):
     with (
@@ -225,6 +241,7 @@ def test_no_process_and_no_port_is_left_however_the_block_ends(echo, error):
         assert s.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.wall_clock
 def test_a_killed_notebook_takes_its_server_along(echo):
     code = (
         "import sys, time; from pathlib import Path; from course_utils import serving\n"
@@ -236,7 +253,7 @@ def test_a_killed_notebook_takes_its_server_along(echo):
     )
     pid = int(process.stdout.readline())
     process.kill(), process.wait(), process.stdout.close()
-    for _ in range(100):
+    for _ in range(2400):  # two minutes of a busy machine; an idle one needs a second
         if not processes.runs(pid):
             break
         time.sleep(0.05)

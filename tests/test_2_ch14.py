@@ -58,7 +58,8 @@ def test_a_batch_equals_its_texts_one_by_one(ch14, lm):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_stays_within_half_a_step_keeps_zero_and_is_idempotent(ch14, bits):
-    w = torch.randn(8, 128)
+    w = torch.randn(8, 128).clamp(-2.9, 2.9)
+    w[:, ::64], w[:, 1::64] = -3.1, 3.0  # ends whose zero-point is no tie, in any of these bits
     w[:, 5] = 0
     r = ch14.rtn(w, bits, 64)
     groups = w.view(-1, 64)
@@ -87,8 +88,13 @@ def test_gptq_and_awq_beat_plain_rounding_on_correlated_inputs(ch14):
 
 
 def test_speculation_gives_the_greedy_text_whatever_the_draft(ch14, lm):
-    prompt = torch.randint(0, 256, (20,))
-    greedy = ch14.generate(lm.weights, prompt, 12)
+    gap = 0.0
+    while gap < 1e-3:  # two words as likely: which one wins may hang on how a batch is summed
+        prompt = torch.randint(0, 256, (20,))
+        greedy = ch14.generate(lm.weights, prompt, 12)
+        text = torch.cat([prompt, torch.tensor(greedy)])
+        best, second = ch14.forward(lm.weights, text[None])[0, 19:-1].topk(2).values.unbind(-1)
+        gap = float((best - second).min())
     drafts = {
         "none": lambda past, most: [],
         "right": lambda past, most: greedy[len(past) - 20 : len(past) - 20 + most],

@@ -73,6 +73,7 @@ def test_an_acceptance_hangs_on_what_is_nearest_its_limit(ch15):
     assert "it hangs on: accuracy lost" in repr(both)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.skipif(not machine.can("package:mosec"), reason="mosec is not installed")
 def test_the_service_answers_its_key_and_nobody_else(tmp_path):
     (tmp_path / "service.py").write_text(constant("SERVICE"), encoding="utf-8")
@@ -81,7 +82,7 @@ def test_the_service_answers_its_key_and_nobody_else(tmp_path):
     wrong = [b"x" * 16 + bytes(784), key.encode() + bytes(785), key.encode()]
     env = {"MODEL": "", "MAX_BATCH": "4", "MAX_WAIT_MS": "0"}
     with serving.server(tmp_path / "service.py", token=key, env=env) as running:
-        good = serving.closed_loop(running.url + "/sort", bodies, 0.3, connections=2, keep=True)
+        good = serving.closed_loop(running.url + "/sort", bodies, 1.0, connections=2, keep=True)
         assert set(good.status) == {200}
         assert {len(text) for text in good.bodies} == {1, 3}, "one class for each image"
         for body in wrong:

@@ -7,11 +7,11 @@ import sys
 import time
 import timeit
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils import benchmark
 
 from course_utils import machine
 
@@ -21,8 +21,32 @@ except ImportError:  # Windows
     resource = None
 
 BLOCK_SECONDS = 0.005  # inner calls are repeated until a block lasts this long
+SLOW_SECONDS = 0.3  # a call this long is not repeated to find out how long it takes
 _EMPTY_CALLS = 4  # a callable that costs less than this many empty calls has computed nothing
 GRAPH, NO_GRAPH = "a graph for backward", "no graph for backward"
+
+
+def now() -> float:
+    """Seconds on the wall clock, read when the accelerator, if there is one, has finished.
+
+    >>> now() < now()
+    True
+    """
+    from torch.utils import benchmark  # late: it warns of a missing GPU before a notebook is ready
+
+    return benchmark.timer()
+
+
+def torch_threads(threads: int) -> AbstractContextManager:
+    """A `with` block in which torch uses so many threads.
+
+    >>> with torch_threads(1):
+    ...     torch.get_num_threads()
+    1
+    """
+    from torch.utils import benchmark
+
+    return benchmark.set_torch_threads(threads)
 
 
 class MeasurementError(RuntimeError):
@@ -140,16 +164,13 @@ class Sampler:
         self.mode = NO_GRAPH
         self._wall = self._cpu = 0.0
         self._calls = self._faults = 0
-        # benchmark.timer waits for an accelerator before it reads the clock.
-        self._timer = timeit.Timer(
-            a.call, timer=time.thread_time if clock == "cpu" else benchmark.timer
-        )
+        self._timer = timeit.Timer(a.call, timer=time.thread_time if clock == "cpu" else now)
         once = self._first_calls()
         self.number = max(1, math.ceil(block / once)) if block else 1
 
     def sample(self) -> float:
         """Seconds a call, from one block of calls."""
-        with benchmark.set_torch_threads(self.threads):
+        with torch_threads(self.threads):
             wall, cpu, faults = time.perf_counter(), time.process_time(), _page_faults()
             taken = self._timer.timeit(self.number)
             self._wall += time.perf_counter() - wall
@@ -168,16 +189,18 @@ class Sampler:
         return self._faults / self._calls if self._calls else 0.0
 
     def _first_calls(self) -> float:
-        timer = timeit.Timer(self.arm.call, timer=benchmark.timer)  # launching is not computing
+        timer = timeit.Timer(self.arm.call, timer=now)  # launching is not computing
         try:
-            with benchmark.set_torch_threads(self.threads):
-                start = benchmark.timer()
+            with torch_threads(self.threads):
+                start = now()
                 value = self.arm.call()  # warms up memory and caches
-                first = benchmark.timer() - start
+                first = now() - start
                 _refuse_lazy(value, self.arm.label)
                 self.mode = GRAPH if _requires_grad(value) or self._saves() else NO_GRAPH
                 del value
-                once = min(timer.repeat(2 if first < 0.5 else 1, 1))
+                if first > SLOW_SECONDS:  # long enough to be its own warm-up
+                    return first
+                once = min(timer.repeat(2, 1))
                 if once < 20e-6:  # short: look again, without the clock's own cost
                     once = self._short(timer)
         except MeasurementError:

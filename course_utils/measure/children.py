@@ -22,6 +22,9 @@ from course_utils.measure.resources import release
 class Child:
     """What a child process gave: its last line as JSON, its peak memory, and what it wrote to the
     error stream.
+
+    >>> Child({"a": 1}, peak_bytes=30_000_000, stderr="").result["a"]
+    1
     """
 
     result: object
@@ -35,6 +38,9 @@ def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.
     For what cannot share a process: another ISA cap (`env={"ONEDNN_MAX_CPU_ISA": "AVX2"}`), another
     runtime, a peak memory. Raises RuntimeError with the child's own traceback if it fails,
     TimeoutError after `timeout` seconds.
+
+    >>> child("print('noise'); print([1, 2])").result
+    [1, 2]
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
@@ -116,7 +122,7 @@ def turns(
     release()  # the children are about to need what this process holds free
     end = time.monotonic() + timeout
     for _ in range(starts):
-        _one_start(code, arms, rounds, end, results)
+        _one_start(code, arms, rounds, end, timeout, results)
     return results
 
 
@@ -125,6 +131,7 @@ def _one_start(
     arms: Mapping[str, dict[str, str]],
     rounds: int,
     end: float,
+    timeout: float,
     results: dict[str, list[object]],
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -148,7 +155,7 @@ def _one_start(
         except RuntimeError:
             if late.is_set():
                 raise TimeoutError(
-                    "the children did not end within the time they had and were stopped."
+                    f"the children did not end within {timeout:g} s and were stopped."
                 ) from None
             raise
 

@@ -45,7 +45,7 @@ from course_utils.measure.stats import MIN_PROCESSES, decide, speedup
 from course_utils.measure.timing import Comparison, interleaved
 
 FORKS = sys.platform == "linux"
-MIN_ROUNDS = 5  # in each process
+PROCESSES = 12
 
 
 def across(
@@ -53,7 +53,7 @@ def across(
     candidate: Callable[[], object] | Arm,
     *,
     seconds: float = 3.0,
-    processes: int = 12,
+    processes: int | None = None,
     threads: int | None = None,
     clock: str = "wall",
     across_modes: bool = False,
@@ -61,11 +61,11 @@ def across(
 ) -> Comparison:
     """How much faster `candidate` is than `baseline`, with a 95% interval over fresh processes.
 
-    The arms are copied into `processes` processes, one after the other; each warms them up and
-    times interleaved rounds for `seconds / processes` (five rounds at least). Its median ratio is
-    one value; the interval is `over_processes` of them. The number of processes is fixed
-    beforehand, so nothing is stopped by luck. What the arms hold (models, inputs, ONNX Runtime
-    sessions) travels by value: a change they make stays in the child.
+    The arms are copied into `processes` processes (twelve), one after the other; each warms them up
+    and times interleaved rounds for `seconds / processes` (one at least). Its median ratio is one
+    value; the interval is `over_processes` of them. The number of processes is fixed beforehand, so
+    nothing is stopped by luck. What the arms hold (models, inputs, ONNX Runtime sessions) travels
+    by value: a change they make stays in the child.
 
     Raises MeasurementError where `compare` would, and for arms that cannot travel (an open socket,
     a running process); ValueError for fewer than five processes; TimeoutError after `timeout`
@@ -73,12 +73,11 @@ def across(
 
     >>> import time
     >>> result = across(lambda: time.sleep(2e-3), lambda: time.sleep(1e-3), seconds=0.5)
-    >>> result.verdict, result.scope
-    ('faster', '12 fresh processes')
+    >>> result.verdict, result.scope  # doctest: +ELLIPSIS
+    ('faster', '...fresh processes')
     """
     a, b = as_arm(baseline, "baseline"), as_arm(candidate, "candidate")
-    if processes < MIN_PROCESSES:
-        raise ValueError(f"processes is {processes}; an interval needs {MIN_PROCESSES} at least.")
+    processes = how_many(processes)
     threads = agreed_threads(a, b, threads, clock)
     job = Job(travel.pack((a, b)), seconds / processes, threads, clock, across_modes, timeout)
     found = _crew().run(job, processes)
@@ -104,6 +103,19 @@ def across(
         cores=cores,
         faults=faults,
     )
+
+
+def how_many(processes: int | None) -> int:
+    """The number of processes asked for, or twelve; the profile smoke, which tests that everything
+    runs, makes do with five. Raises ValueError below five.
+
+    >>> how_many(8) in (5, 8)
+    True
+    """
+    wanted = PROCESSES if processes is None else processes
+    if wanted < MIN_PROCESSES:
+        raise ValueError(f"processes is {wanted}; an interval needs {MIN_PROCESSES} at least.")
+    return MIN_PROCESSES if os.environ.get("COURSE_PROFILE") == "smoke" else wanted
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ def series(job: Job) -> Series:
         refuse_two_modes(first, second)
     one_round, times, graphs = interleaved(first, second), [], graphs_compiled()
     start = time.perf_counter()
-    while len(times) < MIN_ROUNDS or time.perf_counter() - start < job.seconds:
+    while not times or time.perf_counter() - start < job.seconds:
         times.append(one_round())
     refuse_compilation(graphs, first.arm, second.arm)
     del held

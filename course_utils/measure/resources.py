@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 
 from course_utils import machine
+from course_utils.measure.arms import now, torch_threads
 from course_utils.measure.stats import Interval, median_interval
 
 
@@ -142,7 +142,7 @@ def roofline(threads: int | None = None) -> Roofline:
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     source = torch.zeros(64 * 2**20 // 4 * 4)  # 256 MiB: beyond any laptop's last cache
     target = torch.zeros_like(source)
-    with benchmark.set_torch_threads(threads):
+    with torch_threads(threads):
         compute = _best(lambda: torch.mm(a, b, out=out))
         copy = _best(lambda: target.copy_(source))
     return Roofline(2 * n**3 / compute / 1e9, 2 * source.nbytes / copy / 1e9, threads)
@@ -155,9 +155,9 @@ def _best(call: Callable[[], object], repeat: int = 9) -> float:
     call()
     times = []
     for _ in range(repeat):
-        start = benchmark.timer()
+        start = now()
         call()
-        times.append(benchmark.timer() - start)
+        times.append(now() - start)
     return min(times)
 
 

@@ -99,30 +99,42 @@ def within_process(series: Sequence[float]) -> Interval:
     return Interval(middle, middle - wider * max(down, 0.0), middle + wider * max(up, 0.0))
 
 
-def over_processes(values: Sequence[float]) -> Interval:
+def over_processes(values: Sequence[float], starts: int | None = None) -> Interval:
     """Median of one value a process, with an interval over processes.
 
     With n independent processes the interval from the k-th smallest to the k-th largest value
     misses the median with probability 2·P(Bin(n, ½) < k), whatever the distribution (sign test;
     Conover 1999, §3.2): the whole range for five to eleven processes, 6.3% to 0.1%; the second
     smallest to the second largest of twelve, 0.6%. Where the t-interval of the mean is wider (five
-    processes that happen to agree), it counts. Raises ValueError for fewer than five.
+    processes that happen to agree), it counts. Positive values are treated in logarithms.
+
+    `starts` is for the results of `turns(…, starts=…)`: the values come start by start, and the
+    median of each start is one value. Raises ValueError for fewer than five.
 
     >>> over_processes([2.0, 2.1, 1.9, 2.2, 2.0])
     2 [1.9, 2.2]
+    >>> over_processes([1, 2, 9, 1, 2, 3, 2, 2, 2, 1, 2, 8, 2, 7, 1], starts=5)
+    2 [2, 2]
     """
     from scipy.stats import t
 
-    x = np.sort(np.asarray(values, dtype=float))
+    x = np.asarray(values, dtype=float)
+    if starts is not None:
+        if starts < 1 or len(x) % starts:
+            raise ValueError(f"{len(x)} values cannot be those of {starts} equal starts.")
+        x = np.median(x.reshape(starts, -1), axis=1)
     if len(x) < MIN_PROCESSES or not np.isfinite(x).all():
         raise ValueError(
             f"an interval over processes needs at least {MIN_PROCESSES} finite values;"
             f" got {len(x)}, {np.isfinite(x).sum()} finite."
         )
-    trim = len(x) // BLOCKS  # 12 processes: 1, 24: 2
-    half = float(t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    low, high = min(x[trim], x.mean() - half), max(x[-1 - trim], x.mean() + half)
-    return Interval(float(np.median(x)), float(low), float(high))
+    in_logs = bool((x > 0).all())
+    y = np.sort(np.log(x) if in_logs else x)
+    trim = len(y) // BLOCKS  # 12 processes: 1, 24: 2
+    half = float(t.ppf(0.975, len(y) - 1) * y.std(ddof=1) / math.sqrt(len(y)))
+    ends = [min(y[trim], y.mean() - half), max(y[-1 - trim], y.mean() + half)]
+    low, high = (math.exp(e) if in_logs else float(e) for e in ends)
+    return Interval(float(np.median(x)), low, high)
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
@@ -147,8 +159,8 @@ def speedup(ratios: Sequence[float], processes: bool = False) -> Interval:
     >>> speedup([2.0, 2.1, 1.9, 2.2, 2.0], processes=True)
     2 [1.9, 2.2] x
     """
-    log = (over_processes if processes else within_process)(np.log(ratios))
-    return Interval(math.exp(log.value), math.exp(log.low), math.exp(log.high), "x")
+    found = (over_processes if processes else median_interval)(ratios)
+    return Interval(found.value, found.low, found.high, "x")
 
 
 def decide(low: float, high: float) -> str:

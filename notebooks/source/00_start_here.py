@@ -128,9 +128,9 @@ if ready:
     fp32 = measure.onnx_arm(measure.onnx_session(folder / "fp32.onnx"), batch, "ONNX Runtime fp32")
     int8_session = measure.onnx_session(folder / "int8.onnx")
     int8 = measure.onnx_arm(int8_session, batch, "ONNX Runtime INT8", dtype="int8")
-    runtime = measure.compare(eager, fp32, seconds=SECONDS)
-    both = measure.compare(eager, int8, seconds=SECONDS)
-    precision = measure.compare(fp32, int8, seconds=SECONDS)
+    runtime = measure.across(eager, fp32, seconds=SECONDS)
+    both = measure.across(eager, int8, seconds=SECONDS)
+    precision = measure.across(fp32, int8, seconds=SECONDS)
     print(runtime, both, precision, sep="\n")
     exercises.reveal("00.int8", both.ratio, "times")
 

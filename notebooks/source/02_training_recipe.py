@@ -236,7 +236,7 @@ def an_epoch(workers):
 small_part = OneByOne(images[: 128 if SMOKE else 384], labels)
 if sys.platform == "linux" and machine.can("two cores"):
     arms = measure.Arm(an_epoch(0), "no workers"), measure.Arm(an_epoch(2), "two workers")
-    workers = measure.compare(*arms, seconds=SECONDS, precision=0.03)
+    workers = measure.across(*arms, seconds=SECONDS, processes=6)
     print(workers)
 elif sys.platform == "linux":
     workers = machine.skip("two cores", "DataLoader workers")
@@ -593,7 +593,7 @@ for layout in ("contiguous", "channels_last"):
         )
         for n, net in (("dense", models.mini_resnet(16)), ("separable", separable(16)))
     ]
-    steps_apart[layout] = measure.compare(*arms, seconds=SECONDS, precision=0.02)
+    steps_apart[layout] = measure.across(*arms, seconds=SECONDS)
     print(steps_apart[layout])
 depthwise = steps_apart["contiguous"]
 exercises.reveal("02.depthwise", depthwise.ratio, "times faster a step")
@@ -607,7 +607,7 @@ plots.intervals(
     title=f"{fewer:.1f} times less arithmetic, the step {depthwise.ratio:.2f}x",
     alt="The ratio of arithmetic far to the right, the measured speed-ups of a step far below it.",
 )
-share = measure.Interval(*(v / fewer for v in (depthwise.ratio, depthwise.low, depthwise.high)))
+share = measure.derive(lambda s: s / fewer, depthwise.interval)
 claims.verdict("02.depthwise_is_faster_by_its_macs", share)
 
 # %% [markdown]
@@ -630,7 +630,7 @@ layouts = {
     "channels_last and bf16": stepper(models.mini_resnet(16), channels_last=True, bf16=True),
 }
 cheaper = {
-    n: measure.compare(reference, measure.Arm(call, n), seconds=SECONDS)
+    n: measure.across(reference, measure.Arm(call, n), seconds=SECONDS)
     for n, call in layouts.items()
 }
 plots.intervals(

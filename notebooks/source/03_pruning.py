@@ -183,7 +183,7 @@ plots.lines(
 # %% tags=["nbval-ignore-output"]
 sparse = sparsify(net, 0.9)
 batch64 = models.normalise(test[0][:64]).contiguous(memory_format=torch.channels_last)
-zeros = measure.compare(
+zeros = measure.across(
     measure.arm(net, batch64, "dense"),
     measure.arm(sparse, batch64, "90% zeros"),
     seconds=3 * N["look"],
@@ -1253,7 +1253,7 @@ arms = [
 ]
 look = {"seconds": 7 * N["look"], "precision": 0.015}
 faster, faster_aligned, gain = (
-    measure.compare(arms[a], arms[b], **look) for a, b in ((0, 1), (0, 2), (1, 2))
+    measure.across(arms[a], arms[b], **look) for a, b in ((0, 1), (0, 2), (1, 2))
 )
 plots.intervals(
     {
@@ -1324,7 +1324,7 @@ ratio = full_macs / measure.macs(halved, one_image)
 half_time = {}
 for size_ in (1, 64):
     x = batch64[:size_].contiguous(memory_format=torch.channels_last)
-    half_time[size_] = measure.compare(
+    half_time[size_] = measure.across(
         measure.arm(net, x, "whole"), measure.arm(halved, x, "half the MACs"), seconds=4 * N["look"]
     )
 plots.intervals(

@@ -249,7 +249,7 @@ def a_step(look_up):
 asking, looking = (
     measure.Arm(a_step(c), n) for c, n in ((False, "teacher asked"), (True, "cached"))
 )
-measure.compare(asking, looking, seconds=SECONDS, precision=0.03)
+measure.across(asking, looking, seconds=SECONDS, processes=6)
 
 # %% [markdown]
 # The teacher's forward pass is gone from the step, and stays gone for every epoch and every trial.
@@ -921,11 +921,11 @@ counts = {
     n: (measure.parameters(m), measure.macs(m, pixels))
     for n, m in (("ResNet-152", big), ("MobileNetV3-large", small))
 }
-apart = measure.compare(
+apart = measure.across(
     measure.arm(big, pixels, "ResNet-152"),
     measure.arm(small, pixels, "MobileNetV3-large"),
     seconds=3 * SECONDS,
-    precision=0.1,
+    processes=5,
 )
 print(apart)
 del big, small

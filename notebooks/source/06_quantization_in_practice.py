@@ -461,11 +461,11 @@ if have_onnx:
             measure.onnx_arm(s, x, n)
             for s, n in zip(sessions, ("ORT fp32", "ORT INT8"), strict=True)
         )
-        speedups[f"batch {batch}: against eager fp32"] = measure.compare(
-            eager, int8, seconds=SECONDS
+        speedups[f"batch {batch}: against eager fp32"] = measure.across(
+            eager, int8, seconds=SECONDS, processes=6
         )
-        speedups[f"batch {batch}: against the runtime's fp32"] = measure.compare(
-            fp32, int8, seconds=SECONDS
+        speedups[f"batch {batch}: against the runtime's fp32"] = measure.across(
+            fp32, int8, seconds=SECONDS, processes=6
         )
     own = [c for name, c in speedups.items() if "runtime" in name]
     plots.intervals(
@@ -524,7 +524,7 @@ if have_onnx:
         ("dynamic", "dynamic"),
     ):
         arm = measure.onnx_arm(measure.onnx_session(folder / f"{file}.onnx"), small, name)
-        slow[name] = measure.compare(plain, arm, seconds=SECONDS)
+        slow[name] = measure.across(plain, arm, seconds=SECONDS)
     plots.intervals(
         {name: c.interval for name, c in slow.items()},
         xlabel="speed-up over fp32 in the same runtime (x)",
@@ -606,7 +606,7 @@ if have_minilm:
         measure.Arm(lambda s=s: s.run(None, one), n, threads, batch=1)
         for s, n in zip(before_after, ("fp32", "dynamic INT8"), strict=True)
     ]
-    minilm = measure.compare(*arms, seconds=2 * SECONDS)
+    minilm = measure.across(*arms, seconds=2 * SECONDS, processes=6)
     chunks = [
         {"ids": i.numpy(), "mask": m.numpy()}
         for i, m in zip(ids.split(8), mask.split(8), strict=True)
@@ -718,9 +718,10 @@ here = {
     if needs in machine.isa()
 }
 if here:
-    capped = measure.turns(CONVOLUTION, here, rounds=8 if SMOKE else 36)
+    starts = 5 if SMOKE else 6
+    capped = measure.turns(CONVOLUTION, here, rounds=4 if SMOKE else 8, starts=starts)
     ratios = {cap: [t["fp32"] / t["int8"] for t in times] for cap, times in capped.items()}
-    gains = {cap: measure.median_interval(ratio) for cap, ratio in ratios.items()}
+    gains = {cap: measure.over_processes(ratio, starts) for cap, ratio in ratios.items()}
     plots.bars(
         {cap.replace("_CORE", "").replace("_", " with "): gain for cap, gain in gains.items()},
         xlabel="speed-up of INT8 over fp32 (x), one convolution, one thread",
@@ -737,7 +738,9 @@ else:
 # %% tags=["nbval-ignore-output"]
 if {"AVX512_CORE", "AVX512_CORE_VNNI"} <= here.keys():
     rounds = zip(capped["AVX512_CORE"], capped["AVX512_CORE_VNNI"], strict=True)
-    factor = measure.median_interval([without["int8"] / vnni["int8"] for without, vnni in rounds])
+    factor = measure.over_processes(
+        [without["int8"] / vnni["int8"] for without, vnni in rounds], starts
+    )
 else:
     factor = machine.Skip("isa", "this CPU has no AVX-512 with VNNI to switch off.")
 claims.verdict("06.vnni_factor", factor)

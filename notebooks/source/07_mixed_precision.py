@@ -615,7 +615,7 @@ def against_fp32(call, name, **how):
         measure.Arm(lambda: call(False), f"fp32 {name}"),
         measure.Arm(lambda: call(True, **how), f"{name} with autocast"),
     )
-    return measure.compare(*arms, seconds=SECONDS, precision=0.03)
+    return measure.across(*arms, seconds=SECONDS)
 
 
 training, inference = against_fp32(train_step, "training"), against_fp32(infer, "inference")

@@ -493,8 +493,8 @@ from tqdm.auto import tqdm
 
 longer = {}
 for name in tqdm(list(ways)[1 : 4 if SMOKE else None], desc="comparing", leave=False):
-    against = measure.compare(
-        lambda: step(ways[name]), lambda: step(blocks), seconds=SECONDS, precision=0.02
+    against = measure.across(
+        lambda: step(ways[name]), lambda: step(blocks), seconds=SECONDS, processes=6
     )
     low, high = against.low, against.high
     longer[name] = measure.Interval(
@@ -566,14 +566,16 @@ def forward_only():
         return blocks(x)
 
 
-share = measure.compare(lambda: step(blocks), forward_only, seconds=SECONDS / 2, precision=0.03)
+share = measure.across(
+    lambda: step(blocks), forward_only, seconds=SECONDS / 2, processes=6, across_modes=True
+)
 for block in blocks:
     block.drop.p = 0.0
-quiet = measure.compare(
+quiet = measure.across(
     lambda: step(ways["√n segments, ours"]),
     lambda: step(blocks),
     seconds=SECONDS / 2,
-    precision=0.02,
+    processes=6,
 )
 for block in blocks:
     block.drop.p = 0.1

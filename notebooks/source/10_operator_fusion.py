@@ -216,10 +216,11 @@ plots.lines(
     ),
 )
 exercises.reveal("10.chain", gain[main][-1].ratio, "times")
-last = gain[main][-1]
-claims.verdict(
-    "10.fusion_gains_by_its_bytes", measure.Interval(last.ratio / 4, last.low / 4, last.high / 4)
+last = measure.across(
+    lambda: chain(a, b), lambda: arms[main](a, b), seconds=2 * SECONDS, processes=5
 )
+print(last)
+claims.verdict("10.fusion_gains_by_its_bytes", measure.derive(lambda s: s / 4, last.interval))
 
 # %% [markdown]
 # At the left a call's fixed cost is all there is: a compiled function checks its inputs before each
@@ -449,7 +450,7 @@ for layout in (torch.contiguous_format, torch.channels_last):
             measure.arm(m.to(memory_format=layout), photo, n)
             for m, n in ((resnet, "as it was"), (net, label))
         ]
-        folding[f"{label}, {name}"] = measure.compare(*pair, seconds=3 * SECONDS, precision=0.01)
+        folding[f"{label}, {name}"] = measure.across(*pair, seconds=2 * SECONDS)
 shown = folding["folded, contiguous"]
 plots.intervals(
     {n: c.interval for n, c in folding.items()},
@@ -493,7 +494,7 @@ arithmetic = 2 * sum(values) / (2 * measure.macs(resnet, photo) + 2 * sum(values
 saved = {
     "floating-point operations": 100 * arithmetic,
     "bytes moved": 100 * (1 - moved["after"] / moved["before"]),
-    "time": measure.Interval(*(100 * (1 - 1 / v) for v in (shown.ratio, shown.low, shown.high))),
+    "time": measure.derive(lambda s: 100 * (1 - 1 / s), shown.interval),
 }
 plots.bars(
     saved,
@@ -507,12 +508,7 @@ plots.bars(
         " time."
     ),
 )
-per_operation = measure.Interval(
-    *(
-        v / saved["floating-point operations"]
-        for v in (saved["time"].value, saved["time"].low, saved["time"].high)
-    )
-)
+per_operation = measure.derive(lambda t: t / saved["floating-point operations"], saved["time"])
 claims.verdict("10.folding_saves_arithmetic", per_operation)
 
 # %% [markdown]
@@ -630,10 +626,11 @@ if can_compile and not SMOKE:
         compile_seconds = time.perf_counter() - start
         torch.testing.assert_close(fast_net(shirts), net(shirts), atol=1e-4, rtol=1e-4)
     arm = measure.Arm(torch.no_grad()(lambda: fast_net(shirts)), "compiled", batch=BATCH)
-    against = measure.compare(
+    against = measure.across(
         measure.Arm(torch.no_grad()(lambda: net(shirts)), "eager", batch=BATCH),
         arm,
         seconds=2 * SECONDS,
+        processes=5,
     )
     print(against)
     saves = against.baseline_seconds - against.candidate_seconds

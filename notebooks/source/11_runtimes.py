@@ -184,7 +184,7 @@ for name, (_, kinds) in levels.items():
 # %% tags=["nbval-ignore-output"]
 level_arms = {name: measure.onnx_arm(opened, photo, name) for name, (opened, _) in levels.items()}
 faster = {
-    name: measure.compare(level_arms["none"], level_arms[name], seconds=2 * SECONDS)
+    name: measure.across(level_arms["none"], level_arms[name], seconds=2 * SECONDS)
     for name in list(LEVELS)[1:]
 }
 fewer = {name: len(levels["none"][1]) / len(kinds) for name, (_, kinds) in levels.items()}
@@ -225,9 +225,7 @@ plots.show(
     " nodes.",
 )
 exercises.reveal("11.nodes", faster["all"].ratio, "times")
-by_nodes = measure.Interval(
-    *(v / fewer["all"] for v in (faster["all"].ratio, faster["all"].low, faster["all"].high))
-)
+by_nodes = measure.derive(lambda s: s / fewer["all"], faster["all"].interval)
 claims.verdict("11.graph_optimisation_halves_the_time", by_nodes)
 
 # %% [markdown]
@@ -475,18 +473,19 @@ light = [n for n in present if n in ("ONNX Runtime", "OpenVINO")]
 groups = [light] + [
     [n] for n in arms if n not in ("eager", *light)
 ]  # few processes at a time: memory
+STARTS = 5  # each start is a new process for each way
 turns, base = {}, {}  # for each way its own times, and eager's in the same rounds
 for group in groups:
     asked = {n: arms[n] | shared for n in ("eager", *group)}
-    answered = measure.turns(CHILD, asked, rounds=8 if SMOKE else 16, timeout=300)
+    answered = measure.turns(CHILD, asked, rounds=3, starts=STARTS, timeout=300)
     turns |= answered
     base |= dict.fromkeys(group, answered["eager"])
 
 # %% tags=["nbval-ignore-output"]
 speed = {
     b: {
-        name: measure.median_interval(
-            [e[b] / t[b] for e, t in zip(base[name], turns[name], strict=True)]
+        name: measure.over_processes(
+            [e[b] / t[b] for e, t in zip(base[name], turns[name], strict=True)], STARTS
         )
         for name in arms
         if name != "eager"
@@ -628,11 +627,8 @@ if "TVM" in present:
     pairs = zip(
         base["TVM"], turns["TVM"], strict=True
     )  # against eager in the same rounds, then the other's lead over eager
-    ours, lead = (
-        measure.median_interval([e["1"] / t["1"] for e, t in pairs]),
-        speed["1"][best].value,
-    )
-    against_best = measure.Interval(ours.value / lead, ours.low / lead, ours.high / lead)
+    ours = measure.over_processes([e["1"] / t["1"] for e, t in pairs], STARTS)
+    against_best = measure.derive(lambda a, b: a / b, ours, speed["1"][best])
 else:
     against_best = skipped["TVM"]
 claims.verdict("11.tvm_beats_all", against_best)

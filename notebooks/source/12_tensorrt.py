@@ -238,7 +238,7 @@ others = {
 for label, (served, other) in others.items():
     inputs = torch.randn(served, 1, 28, 28)
     right = measure.arm(engines[served], inputs, f"tuned for {served}")
-    cost[label] = measure.compare(right, measure.arm(other, inputs, label), seconds=SECONDS)
+    cost[label] = measure.across(right, measure.arm(other, inputs, label), seconds=SECONDS)
 shown = cost[f"batch {large}, tuned for 1"]
 plots.intervals(
     {name: c.interval for name, c in cost.items()},
@@ -284,8 +284,11 @@ sample = torch.randn(4, 1, 28, 28)
 warm: dict = {}
 _, first = build(network, sample, warm)
 print("from the cache, the same plan:", build(network, sample, warm)[1] == first)
-cold_or_warm = measure.compare(
-    lambda: build(network, sample, {}), lambda: build(network, sample, warm), seconds=SECONDS
+cold_or_warm = measure.across(
+    lambda: build(network, sample, {}),
+    lambda: build(network, sample, warm),
+    seconds=SECONDS,
+    processes=6,
 )
 claims.verdict("12.timing_cache", cold_or_warm)
 
@@ -538,8 +541,7 @@ batch = models.normalise(test_images[:64]).numpy()
 
 
 def openvino_arm(name):
-    request = compiled[name].create_infer_request()
-    return measure.Arm(lambda: request.infer({0: batch}), f"OpenVINO, {name}", threads, "", 64)
+    return measure.Arm(lambda: compiled[name]({0: batch}), f"OpenVINO, {name}", threads, "", 64)
 
 
 arms = {
@@ -552,7 +554,7 @@ gains = {builder: {} for builder in integers}
 for builder in tqdm(integers, desc="comparing", leave=False):
     base = arms[builder]("fp32")
     for name in ("weights alone", "NVIDIA's guide") if SMOKE else placements:
-        result = measure.compare(base, arms[builder](name), seconds=SECONDS / 2, precision=0.02)
+        result = measure.across(base, arms[builder](name), seconds=SECONDS / 2, processes=6)
         gains[builder][name] = result.interval
 
 # %% tags=["nbval-ignore-output"]

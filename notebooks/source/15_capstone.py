@@ -558,25 +558,24 @@ arms = {
     for name in ("shipped", "INT8", "cut, healed", "cut, healed, INT8")
 }
 gain = {
-    name: measure.compare(arms["shipped"], arm, seconds=2 * SECONDS)
+    name: measure.across(arms["shipped"], arm, seconds=2 * SECONDS)
     for name, arm in arms.items()
     if name != "shipped"
 }
-product = gain["INT8"].ratio * gain["cut, healed"].ratio
+product = measure.derive(
+    lambda a, b: a * b, gain["INT8"].interval, gain["cut, healed"].interval, unit="x"
+)
 both = gain["cut, healed, INT8"]
 plots.intervals(
     {name: g.interval for name, g in gain.items()},
     xlabel="speed-up over the shipped network (x)",
     title=(
         f"Alone {gain['INT8'].ratio:.1f}x and {gain['cut, healed'].ratio:.1f}x; together"
-        f" {both.ratio:.1f}x, the product would be {product:.1f}x"
+        f" {both.ratio:.1f}x, the product would be {product.value:.1f}x"
     ),
     alt="Speed-ups with intervals of INT8, of cutting, and of both together.",
 )
-claims.verdict(
-    "15.techniques_multiply",
-    measure.Interval(*(v / product for v in (both.ratio, both.low, both.high))),
-)
+claims.verdict("15.techniques_multiply", measure.derive(lambda b, p: b / p, both.interval, product))
 
 # %% [markdown]
 # Why would they not multiply? Each kernel has a cost that does not depend on the width: the call,
