@@ -24,7 +24,7 @@ def settle() -> str:
 
     COURSE_ALLOCATOR=system leaves the allocator alone, to see what it does to an interval.
 
-    >>> settle() == STATE
+    >>> settle().startswith(("glibc keeps freed memory", "as the system has it"))
     True
     """
     global STATE

@@ -37,6 +37,7 @@ class Card:
     model: str = ""  # e.g. "family 6, model 143, stepping 8"
     unknown: tuple[str, ...] = ()
     allocator: str = ""
+    selftest: dict = field(default_factory=dict)  # what `course selftest` found on this machine
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -53,6 +54,7 @@ class Card:
             "Capped": ", ".join(f"{name}={cap}" for name, cap in self.caps.items()),
             "Memory": f"{self.memory_gb:.1f} GB",
             "Allocator": self.allocator,
+            "Self-test": self.selftest.get("summary", ""),
             "GPU": self.gpu,
             "System": f"{self.system}, Python {self.python}",
             "Versions": ", ".join(f"{k} {v}" for k, v in self.versions.items()),

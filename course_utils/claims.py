@@ -71,6 +71,7 @@ class Verdict:
     low: float | None
     high: float | None
     reason: str
+    scope: str = ""  # of a comparison: "12 fresh processes", or "within this process"
 
     def measured(self) -> str:
         if self.value is None:
@@ -82,7 +83,8 @@ class Verdict:
             f"{x:.5g}" if f"{x:.3g}" in edges else f"{x:.3g}"
             for x in (self.value, self.low, self.high)
         )
-        return f"{value}{unit}" if self.low == self.high else f"{value}{unit} [{low}, {high}]"
+        interval = "" if self.low == self.high else f" [{low}, {high}]"
+        return f"{value}{unit}{interval}{', ' if self.scope else ''}{self.scope}"
 
     def band(self) -> str:
         low, high = self.claim.band
@@ -135,7 +137,8 @@ def verdict(
         result = Verdict(claim, UNTESTED, None, None, None, repr(measurement))
     else:
         value, low, high = _numbers(claim_id, measurement)
-        result = Verdict(claim, status(claim.band, low, high), value, low, high, "")
+        scope = getattr(measurement, "scope", "")
+        result = Verdict(claim, status(claim.band, low, high), value, low, high, "", scope)
     ledger.record(
         "verdict",
         claim=claim.id,
@@ -148,6 +151,7 @@ def verdict(
         verdict=result.status,
         reason=result.reason,
         stand_in=claim.stand_in,
+        scope=result.scope,
     )
     return result
 

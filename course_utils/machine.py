@@ -4,6 +4,7 @@ what it lacks.
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from course_utils import allocator, cpu, ledger, notebook
+from course_utils import ROOT, allocator, cpu, ledger, notebook
 from course_utils.card import Card
 from course_utils.limits import memory_gb, usable_cores
 
@@ -23,11 +24,12 @@ CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 lesser machine would say.
 """
 PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino")
+SELFTEST = ROOT / "build" / "selftest.json"
 _INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm")
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 __all__ = ["Card", "Skip", "can", "card", "isa", "memory_gb", "rapl_file", "skip", "usable_cores"]
-__all__ += ["version"]
+__all__ += ["selftest", "version"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,21 @@ def card() -> Card:
         model=cpu.model(),
         unknown=_silent(cpu.wanted() or ("all",)),
         allocator=allocator.STATE,
+        selftest=selftest(),
     )
+
+
+def selftest() -> dict:
+    """What `course selftest` found, if it has run on this processor; {} otherwise.
+
+    >>> isinstance(selftest(), dict)
+    True
+    """
+    try:
+        found = json.loads(SELFTEST.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("cpu") == cpu.name() else {}
 
 
 def isa() -> tuple[str, ...]:

@@ -25,7 +25,6 @@ from course_utils.course.chapters import chapters
 CHAPTERS = chapters()
 SEED = int(os.environ.get("COURSE_SEED", "0"))
 _count = itertools.count()
-_drawn = itertools.count()
 _default_rng = np.random.default_rng
 
 
@@ -36,14 +35,15 @@ def seed_of(name: str) -> int:
 
 def sow(seed: int) -> None:
     """Seed what draws without a generator of its own, `np.random.default_rng()` included."""
-    global _drawn
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the legacy generator is seeded, not used
     torch.manual_seed(seed)
-    _drawn = itertools.count()
-    np.random.default_rng = lambda given=None: _default_rng(
-        [seed, next(_drawn)] if given is None else given
-    )
+    count, make = itertools.count(), _default_rng
+
+    def default_rng(seed: object = None, _own: int = seed) -> np.random.Generator:
+        return make([_own, next(count)] if seed is None else seed)
+
+    np.random.default_rng = default_rng
 
 
 sow(seed_of("import"))  # what a test module draws when it is imported

@@ -1,5 +1,6 @@
 """Comparisons over fresh processes: what travels, what is refused, that nothing stays behind."""
 
+import io
 import os
 import signal
 import time
@@ -11,6 +12,13 @@ import torch
 
 from course_utils import allocator, measure
 from course_utils.measure import fresh, travel
+
+
+def travelled(arms: object) -> object:
+    file = io.BytesIO()
+    travel.pack(arms, file)
+    return travel.unpack(file)
+
 
 QUICK = {"seconds": 0.1, "processes": 5, "threads": 1}
 linux = pytest.mark.skipif(not fresh.FORKS, reason="forks are used on Linux only")
@@ -47,7 +55,7 @@ def test_a_known_ratio_is_held():
 def test_models_share_weights_on_the_other_side():
     """Both arms are packed together: a network that is in both arrives once."""
     model, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
-    a, b = travel.unpack(travel.pack((measure.arm(model, x), measure.arm(model, x))))
+    a, b = travelled((measure.arm(model, x), measure.arm(model, x)))
     assert a.call.model is b.call.model
     assert torch.equal(a.call(), model(x))
 
@@ -55,7 +63,7 @@ def test_models_share_weights_on_the_other_side():
 def test_channels_last_survives_the_journey():
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    there = travel.unpack(travel.pack(measure.arm(conv, x)))
+    there = travelled(measure.arm(conv, x))
     assert there.call.x.is_contiguous(memory_format=torch.channels_last)
     assert there.call.model.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -84,7 +92,7 @@ def test_a_session_travels_with_its_settings(relu_onnx, tmp_path, from_file):
         source = tmp_path / "relu.onnx"
         source.write_bytes(relu_onnx)
     session = measure.onnx_session(source, threads=1)
-    there = travel.unpack(travel.pack(session))
+    there = travelled(session)
     options = there.get_session_options()
     assert options.intra_op_num_threads == 1
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
@@ -100,7 +108,7 @@ def test_an_openvino_model_travels_with_its_settings(relu_onnx, tmp_path):
     (tmp_path / "relu.onnx").write_bytes(relu_onnx)
     how = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(tmp_path / "relu.onnx", "CPU", how)
-    there = travel.unpack(travel.pack(compiled))
+    there = travelled(compiled)
     for name in travel.OPENVINO_SETTINGS:
         assert str(there.get_property(name)) == str(compiled.get_property(name)), name
     x = np.linspace(-1, 1, 64, dtype=np.float32)[None]
@@ -142,6 +150,14 @@ def test_an_arm_that_never_ends_is_stopped_with_all_below_it():
     assert (
         measure.across(lambda: sum(range(9999)), lambda: sum(range(9999)), **QUICK).processes == 5
     )
+
+
+def test_no_file_stays_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(fresh.tempfile, "tempdir", str(tmp_path))
+    measure.across(lambda: sum(range(9999)), lambda: sum(range(9999)), **QUICK)
+    with pytest.raises(measure.MeasurementError):
+        measure.across(lambda: 1 / 0, lambda: 1, **QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_server_is_replaced():

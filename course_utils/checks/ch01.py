@@ -14,9 +14,8 @@ def p99(answer: Probe, rng: np.random.Generator) -> None:
     for n in sizes:
         latencies = [float(v) for v in rng.permutation(np.arange(1, n + 1))]
         got = answer(latencies)
-        want = np.percentile(
-            latencies, 99, method="inverted_cdf"
-        )  # the definition of the exercise, in NumPy's words
+        # the definition of the exercise, in NumPy's words
+        want = np.percentile(latencies, 99, method="inverted_cdf")
         if not isinstance(got, int | float | np.number):
             raise Wrong(
                 f"for {n} latencies you returned a {type(got).__name__}; a number was expected."
@@ -88,7 +87,7 @@ def decide(answer: Probe, rng: np.random.Generator) -> None:
     ):
         if (got := answer(list(ratios))) != allowed:
             raise Wrong(f"for sixty times {ratios[0]} you said {got!r}; {allowed!r} is due.")
-    runs = 300
+    runs = 600  # who is wrong in 5% of the series exceeds 8% of so many once in 1,500 checks
     said = [answer(_series(rng, 1.0)) for _ in range(runs)]
     alarms = sum(s != "can't tell" for s in said)
     if alarms > 0.08 * runs:

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="course", description="Efficient Deep Learning, Measured."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_doctor, _lab, _build, _run, _report, _data, _badges):
+    for add in (_doctor, _selftest, _lab, _build, _run, _report, _data, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -56,6 +56,18 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
         "doctor", help="what this machine can do, what will be skipped, what is broken"
     )
     parser.add_argument("--json", action="store_true")
+    parser.set_defaults(do=do)
+
+
+def _selftest(commands: argparse._SubParsersAction) -> None:
+    def do(options: argparse.Namespace) -> int:
+        from course_utils.course import selftest
+
+        return 0 if selftest.run()["passed"] else 1
+
+    parser = commands.add_parser(
+        "selftest", help="does the instrument keep its promise here? A minute or two, nothing else"
+    )
     parser.set_defaults(do=do)
 
 

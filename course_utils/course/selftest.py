@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from course_utils import ROOT, machine, measure
+from course_utils import cpu, machine, measure
 
 PROGRAMS = 10
-FILE = ROOT / "build" / "selftest.json"
 ONE_PROGRAM = """
 import json, torch
 from torch import nn
@@ -51,9 +50,10 @@ def run(say: Callable[[str], None] = print) -> dict:
     result = judged(equal, known, within, over) | {
         "seconds": round(time.monotonic() - start),
         "date": datetime.date.today().isoformat(),
-        "cpu": machine.card().cpu,
+        "cpu": cpu.name(),
     }
-    say(summary(result))
+    result["summary"] = f"{summary(result)} ({result['date']})"
+    say(result["summary"])
     keep(result)
     return result
 
@@ -113,10 +113,10 @@ def summary(result: dict) -> str:
 def keep(result: dict) -> None:
     """Write the result where the card finds it; a place that cannot be written is no error."""
     try:
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        part = FILE.with_suffix(f".{os.getpid()}.part")
+        machine.SELFTEST.parent.mkdir(parents=True, exist_ok=True)
+        part = machine.SELFTEST.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        part.replace(FILE)
+        part.replace(machine.SELFTEST)
     except OSError as error:
         print(f"The result could not be kept: {error}")
 

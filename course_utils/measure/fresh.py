@@ -23,7 +23,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -41,6 +42,7 @@ from course_utils.measure.arms import (
     refuse_compilation,
     refuse_two_modes,
 )
+from course_utils.measure.resources import release
 from course_utils.measure.stats import MIN_PROCESSES, decide, speedup
 from course_utils.measure.timing import Comparison, interleaved
 
@@ -72,15 +74,22 @@ def across(
     seconds.
 
     >>> import time
-    >>> result = across(lambda: time.sleep(2e-3), lambda: time.sleep(1e-3), seconds=0.5)
-    >>> result.verdict, result.scope  # doctest: +ELLIPSIS
-    ('faster', '...fresh processes')
+    >>> across(lambda: time.sleep(2e-3), lambda: time.sleep(1e-3), seconds=0.2, processes=5).scope
+    '5 fresh processes'
     """
     a, b = as_arm(baseline, "baseline"), as_arm(candidate, "candidate")
-    processes = how_many(processes)
-    threads = agreed_threads(a, b, threads, clock)
-    job = Job(travel.pack((a, b)), seconds / processes, threads, clock, across_modes, timeout)
-    found = _crew().run(job, processes)
+    processes, threads = how_many(processes), agreed_threads(a, b, threads, clock)
+    release()  # the children are about to need what this process holds free
+    with tempfile.NamedTemporaryFile(prefix="course-arms-", delete=False) as file:
+        try:
+            travel.pack((a, b), file)
+            file.close()  # Windows opens it once at a time
+            each = seconds / processes
+            job = Job(file.name, each, threads, clock, across_modes, timeout)
+            found = _crew().run(job, processes)
+        finally:
+            file.close()
+            Path(file.name).unlink()
     result = speedup([s.ratio for s in found], processes=True)
     seconds_each, cores, faults = (
         tuple(map(float, np.median([getattr(s, name) for s in found], axis=0)))
@@ -120,9 +129,9 @@ def how_many(processes: int | None) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What a child needs to know: both arms, packed, and how to time them."""
+    """What a child needs to know: the file with both arms, how to time them, where it is."""
 
-    arms: bytes
+    arms: str
     seconds: float
     threads: int
     clock: str
@@ -146,7 +155,8 @@ class Series:
 def series(job: Job) -> Series:
     """Time both arms of a job in this process."""
     held = scattered_holes()
-    arms = travel.unpack(job.arms)
+    with Path(job.arms).open("rb") as file:
+        arms = travel.unpack(file)
     order = random.sample((0, 1), 2)  # which arm warms up first, and takes the first memory
     made = {k: Sampler(arms[k], job.threads, job.clock) for k in order}
     first, second = made[0], made[1]
@@ -324,7 +334,7 @@ def serve() -> None:
             if message == "go":
                 _write(answers, _forked(job) if FORKS else _answer(job))
             else:
-                job = replace(message)
+                job = message
                 _prepare(job)
 
 
@@ -333,7 +343,10 @@ def _prepare(job: Job) -> None:
     sys.path[:] = job.path
     with contextlib.suppress(OSError):
         os.chdir(job.folder)
-    for name in travel.modules(job.arms):
+    with Path(job.arms).open("rb") as file:
+        names = travel.modules(file)
+    release()
+    for name in names:
         with contextlib.suppress(Exception):  # the child will say what is missing
             importlib.import_module(name)
 

@@ -20,7 +20,7 @@ MIN_ROUNDS = 8
 MIN_PROCESSES = 5
 SAME = 1.03  # two arms count as the same where neither is 3% faster
 STEADY = 180  # rounds: three times the dwell of the slowest mood that the tests plant
-ROUNDS_BETWEEN_LOOKS = tuple(round(STEADY * 1.5**k) for k in range(12))  # 180, 270, 405, …
+LOOK_AFTER = tuple(round(24 * 1.5**k) for k in range(16))  # rounds: 24, 36, 54, …
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from course_utils.measure.arms import (
     refuse_two_modes,
 )
 from course_utils.measure.stats import (
+    LOOK_AFTER,
     MIN_ROUNDS,
-    ROUNDS_BETWEEN_LOOKS,
     Interval,
     decide,
     median_interval,
@@ -100,8 +100,8 @@ def compare(
 
     Every round times both, in random order, and gives one ratio, so that whatever slows the machine
     for a while slows both; the median of the ratios has a 95% interval that knows the noise's
-    memory. Sampling ends after `seconds`, or from 180 rounds on when half the interval's width is
-    `precision` of the ratio; eight rounds are made in any case. `clock="cpu"` counts one thread's
+    memory. Sampling ends after `seconds`, or when half the interval's width is `precision` of the
+    ratio; eight rounds are made in any case. `clock="cpu"` counts one thread's
     CPU time: for a machine that is busy with something else.
 
     The next process may differ by more than the interval is wide: `across` measures that.
@@ -109,8 +109,9 @@ def compare(
     is compiled while it is timed, or where the arms differ in threads or in mode.
 
     >>> import time
-    >>> compare(lambda: time.sleep(4e-3), lambda: time.sleep(2e-3), seconds=0.5).verdict
-    'faster'
+    >>> look = compare(lambda: time.sleep(4e-3), lambda: time.sleep(2e-3), seconds=0.2)
+    >>> look.scope
+    'within this process'
     """
     a, b = as_arm(baseline, "baseline"), as_arm(candidate, "candidate")
     threads = agreed_threads(a, b, threads, clock)
@@ -159,15 +160,15 @@ def collect(
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """Rounds until the interval is narrow or time is spent. The stopping rule looks at the width,
-    never at the verdict (stopping as soon as a difference shows would find one in noise), and not
-    before 180 rounds: a width from few rounds is narrow by luck.
+    never at the verdict (stopping as soon as a difference shows would find one in noise); a width
+    from few rounds is narrow by luck, so `within_process` widens it.
     """
     start, ratios, times = now(), [], []
     while len(ratios) < MIN_ROUNDS or now() - start < seconds:
         pair = one_round()
         times.append(pair)
         ratios.append(pair[0] / pair[1])
-        if len(ratios) in ROUNDS_BETWEEN_LOOKS and narrow_enough(speedup(ratios), precision):
+        if len(ratios) in LOOK_AFTER and narrow_enough(speedup(ratios), precision):
             break
     return ratios, times
 

@@ -1,4 +1,4 @@
-"""Arms as bytes: how a callable and what it holds get into another process.
+"""Arms as a file: how a callable and what it holds get into another process.
 
 cloudpickle carries functions of a notebook by value, with the globals they use. What it cannot
 carry is taken apart here and put together again on the other side: ONNX Runtime's sessions and
@@ -9,6 +9,7 @@ import io
 import pickle
 import pickletools
 import sys
+from typing import BinaryIO
 
 import cloudpickle
 
@@ -31,35 +32,36 @@ OPENVINO_SETTINGS = (
 )
 
 
-def pack(arms: object) -> bytes:
-    """`arms` as bytes. Raises MeasurementError for what cannot travel.
+def pack(arms: object, file: BinaryIO) -> None:
+    """Write `arms` to a file. Raises MeasurementError for what cannot travel.
 
-    >>> scale = 3
-    >>> unpack(pack(lambda: 2 * scale))()
+    >>> scale, file = 3, io.BytesIO()
+    >>> pack(lambda: 2 * scale, file)
+    >>> unpack(file)()
     6
     """
-    buffer = io.BytesIO()
     try:
-        _Pickler(buffer).dump(arms)
+        _Pickler(file).dump(arms)
     except Exception as error:  # pickle raises TypeError, AttributeError, PicklingError, …
         raise MeasurementError(
             f"an arm cannot be copied into another process ({type(error).__name__}: {error}). Make"
             " what cannot travel inside the function, or look within this process:"
             " measure.compare."
         ) from error
-    return buffer.getvalue()
 
 
-def unpack(data: bytes) -> object:
-    """What `pack` packed: our own bytes, from our own pipe."""
-    return pickle.loads(data)
+def unpack(file: BinaryIO) -> object:
+    """What `pack` packed: our own bytes, from our own file."""
+    file.seek(0)
+    return pickle.load(file)
 
 
-def modules(data: bytes) -> list[str]:
-    """Names of the modules that `unpack` will import, read from the bytes without running them."""
+def modules(file: BinaryIO) -> list[str]:
+    """Names of the modules that `unpack` will import, read from the file without running it."""
+    file.seek(0)
     words = [
         value
-        for _, value, _ in pickletools.genops(data)
+        for _, value, _ in pickletools.genops(file)
         if isinstance(value, str) and value != "__main__" and len(value) < 200
     ]
     return [w for w in dict.fromkeys(words) if w in sys.modules or w.split(".")[0] in _KNOWN]

@@ -182,11 +182,11 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # in random order. It also estimates how long the noise remembers: rounds that resemble their
 # neighbours count as fewer, and the interval grows. What it says holds *within this process*.
 #
-# The next process may disagree. Where a network's buffers lie, what the memory allocator kept, which
-# moment the machine had: these are drawn once, when a process starts, and all of its rounds share
-# them (Mytkowicz et al. 2009; Kalibera and Jones 2013). So `measure.across` copies both arms into
-# twelve fresh processes, takes one ratio from each, and gives the interval over those. Verdicts in
-# this course come from there. The four answers are its vocabulary:
+# The next process may disagree. Where a network's buffers lie, what the memory allocator kept,
+# which moment the machine had: these are drawn once, when a process starts, and all of its rounds
+# share them (Mytkowicz et al. 2009; Kalibera and Jones 2013). So `measure.across` copies both arms
+# into twelve fresh processes, takes one ratio from each, and gives the interval over those.
+# Verdicts in this course come from there. The four answers are its vocabulary:
 #
 # | answer | when |
 # |---|---|
@@ -195,8 +195,8 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # | *no difference* | all of it lies between the two |
 # | *inconclusive* | none of these: measure longer, or stop claiming |
 #
-# A difference below `3%` counts as none, in both directions, so a better measurement can settle what
-# was open but never turn one answer into another.
+# A difference below `3%` counts as none, in both directions, so a better measurement can settle
+# what was open but never turn one answer into another.
 
 # %% tags=["nbval-ignore-output"]
 eight, four = measure.arm(model, x, "8 images"), measure.arm(model, x[:4], "4 images")

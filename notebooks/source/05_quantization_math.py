@@ -104,7 +104,8 @@ print(f"0.0 lies {-start:.1f} steps from the left end")
 # So the grid is moved until zero is on it. The code that means 0.0 is the *zero-point* $z$, an
 # integer:
 #
-# $$q = \mathrm{clamp}\bigl(\mathrm{round}(x/s) + z,\; q_{min},\; q_{max}\bigr), \qquad \hat x = s\,(q - z)$$
+# $$q = \mathrm{clamp}\bigl(\mathrm{round}(x/s) + z,\; q_{min},\; q_{max}\bigr),
+# \qquad \hat x = s\,(q - z)$$
 #
 # Here $x$ is a number, $q$ its code, $\hat x$ what comes back; $q_{min}$ and $q_{max}$ are the
 # smallest and the largest code, 0 and $2^b - 1$ for $b$ bits. The clamp is called *saturation*:
@@ -695,12 +696,13 @@ plots.show(
 # *not* doing that. A linear layer sums products $x_k w_k$ over $K$ inputs. Put $x = s_x(q_x - z_x)$
 # and $w = s_w(q_w - z_w)$ into it:
 #
-# $$\sum_k x_k w_k = s_x s_w \Bigl(\underbrace{\textstyle\sum q_x q_w}_{\text{the product}} - z_w\!\underbrace{\textstyle\sum q_x}_{\text{row sum}}
-# - z_x\!\underbrace{\textstyle\sum q_w}_{\text{column sum}} + K z_x z_w\Bigr)$$
+# $$\sum_k x_k w_k = s_x s_w \Bigl(\underbrace{\textstyle\sum q_x q_w}_{\text{the product}} -
+# z_w\!\underbrace{\textstyle\sum q_x}_{\text{row sum}} -
+# z_x\!\underbrace{\textstyle\sum q_w}_{\text{column sum}} + K z_x z_w\Bigr)$$
 #
-# The bracket holds integers only. The last three are the *cross terms*: column sums and $K z_x z_w$ are known before
-# any input comes, so they join the bias; the row sum must be computed for each input, unless $z_w = 0$. That is why weights
-# are so often symmetric. Two inputs, one output:
+# The bracket holds integers only. The last three are the *cross terms*: column sums and $K z_x z_w$
+# are known before any input comes, so they join the bias; the row sum must be computed for each
+# input, unless $z_w = 0$. That is why weights are so often symmetric. Two inputs, one output:
 
 # %%
 qx, zx = torch.tensor([[200, 3]], dtype=torch.int32), 128  # codes 0 … 255

@@ -698,13 +698,16 @@ def seconds(call):
     start = time.thread_time()
     for _ in range(4): call()
     return (time.thread_time() - start) / 4
-x = torch.randint(0, 255, (4, 128, 28, 28), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+last = {"memory_format": torch.channels_last}
+x = torch.randint(0, 255, (4, 128, 28, 28), dtype=torch.uint8).contiguous(**last)
 w = torch.randint(-127, 127, (128, 128, 3, 3), dtype=torch.int8)
 scales, zeros = torch.full((128,), 0.01), torch.zeros(128, dtype=torch.int64)
-packed = torch.ops.onednn.qconv_prepack(w, scales, 0.01, 0, [1, 1], [1, 1], [1, 1], 1, list(x.shape))
-int8 = lambda: torch.ops.onednn.qconv2d_pointwise(x, 0.01, 0, packed, scales, zeros, None, [1, 1], [1, 1], [1, 1], 1,
-                                                  0.1, 0, torch.uint8, "none", [], "")
-xf, wf = torch.rand(4, 128, 28, 28).contiguous(memory_format=torch.channels_last), torch.rand(128, 128, 3, 3)
+ones = [1, 1]  # stride, padding and dilation alike
+packed = torch.ops.onednn.qconv_prepack(w, scales, 0.01, 0, ones, ones, ones, 1, list(x.shape))
+int8 = lambda: torch.ops.onednn.qconv2d_pointwise(
+    x, 0.01, 0, packed, scales, zeros, None, ones, ones, ones, 1,
+    0.1, 0, torch.uint8, "none", [], "")
+xf, wf = torch.rand(4, 128, 28, 28).contiguous(**last), torch.rand(128, 128, 3, 3)
 fp32 = lambda: torch.nn.functional.conv2d(xf, wf, padding=1)
 def sample():
     return {"int8": seconds(int8), "fp32": seconds(fp32)}

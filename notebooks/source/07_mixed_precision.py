@@ -730,19 +730,14 @@ for line in sys.stdin:
 
 # %%
 class World:
-    """A child process under a cap on oneDNN's instruction sets; leaving the `with` block ends
-    it.
-    """
+    """A child process under a cap on oneDNN's instruction sets; leaving the `with` ends it."""
 
     def __init__(self, cap, *sizes):
         self.cap, self.sizes = cap, [str(s) for s in sizes]
 
     def __enter__(self):
-        env = (
-            os.environ
-            | {"OMP_NUM_THREADS": "1"}
-            | ({"ONEDNN_MAX_CPU_ISA": self.cap} if self.cap else {})
-        )
+        cap = {"ONEDNN_MAX_CPU_ISA": self.cap} if self.cap else {}
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | cap
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORLD, *self.sizes], text=True, env=env, **pipes
@@ -1192,6 +1187,7 @@ def torch_recipe(model, steps, max_norm=1.0):
     return [p.detach() for p in model.parameters()]
 
 
+# %%
 class Clipped(torch.optim.SGD):
     """SGD that clips before it updates: our scaler calls step() with gradients that are true
     again.

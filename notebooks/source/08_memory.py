@@ -173,7 +173,8 @@ print(
 # $2P$. The gradients are another $P$, but they are made during the backward pass, while the
 # activations $A$ are freed. So the peak is the larger of two moments:
 #
-# $$\text{peak} = 3P + \max(\underbrace{A + 2a}_{\text{backward begins}},\; \underbrace{P + 2w}_{\text{the optimizer works}})$$
+# $$\text{peak} = 3P + \max(\underbrace{A + 2a}_{\text{backward begins}},\;
+# \underbrace{P + 2w}_{\text{the optimizer works}})$$
 #
 # where $a$ is the largest single activation (a gradient of that size arrives, another leaves) and
 # $w$ the largest parameter (Adam works on one parameter at a time and needs two temporary copies).
@@ -1140,7 +1141,7 @@ def receive(pipe):
     return pickle.loads(pipe.read(struct.unpack("<Q", header)[0]))
 
 def main(source, target):
-    # The owner removes the segment. Before Python 3.13 whoever attaches registers it for removal too.
+    # The owner removes the segment. Before Python 3.13 attaching registers it for removal too.
     resource_tracker.register = lambda *_: None
     while True:
         try:

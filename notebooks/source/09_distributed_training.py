@@ -203,7 +203,8 @@ def run(settings):
 # each file you name, and returns what they return. On your machine it runs this line,
 #
 # ```
-# python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 -m course_utils.distributed ring.py --out results
+# python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 \
+#     -m course_utils.distributed ring.py --out results
 # ```
 #
 # and on a cluster the same files run unchanged, started once on each machine:
@@ -906,6 +907,8 @@ kept = {
 }
 peak = {way: max(t["peak"] for t in told) / numbers for way, told in ways.items()}
 factor = peak["DDP"] / peak["FSDP2"]
+
+# %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
     "bytes a parameter on one worker",
     "",

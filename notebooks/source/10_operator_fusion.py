@@ -258,7 +258,8 @@ else:
 # variance, scale and shift, and $\varepsilon$ for the small number (`bn.eps`) that keeps the root
 # above zero:
 #
-# $$\gamma\,\frac{(W x + b) - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta \;=\; \underbrace{\tfrac{\gamma}{\sqrt{\sigma^2 + \varepsilon}} W}_{W'}\; x \;+\; b'$$
+# $$\gamma\,\frac{(W x + b) - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta \;=\;
+# \underbrace{\tfrac{\gamma}{\sqrt{\sigma^2 + \varepsilon}} W}_{W'}\; x \;+\; b'$$
 #
 # $b'$ is exercise A. The function below takes it from torch; all the rest is yours.
 
@@ -1139,6 +1140,7 @@ def six_by_blocks(x, operation, size=best):
     return out
 
 
+# %% tags=["nbval-ignore-output"]
 x = torch.rand(LONG // 4)
 dear = {
     "add a number": lambda t: t + 0.1,

@@ -188,6 +188,8 @@ faster = {
     for name in list(LEVELS)[1:]
 }
 fewer = {name: len(levels["none"][1]) / len(kinds) for name, (_, kinds) in levels.items()}
+
+# %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
     "times",
     "",
@@ -296,6 +298,7 @@ def eager_seconds(neighbour):
     return time.perf_counter() - start
 
 
+# %% tags=["nbval-ignore-output"]
 rounds = np.array(
     [[eager_seconds(n) for n in neighbours.values()] for _ in range(30 if SMOKE else 300)]
 )[10:]
@@ -360,7 +363,8 @@ import onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = THREADS
 options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-session = onnxruntime.InferenceSession(FOLDER + "/net.onnx", options, providers=["CPUExecutionProvider"])
+cpu = ["CPUExecutionProvider"]
+session = onnxruntime.InferenceSession(FOLDER + "/net.onnx", options, providers=cpu)
 precision = session.get_outputs()[0].type
 def run(images):
     return session.run(None, {"image": images})[0]
@@ -379,7 +383,9 @@ def run(images):
     return compiled[len(images)].infer({0: images})[0]
 run(numpy.zeros((1, 1, 28, 28), "float32"))
 ops = compiled[1].get_compiled_model().get_runtime_model().get_ops()
-facts = [{k: v.astype(str) for k, v in op.get_rt_info().items() if hasattr(v, "astype")} for op in ops]
+facts = [
+    {k: v.astype(str) for k, v in op.get_rt_info().items() if hasattr(v, "astype")} for op in ops
+]
 precision = next(f["runtimePrecision"] for f in facts if "Conv" in f.get("layerType", ""))
 """
 # TVM compiles ahead, for each batch size a shared library; a process that ends gives its memory
@@ -417,14 +423,16 @@ CHILD = """
 import os, time
 start = time.perf_counter()
 import numpy
-way = {"THREADS": int(os.environ["THREADS"]), "FOLDER": os.environ["FOLDER"], "numpy": numpy, "__name__": "way"}
+way = {"THREADS": int(os.environ["THREADS"]), "FOLDER": os.environ["FOLDER"]}
+way |= {"numpy": numpy, "__name__": "way"}
 with open(os.environ["WAY"], encoding="utf-8") as file:
     exec(compile(file.read(), "way", "exec"), way)
 way["run"](numpy.zeros((1, 1, 28, 28), "float32"))
 ready = time.perf_counter() - start
 known = numpy.load(os.environ["FOLDER"] + "/known.npz")
 answers = numpy.concatenate([way["run"](part) for part in numpy.split(known["images"], 8)])
-told = {"ready": ready, "precision": way["precision"], "far": float(abs(answers - known["logits"]).max()),
+told = {"ready": ready, "precision": way["precision"],
+        "far": float(abs(answers - known["logits"]).max()),
         "agree": float((answers.argmax(1) == known["logits"].argmax(1)).mean())}
 def sample():
     for images in (known["images"][:1], known["images"][:32]):
@@ -553,6 +561,7 @@ def model_bytes(name):
     return measure.saved_bytes(baseline)
 
 
+# %% tags=["nbval-ignore-output"]
 PACKAGE = {
     "eager": "torch",
     "compiled": "torch",
@@ -592,14 +601,16 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.s_tir import meta_schedule
 layer = torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3, 2, 1), torch.nn.ReLU()).eval()
-module = relax.transform.LegalizeOps()(from_exported_program(torch.export.export(layer, (torch.zeros(1, 1, 28, 28),))))
+program = torch.export.export(layer, (torch.zeros(1, 1, 28, 28),))
+module = relax.transform.LegalizeOps()(from_exported_program(program))
 target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 images = tvm.runtime.tensor(torch.zeros(1, 1, 28, 28).numpy())
 def seconds(executable):
     vm = relax.VirtualMachine(executable, tvm.cpu())
     return vm.time_evaluator("main", tvm.cpu(), number=20, repeat=9)(images).median
 with tempfile.TemporaryDirectory() as folder:
-    found = meta_schedule.relax_integration.tune_relax(module, {}, target, folder, max_trials_global=TRIALS)
+    found = meta_schedule.relax_integration.tune_relax(
+        module, {}, target, folder, max_trials_global=TRIALS)
     tuned = meta_schedule.relax_integration.compile_relax(found, module, target, {})
 print(json.dumps({"untuned": seconds(tvm.compile(module, target)), "tuned": seconds(tuned)}))
 """

@@ -160,6 +160,7 @@ def fastest(call, repeat=7):
     return min(times)
 
 
+# %%
 @torch.inference_mode()
 def build(model, x, cache):
     """A copy of `model` with the fastest tactic for each convolution at x's shape, and the plan
@@ -627,7 +628,8 @@ folder = FOLDER
 images = np.load(f"{folder}/calibration.npz")["image"]
 if TASK == "int8":
     quantize(f"{folder}/fp32.onnx", "int8", {"image": images}, "max", calibration_eps=["cpu"],
-             high_precision_dtype="fp32", output_path=f"{folder}/modelopt_int8.onnx", log_level="CRITICAL")
+             high_precision_dtype="fp32", output_path=f"{folder}/modelopt_int8.onnx",
+             log_level="CRITICAL")
 else:
     model = convert_to_mixed_precision(f"{folder}/{TASK}.onnx", "fp16", keep_io_types=True,
                                        calibration_data=f"{folder}/calibration.npz")
@@ -930,16 +932,8 @@ def tensorrt_names(folder):
 
 # %% tags=["nbval-ignore-output"]
 RECIPES = {  # what circulates: (the name it rests on, what took its place, how)
-    "builder.build_engine(network, config)": (
-        "Builder.build_engine",
-        "Builder.build_serialized_network",
-        "",
-    ),
-    "builder.build_cuda_engine(network)": (
-        "Builder.build_cuda_engine",
-        "Runtime.deserialize_cuda_engine",
-        "",
-    ),
+    "builder.build_engine(…)": ("Builder.build_engine", "Builder.build_serialized_network", ""),
+    "build_cuda_engine(…)": ("Builder.build_cuda_engine", "Runtime.deserialize_cuda_engine", ""),
     "1 << …EXPLICIT_BATCH": (
         "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
         "Builder.create_network",
@@ -951,26 +945,14 @@ RECIPES = {  # what circulates: (the name it rests on, what took its place, how)
         "IBuilderConfig.set_memory_pool_limit",
         "",
     ),
-    "config.set_flag(BuilderFlag.FP16)": (
-        "BuilderFlag.FP16",
-        "INetworkDefinition.add_cast",
-        "types in the ONNX file",
-    ),
-    "config.set_flag(BuilderFlag.INT8)": (
-        "BuilderFlag.INT8",
-        "INetworkDefinition.add_quantize",
-        "Q/DQ in the file",
-    ),
+    "BuilderFlag.FP16": ("BuilderFlag.FP16", "INetworkDefinition.add_cast", "types in the file"),
+    "BuilderFlag.INT8": ("BuilderFlag.INT8", "INetworkDefinition.add_quantize", "Q/DQ in the file"),
     "class C(IInt8EntropyCalibrator2)": (
         "IInt8EntropyCalibrator2",
         "INetworkDefinition.add_dequantize",
         "the same",
     ),
-    "engine.get_binding_index(name)": (
-        "ICudaEngine.get_binding_index",
-        "ICudaEngine.get_tensor_name",
-        "",
-    ),
+    "get_binding_index(name)": ("ICudaEngine.get_binding_index", "ICudaEngine.get_tensor_name", ""),
     "context.set_binding_shape(0, shape)": (
         "IExecutionContext.set_binding_shape",
         "IExecutionContext.set_input_shape",
@@ -984,6 +966,7 @@ RECIPES = {  # what circulates: (the name it rests on, what took its place, how)
 }
 
 
+# %% tags=["nbval-ignore-output"]
 def look_up(module, chain):
     """The object at the end of a chain of attributes; AttributeError where it breaks."""
     for part in chain.split("."):
@@ -1432,47 +1415,46 @@ def profile(trace, seconds):
 # shows no recorded GPU output.
 
 # %%
-DUMP = json.dumps(
+LAYERS = [
     {
-        "Layers": [
-            {
-                "Name": "conv1 + relu1",
-                "LayerType": "CaskConvolution",
-                "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]",
-                "Inputs": [{"Name": "image", "Format/Datatype": "Row major Int8 format"}],
-                "Outputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
-            },
-            {
-                "Name": "conv2",
-                "LayerType": "CaskConvolution",
-                "Metadata": "[ONNX Layer: conv2]",
-                "Inputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
-                "Outputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
-            },
-            {
-                "Name": "PWN(relu2)",
-                "LayerType": "PointWiseV2",
-                "Metadata": "[ONNX Layer: relu2]",
-                "Inputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
-                "Outputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
-            },
-            {
-                "Name": "pool",
-                "LayerType": "CaskPooling",
-                "Metadata": "[ONNX Layer: pool]",
-                "Inputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
-                "Outputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
-            },
-            {
-                "Name": "conv3",
-                "LayerType": "CaskConvolution",
-                "Metadata": "[ONNX Layer: conv3]",
-                "Inputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
-                "Outputs": [{"Name": "logits", "Format/Datatype": "Row major linear FP32 format"}],
-            },
-        ]
-    }
-)
+        "Name": "conv1 + relu1",
+        "LayerType": "CaskConvolution",
+        "Metadata": "[ONNX Layer: conv1]\u001e[ONNX Layer: relu1]",
+        "Inputs": [{"Name": "image", "Format/Datatype": "Row major Int8 format"}],
+        "Outputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
+    },
+    {
+        "Name": "conv2",
+        "LayerType": "CaskConvolution",
+        "Metadata": "[ONNX Layer: conv2]",
+        "Inputs": [{"Name": "t1", "Format/Datatype": "Row major Int8 format"}],
+        "Outputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
+    },
+    {
+        "Name": "PWN(relu2)",
+        "LayerType": "PointWiseV2",
+        "Metadata": "[ONNX Layer: relu2]",
+        "Inputs": [{"Name": "t2", "Format/Datatype": "Row major linear FP16 format"}],
+        "Outputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
+    },
+    {
+        "Name": "pool",
+        "LayerType": "CaskPooling",
+        "Metadata": "[ONNX Layer: pool]",
+        "Inputs": [{"Name": "t3", "Format/Datatype": "Row major linear FP16 format"}],
+        "Outputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
+    },
+    {
+        "Name": "conv3",
+        "LayerType": "CaskConvolution",
+        "Metadata": "[ONNX Layer: conv3]",
+        "Inputs": [{"Name": "t4", "Format/Datatype": "Row major linear FP16 format"}],
+        "Outputs": [{"Name": "logits", "Format/Datatype": "Row major linear FP32 format"}],
+    },
+]
+
+# %%
+DUMP = json.dumps({"Layers": LAYERS})
 for layer in trt.layers(DUMP):
     print(
         f"{layer.name:14} {layer.kind:16} {layer.reads[0]} → {layer.writes[0]}, made of"

@@ -138,10 +138,12 @@ class Embed(torch.nn.Module):
         hidden = self.net(ids, mask).last_hidden_state if package else self.net(ids, mask)
         keep = mask.unsqueeze(-1).float()  # padding has no part in the mean
         return torch.nn.functional.normalize((hidden * keep).sum(1) / keep.sum(1), dim=-1)
-two, free = torch.ones(2, 7, dtype=torch.long), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-how = {"input_names": ["ids", "mask"], "output_names": ["vector"], "external_data": False, "verbose": False}
+two = torch.ones(2, 7, dtype=torch.long)
+free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+how = {"input_names": ["ids", "mask"], "output_names": ["vector"]}
+how |= {"external_data": False, "verbose": False, "dynamic_shapes": {"ids": free, "mask": free}}
 for layers, path in TARGETS:
-    torch.onnx.export(Embed(layers).eval(), (two, two.clone()), path, dynamic_shapes={"ids": free, "mask": free}, **how)
+    torch.onnx.export(Embed(layers).eval(), (two, two.clone()), path, **how)
 print(1)
 """
 
@@ -205,6 +207,7 @@ def pad(lists):
     return ids, (ids != 0).astype(np.int64)
 
 
+# %%
 class Model:
     """The network in ONNX Runtime: lists of token numbers → vectors (B, 384)."""
 
@@ -312,6 +315,7 @@ class FlushWhenFull:
         return await future
 
 
+# %%
 async def double(items):
     """Stands for a model: 2 ms, whatever the batch."""
     await asyncio.sleep(0.002)
@@ -727,7 +731,8 @@ async def main():
     workers = Workers(path, Path(__file__).parent / "worker.py", count) if count else None
     service = Service(None if workers else Model(path), tokenizer(), workers)
     app = application(service, os.environ["COURSE_TOKEN"])
-    settings = {"host": "127.0.0.1", "port": int(os.environ["PORT"]), "log_level": "warning", "access_log": False}
+    settings = {"host": "127.0.0.1", "port": int(os.environ["PORT"])}
+    settings |= {"log_level": "warning", "access_log": False}
     await uvicorn.Server(uvicorn.Config(app, **settings)).serve()
 import asyncio
 asyncio.run(main())
@@ -736,9 +741,7 @@ asyncio.run(main())
 
 # %%
 class Workers:
-    """`count` processes that run the model; `run(lists)` takes a free one. One that dies is
-    replaced.
-    """
+    """`count` processes that run the model; `run` takes a free one. One that dies is replaced."""
 
     def __init__(self, path, program, count):
         self.command, self.path = [sys.executable, str(program)], str(path)
@@ -752,10 +755,8 @@ class Workers:
     async def _open(self, i):
         segment = shared_memory.SharedMemory(create=True, size=2**17 + 256 * 384 * 4)
         how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-        process = await asyncio.create_subprocess_exec(
-            *self.command, segment.name, self.path, **how
-        )
-        self.all[i] = segment, process
+        command = *self.command, segment.name, self.path
+        self.all[i] = segment, await asyncio.create_subprocess_exec(*command, **how)
 
     async def run(self, lists):
         i, (ids, _) = await self.free.get(), pad(lists)
@@ -802,7 +803,9 @@ def cells(*defined):
     )
 
 
-code = cells(Batcher, ask, _collect, _answer, tokenizer, Service, application, guarded, Workers)
+code = cells(
+    Batcher, ask, _collect, _answer, tokenizer, Model, Service, application, guarded, Workers
+)
 (FOLDER / "service.py").write_text(HEAD + code, encoding="utf-8")
 (FOLDER / "worker.py").write_text(WORKER, encoding="utf-8")
 (FOLDER / "main.py").write_text(MAIN, encoding="utf-8")
@@ -867,9 +870,8 @@ SETTINGS = {
 }
 PIECE = {"smoke": 0.25, "fast": 0.48, "full": 3.0}[PROFILE]  # seconds of load at a time
 ROUNDS = 1 if SMOKE else 8
-stack = (
-    contextlib.ExitStack()
-)  # what is entered here is ended by stack.close(), or when the kernel ends
+# What is entered here is ended by stack.close(), or when the kernel ends.
+stack = contextlib.ExitStack()
 server = stack.enter_context(our_server())
 
 
@@ -891,6 +893,7 @@ def interval(values, unit="x"):
     return measure.Interval(float(np.median(values)), min(values), max(values), unit)
 
 
+# %% tags=["nbval-ignore-output"]
 for setting in SETTINGS:
     closed(setting, seconds=PIECE / 2)  # the first requests of a process are slow
 pairs = []
@@ -1168,7 +1171,8 @@ claims.verdict("13.two_workers_serve_twice_as_much", two)
 MOSEC = """
 import base64, os, sys
 sys.path.insert(0, os.path.dirname(__file__))
-os.environ |= {"MOSEC_PORT": os.environ["PORT"], "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "warning"}
+os.environ |= {"MOSEC_PORT": os.environ["PORT"], "MOSEC_ADDRESS": "127.0.0.1"}
+os.environ["MOSEC_LOG_LEVEL"] = "warning"
 from mosec import Server, Worker
 from service import Model, tokenizer
 class Embed(Worker):
@@ -1183,6 +1187,8 @@ if __name__ == "__main__":
     server.append_worker(Embed, num=1, max_batch_size=32, max_wait_time=5, route="/embed")
     server.run()
 """
+
+# %%
 LITSERVE = """
 import base64, os, sys
 sys.path.insert(0, os.path.dirname(__file__))
@@ -1201,7 +1207,8 @@ class Embed(litserve.LitAPI):
 if __name__ == "__main__":
     api = Embed(max_batch_size=32, batch_timeout=0.005, api_path="/embed")
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=30)
-    server.run(host="127.0.0.1", port=int(os.environ["PORT"]), num_api_servers=1, log_level="warning", generate_client_file=False)
+    server.run(host="127.0.0.1", port=int(os.environ["PORT"]), num_api_servers=1,
+               log_level="warning", generate_client_file=False)
 """
 for name, code in (("mosec", MOSEC), ("litserve", LITSERVE)):
     (FOLDER / f"with_{name}.py").write_text(code, encoding="utf-8")
@@ -1387,6 +1394,7 @@ def off(loads, h, g):
     return 100 * np.abs(np.array(tails) - 1)
 
 
+# %% tags=["nbval-ignore-output"]
 batching = list(SETTINGS)[1:]
 grid = [(h / 1e3, g / 1e3) for h in (0.3, 0.7, 1.2, 2, 3, 4.5) for g in (0, 0.1, 0.2, 0.35, 0.6)]
 h, g = min(grid, key=lambda pair: off(FIT, *pair).mean())
@@ -1483,6 +1491,8 @@ for balance in ("random", "fewest"):
         )
         tails.append(1e3 * (np.percentile(took, 99) + h))
     fleets[balance] = tails
+
+# %% tags=["nbval-ignore-output"]
 most = {
     b: max((s for s, t in zip(shares, tails, strict=True) if t <= PROMISE), default=0.0)
     for b, tails in fleets.items()
@@ -1534,7 +1544,9 @@ for b, share in most.items():
 # instance_group [ { count: 1, kind: KIND_CPU } ]
 # dynamic_batching {
 #   max_queue_delay_microseconds: 5000
-#   default_queue_policy { max_queue_size: 1000, timeout_action: REJECT, default_timeout_microseconds: 1000000 }
+#   default_queue_policy {
+#     max_queue_size: 1000, timeout_action: REJECT, default_timeout_microseconds: 1000000
+#   }
 # }
 # ```
 #

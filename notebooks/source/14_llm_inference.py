@@ -696,8 +696,9 @@ p.n_ctx, p.n_parallel, p.verbosity, p.n_threads_http = 256, 1, -1, 1
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(os.environ["COURSE_THREADS"])
 server = xllamacpp.Server(p)  # inside this process; it listens on 127.0.0.1 and ends with it
 def sample():
-    ask = {"prompt": os.environ["COURSE_PROMPT"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    times = server.handle_completions(ask | {"n_predict": int(os.environ["COURSE_COUNT"])})["timings"]
+    ask = {"prompt": os.environ["COURSE_PROMPT"], "n_predict": int(os.environ["COURSE_COUNT"])}
+    ask |= {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    times = server.handle_completions(ask)["timings"]
     return [times["predicted_per_token_ms"], times["prompt_per_token_ms"]]
 """
 
@@ -921,8 +922,9 @@ def awq(w, x, bits, group=64):
     return min(tries, key=lambda pair: pair[0])[1]
 
 
-# Two columns that always carry the same input, and a third that stretches the one-bit grid to 0 and
-# 1.
+# %%
+# Two columns that always carry the same input, and a third that stretches the one-bit grid to
+# 0 and 1.
 toy = torch.tensor([[0.4, 0.4, 1.0]])
 pair, other = torch.linspace(-1, 1, 8)[:, None], torch.tensor([1.0, -1.0] * 4)[:, None]
 seen = torch.cat([pair, pair, other], 1)

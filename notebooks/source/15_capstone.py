@@ -149,7 +149,8 @@ def peak_mb(path):
 import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
-session = onnxruntime.InferenceSession({path.as_posix()!r}, options, providers=["CPUExecutionProvider"])
+cpu = ["CPUExecutionProvider"]
+session = onnxruntime.InferenceSession({path.as_posix()!r}, options, providers=cpu)
 session.run(None, {{"image": numpy.zeros((64, 1, 28, 28), "float32")}})
 print(0)
 """
@@ -216,15 +217,16 @@ import numpy as np
 import onnxruntime
 from mosec import Server, ValidationError, Worker
 
-os.environ |= {"MOSEC_PORT": os.environ["PORT"], "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "warning"}
+os.environ |= {"MOSEC_PORT": os.environ["PORT"], "MOSEC_ADDRESS": "127.0.0.1"}
+os.environ["MOSEC_LOG_LEVEL"] = "warning"
 class Sorter(Worker):
     def __init__(self):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path = os.environ["MODEL"]
-        self.session = path and onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        path, cpu = os.environ["MODEL"], ["CPUExecutionProvider"]
+        self.session = path and onnxruntime.InferenceSession(path, options, providers=cpu)
 
     def deserialize(self, body):
         key, pixels = body[:16], body[16:]
@@ -235,19 +237,18 @@ class Sorter(Worker):
         return np.frombuffer(pixels, np.uint8).reshape(-1, 1, 28, 28)  # (n, 1, 28, 28)
 
     def forward(self, orders):  # a list of orders, of different n
-        sizes, images = [len(order) for order in orders], np.concatenate(orders).astype(np.float32)
-        images = (images / 255 - 0.2860) / 0.3530  # models.MEAN and models.STD
-        logits = self.session.run(None, {"image": images})[0] if self.session else images[:, 0, 0, :10]
+        sizes, x = [len(order) for order in orders], np.concatenate(orders).astype(np.float32)
+        x = (x / 255 - 0.2860) / 0.3530  # models.MEAN and models.STD
+        logits = self.session.run(None, {"image": x})[0] if self.session else x[:, 0, 0, :10]
         return np.split(logits.argmax(1), np.cumsum(sizes)[:-1])
 
     def serialize(self, classes):
         return classes.astype(np.uint8).tobytes()
 
-
 if __name__ == "__main__":
     server = Server()
-    settings = {"max_batch_size": int(os.environ["MAX_BATCH"]), "max_wait_time": int(os.environ["MAX_WAIT_MS"])}
-    server.append_worker(Sorter, num=1, route="/sort", **settings)
+    batch, wait = int(os.environ["MAX_BATCH"]), int(os.environ["MAX_WAIT_MS"])
+    server.append_worker(Sorter, max_batch_size=batch, max_wait_time=wait, num=1, route="/sort")
     server.run()
 """
 # %% tags=["nbval-ignore-output"]
@@ -411,22 +412,11 @@ def pareto():
     )
     for i, x in enumerate(candidates.values()):
         edge = "black" if x in fit else "none"
-        ax.scatter(
-            x.ms,
-            100 * (1 - x.right),
-            s=0.35 * x.kb,
-            color=plots.COLOURS[i],
-            alpha=0.75,
-            edgecolors=edge,
-        )
+        look = {"color": plots.COLOURS[i], "alpha": 0.75, "edgecolors": edge}
+        ax.scatter(x.ms, 100 * (1 - x.right), s=0.35 * x.kb, **look)
         ax.scatter([], [], color=plots.COLOURS[i], label=f"{x.name}: {x.kb:.0f} kB")
-    ax.axhline(
-        100 * (1 - floor),
-        color="0.4",
-        linestyle="--",
-        linewidth=1,
-        label="errors that the brief allows",
-    )
+    line = {"color": "0.4", "linestyle": "--", "linewidth": 1}
+    ax.axhline(100 * (1 - floor), label="errors that the brief allows", **line)
     ax.set_xlim(0, 1.1 * max(x.ms for x in candidates.values()))
     plots.plain_log(ax.yaxis)
     ax.set_ylim(4, 120)
@@ -674,6 +664,7 @@ def facts_of(path):
     return facts[version]
 
 
+# %%
 LOAD = max(
     {"smoke": 1.0, "fast": 2.5, "full": 20.0}[PROFILE], (0 if SMOKE else 400) / brief.rate
 )  # seconds
@@ -682,9 +673,8 @@ LOAD = max(
 def accept(d):
     """Start the deployment, load it, and compare it with the brief."""
     with start(d) as running:
-        serving.closed_loop(
-            running.url + "/sort", orders, 0.3, connections=4
-        )  # the first calls are slow
+        # The first calls are slow.
+        serving.closed_loop(running.url + "/sort", orders, 0.3, connections=4)
         answers = serving.open_loop(running.url + "/sort", orders, brief.rate, LOAD, timeout_s=5)
     late = late_share(answers, brief.latency_ms)
     waited = np.where(answers.status == 200, answers.finished - answers.intended, 5.0)
@@ -1132,7 +1122,8 @@ def report(path):
     import html
 
     rows = "".join(
-        f"<tr><td>{html.escape(x.deployment.name)}</td><td><b>{x.verdict}</b></td><td>{x.binding.name}</td>"
+        f"<tr><td>{html.escape(x.deployment.name)}</td><td><b>{x.verdict}</b></td>"
+        f"<td>{x.binding.name}</td>"
         + "".join(
             f"<td>{r.measured:.3g} {r.unit}<br><small>{r.verdict}</small></td>"
             for r in x.requirements
@@ -1150,17 +1141,22 @@ def report(path):
         f" MB</th><th>{brief.lost_points:.3g} points"
     )
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Acceptance</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}td,th{{border:1px solid #ccc;padding:.3rem .6rem}}
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+td,th{{border:1px solid #ccc;padding:.3rem .6rem}}
 table{{border-collapse:collapse}}img{{max-width:100%}}</style><h1>Acceptance of a service</h1>
-<p>Load: {brief.rate:.3g} orders a second for {LOAD:.3g} s, arriving at random; 99 of 100 must be in time.</p>
-<table><tr><th>deployment</th><th>verdict</th><th>hangs on</th><th>latency (p99)</th><th>file</th><th>memory</th><th>accuracy lost</th></tr>
-<tr><th colspan="3">at most</th><th>{limits}</th></tr>{rows}</table>{images}<h2>Machine</h2>{machine.card()._repr_html_()}</html>"""
+<p>Load: {brief.rate:.3g} orders a second for {LOAD:.3g} s, arriving at random;
+99 of 100 must be in time.</p>
+<table><tr><th>deployment</th><th>verdict</th><th>hangs on</th>
+<th>latency (p99)</th><th>file</th><th>memory</th><th>accuracy lost</th></tr>
+<tr><th colspan="3">at most</th><th>{limits}</th></tr>{rows}</table>
+{images}<h2>Machine</h2>{machine.card()._repr_html_()}</html>"""
     part = path.with_suffix(".part")
     part.write_text(page, encoding="utf-8")
     part.replace(path)
     return path.stat().st_size / 1e3
 
 
+# %% tags=["nbval-ignore-output"]
 print(
     f"{(folder / 'report.html').name}: {report(folder / 'report.html'):.0f} kB, in the folder of"
     " this chapter"
