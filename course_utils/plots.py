@@ -226,7 +226,7 @@ def intervals(
     xlabel: str,
     title: str,
     alt: str,
-    same: tuple[float, float] | None = (0.97, 1.03),
+    same: tuple[float, float] | None = (1 / 1.03, 1.03),
 ) -> None:
     """Point and interval a row, with the band in which two arms count as the same and a line at
     1.

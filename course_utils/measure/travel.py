@@ -1,8 +1,8 @@
 """Arms as a file: how a callable and what it holds get into another process.
 
 cloudpickle carries functions of a notebook by value, with the globals they use. What it cannot
-carry is taken apart here and put together again on the other side: ONNX Runtime's sessions and
-OpenVINO's compiled models.
+carry is taken apart here and put together again on the other side: ONNX Runtime's sessions,
+OpenVINO's compiled models, torch's operators.
 """
 
 import io
@@ -12,6 +12,7 @@ import sys
 from typing import BinaryIO
 
 import cloudpickle
+import torch
 
 from course_utils.measure.arms import MeasurementError
 
@@ -77,7 +78,15 @@ class _Pickler(cloudpickle.Pickler):
             return _session, _describe_session(value)
         if ov and isinstance(value, ov.CompiledModel):
             return _openvino, _describe_openvino(value)
+        if isinstance(value, torch._ops.OpOverload):
+            packet = value.overloadpacket
+            return _operator, (*packet._qualified_op_name.split("::"), value._overloadname)
         return super().reducer_override(value)
+
+
+def _operator(namespace: str, name: str, overload: str) -> object:
+    """torch.ops.aten.mm.default, say."""
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 def _describe_session(session: object) -> tuple:

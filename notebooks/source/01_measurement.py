@@ -219,9 +219,15 @@ plots.intervals(
 )
 
 # %% [markdown]
-# The upper interval should contain 1, and if it is narrow it lies inside the grey band. The lower
-# one answers a question that is worth asking: does half of the images take half of the time? If it
-# lies below 2, it does not. Some of the time does not depend on the batch.
+# The first two intervals should contain 1. The second one is usually the wider: it also holds what
+# differs from process to process. The third answers a question that is worth asking: does half of
+# the images take half of the time? If it lies below 2, it does not. Some of the time does not
+# depend on the batch.
+#
+# How do you know that the instrument itself is right on your machine? Run `course selftest` in a
+# terminal when nothing else runs. In two minutes it compares two equal arms, a known ratio, and the
+# intervals of ten programs started one after the other, inside one process and over several. What
+# it found stands on the machine card of every chapter from then on.
 #
 # ## Measure: four ways to time the wrong thing
 # **Threads.** `torch.utils.benchmark.Timer` uses *one* thread unless you say otherwise; your

@@ -1276,8 +1276,8 @@ print(
 #
 # ## Exercise C · a student under a budget, with wrong labels
 # Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28,
-# 28)`, of whose labels 40% were redrawn (this exercise's own rule, 2026), and the logits of a
-# teacher, `(N, 10)`. It returns a network in eval mode with **at most** `budget` parameters that
+# 28)`, of whose labels 40% name one wrong class (this exercise's own rule, 2026), and the logits of
+# a teacher, `(N, 10)`. It returns a network in eval mode with **at most** `budget` parameters that
 # gets three quarters of unseen images right. The budget is not always the same; it allows a
 # `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a fault in its
 # kernels for four channels.) `check` calls you twice, with two budgets and one torch thread. You

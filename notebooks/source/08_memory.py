@@ -479,14 +479,14 @@ ways = {
 
 
 def step(forward):
-    for p in blocks.parameters():
+    for p in [x, *blocks.parameters()]:
+        if p.grad is None:  # in a fresh process: gradients do not travel with their tensors
+            p.grad = torch.zeros_like(p)
         p.grad.zero_()  # its memory was there before: only activations are counted
     F.cross_entropy(forward(x), y).backward()
 
 
-for p in blocks.parameters():
-    p.grad = torch.zeros_like(p)
-x.grad = torch.zeros_like(x)
+step(blocks)
 peak = {name: measure.peak_memory(lambda: step(way)) / MIB for name, way in ways.items()}
 
 # %% tags=["nbval-ignore-output"]
@@ -497,10 +497,7 @@ for name in tqdm(list(ways)[1 : 4 if SMOKE else None], desc="comparing", leave=F
     against = measure.across(
         lambda: step(ways[name]), lambda: step(blocks), seconds=SECONDS, processes=6
     )
-    low, high = against.low, against.high
-    longer[name] = measure.Interval(
-        100 * (against.ratio - 1), 100 * (low - 1), 100 * (high - 1), "% more time"
-    )
+    longer[name] = measure.derive(lambda s: 100 * (s - 1), against.interval, unit="% more time")
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
@@ -580,20 +577,16 @@ quiet = measure.across(
 )
 for block in blocks:
     block.drop.p = 0.1
-expected = 100 / share.ratio
+expected = measure.derive(lambda s: 100 / s, share.interval)
 plots.bars(
     {
         "matrix products alone": 100 / 3,
-        "forward's share of the step": measure.Interval(
-            expected, 100 / share.high, 100 / share.low
-        ),
+        "forward's share of the step": expected,
         "measured, √n segments": longer["√n segments, ours"],
-        "the same without dropout": measure.Interval(
-            100 * (quiet.ratio - 1), 100 * (quiet.low - 1), 100 * (quiet.high - 1)
-        ),
+        "the same without dropout": measure.derive(lambda s: 100 * (s - 1), quiet.interval),
     },
     xlabel="more time than the plain step (%)",
-    title=f"The forward pass is {expected:.0f}% of the plain step",
+    title=f"The forward pass is {expected.value:.0f}% of the plain step",
     alt=(
         "Four bars: a third from counting, the forward's share, the measured extra time, and that"
         " without dropout."
