@@ -21,7 +21,6 @@ except ImportError:  # Windows
     resource = None
 
 BLOCK_SECONDS = 0.005  # inner calls are repeated until a block lasts this long
-SLOW_SECONDS = 0.3  # a call this long is not repeated to find out how long it takes
 _EMPTY_CALLS = 4  # a callable that costs less than this many empty calls has computed nothing
 GRAPH, NO_GRAPH = "a graph for backward", "no graph for backward"
 
@@ -189,20 +188,21 @@ class Sampler:
         return self._faults / self._calls if self._calls else 0.0
 
     def _first_calls(self) -> float:
-        timer = timeit.Timer(self.arm.call, timer=now)  # launching is not computing
+        """Warm up, find out whether a graph is built, and return about how long a call takes."""
         try:
             with torch_threads(self.threads):
-                start = now()
                 value = self.arm.call()  # warms up memory and caches
-                first = now() - start
                 _refuse_lazy(value, self.arm.label)
-                self.mode = GRAPH if _requires_grad(value) or self._saves() else NO_GRAPH
+                builds = _requires_grad(value)
                 del value
-                if first > SLOW_SECONDS:  # long enough to be its own warm-up
-                    return first
-                once = min(timer.repeat(2, 1))
+                start = now()  # waits for an accelerator: launching is not computing
+                builds |= self._saves()
+                once = now() - start
+                self.mode = GRAPH if builds else NO_GRAPH
+                if once < 2e-3:
+                    once = min(timeit.Timer(self.arm.call, timer=now).repeat(3, 1))
                 if once < 20e-6:  # short: look again, without the clock's own cost
-                    once = self._short(timer)
+                    once = self._short()
         except MeasurementError:
             raise
         except Exception as error:
@@ -212,9 +212,7 @@ class Sampler:
         return max(once, 1e-9)
 
     def _saves(self) -> bool:
-        """Whether a call keeps tensors for a backward pass, also if it returns none of them."""
-        if isinstance(self.arm.call, Inference):
-            return False
+        """Call once more: whether it keeps tensors for a backward pass, also if it returns none."""
         kept: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -225,8 +223,8 @@ class Sampler:
             self.arm.call()
         return bool(kept)
 
-    def _short(self, timer: timeit.Timer) -> float:
-        once = min(timer.repeat(3, 1000)) / 1000
+    def _short(self) -> float:
+        once = min(timeit.Timer(self.arm.call).repeat(3, 1000)) / 1000
         empty = min(timeit.Timer(lambda: None).repeat(3, 1000)) / 1000
         if once < _EMPTY_CALLS * empty:
             raise MeasurementError(

@@ -117,9 +117,9 @@ if ready:
 
 # %% [markdown]
 # ## Measure
-# Each comparison runs both ways in turn, many times, and gives the speed-up with an interval: where
-# the true value lies, 95 times in 100. Above 1 means faster. All three use the same number of
-# threads.
+# Each comparison copies both ways into twelve fresh processes, one after the other, runs them there
+# in turn, and gives the speed-up with an interval over the processes: where the true value lies, 95
+# times in 100. Above 1 means faster. All three use the same number of threads.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -313,4 +313,4 @@ for what in ("gpu", "vnni", "bf16", "compiler", "energy", "two cores"):
 
 # %% [markdown]
 # Go on with [01 · Measurement](01_measurement.ipynb). What you did here in three lines,
-# `measure.compare`, you build there yourself, and you see what goes wrong without it.
+# `measure.across`, you build there yourself, and you see what goes wrong without it.

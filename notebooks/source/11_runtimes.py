@@ -477,7 +477,7 @@ arms = {n: {"WAY": str(FOLDER / f"{n}.py")} for n in present} | {
     "eager again": {"WAY": str(FOLDER / "eager.py")}
 }
 shared = {"THREADS": str(THREADS), "FOLDER": str(FOLDER), "TVM_NUM_THREADS": str(THREADS)}
-light = [n for n in present if n in ("ONNX Runtime", "OpenVINO")]
+light = [n for n in arms if n in ("ONNX Runtime", "OpenVINO", "eager again")]
 groups = [light] + [
     [n] for n in arms if n not in ("eager", *light)
 ]  # few processes at a time: memory
