@@ -77,6 +77,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "wall_clock: reads the clock; its budget is one that a busy machine keeps"
     )
+    config.addinivalue_line(
+        "markers", "settled: draws nothing and reads no clock; once is enough for `make soak`"
+    )
 
 
 def pytest_report_header(config):

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -79,10 +80,32 @@ def alive() -> list[int]:
     return [p.pid for p in running if "distributed" in " ".join(p.cmdline())]
 
 
-def test_a_run_killed_with_9_ends_at_the_bits_of_an_undisturbed_one(workers, tmp_path):
-    told = distributed.launch(workers / "elastic.py", settings=SETTINGS, out=tmp_path, restarts=1)[
-        "elastic"
-    ][0]
+@pytest.fixture(scope="module")
+def story(workers, tmp_path_factory) -> SimpleNamespace:
+    """One launch after another's port: a worker is killed with 9, all start again and go through
+    three modules; in the last one a worker raises.
+    """
+    folder, out = tmp_path_factory.mktemp("raises"), tmp_path_factory.mktemp("out")
+    (folder / "raises.py").write_text(RAISES)
+    modules = [workers / f"{name}.py" for name in ("elastic", "ring", "equality")]
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(distributed.WorkerError) as caught:
+            distributed.launch(
+                *modules,
+                folder / "raises.py",
+                settings=SETTINGS,
+                out=out,
+                restarts=1,
+                port=busy.getsockname()[1],
+            )
+    told = {m.stem: distributed.results(out, m.stem, 2) for m in modules}
+    return SimpleNamespace(folder=folder, out=out, error=str(caught.value), left=alive(), **told)
+
+
+def test_a_run_killed_with_9_ends_at_the_bits_of_an_undisturbed_one(story):
+    told = story.elastic[0]
     assert told["disturbed"]["attempt"] == 1
     assert 0 < told["disturbed"]["begin"] <= SETTINGS["kill_at"]
     assert told["undisturbed"]["begin"] == 0
@@ -91,18 +114,14 @@ def test_a_run_killed_with_9_ends_at_the_bits_of_an_undisturbed_one(workers, tmp
         == told["undisturbed"]["sha256"]
         != hashlib.sha256(b"").hexdigest()
     )
-    assert not list(tmp_path.glob("*.part"))
-    assert alive() == []
+    assert not list(story.out.glob("*.part"))
+    assert story.left == []
 
 
-def test_a_worker_that_raises_is_named_with_its_own_traceback(tmp_path):
-    (tmp_path / "raises.py").write_text(RAISES)
-    with pytest.raises(
-        distributed.WorkerError, match=r"(?s)worker 1 raised.*raises\.py.*rank 1 has no rows"
-    ) as caught:
-        distributed.launch(tmp_path / "raises.py")
-    assert str(tmp_path) not in str(caught.value)
-    assert alive() == []
+def test_a_worker_that_raises_is_named_with_its_own_traceback(story):
+    assert re.search(r"(?s)worker 1 raised.*raises\.py.*rank 1 has no rows", story.error)
+    assert str(story.folder) not in story.error
+    assert story.left == []
 
 
 @pytest.mark.wall_clock
@@ -127,22 +146,14 @@ def test_a_worker_that_hangs_is_stopped_and_its_line_named(tmp_path, monkeypatch
     assert alive() == []
 
 
-def test_a_busy_port_is_retried_and_ddp_equals_the_large_batch(workers):
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        first = distributed.launch(
-            workers / "ring.py", workers / "equality.py", settings=SETTINGS, port=port
-        )
-    for told in first["ring"]:
+def test_a_busy_port_is_retried_and_ddp_equals_the_large_batch(story):
+    for told in story.ring:
         assert told["equal"]
         assert len(told["messages"]) == 2
-    gaps = np.array([told["gaps"] for told in first["equality"]])
+    gaps = np.array([told["gaps"] for told in story.equality])
     assert (gaps[:, 0] < 1e-5).all()
     assert (gaps[:, 1] < 1e-12).all()
     assert (gaps[:, 2:] > 1e-4).all(), "with BatchNorm it must differ"
-    assert alive() == []
 
 
 def test_a_missing_module_starts_nothing(tmp_path):
@@ -177,6 +188,7 @@ def test_the_simulator_keeps_its_laws(taught):
     assert sorted(speeds, reverse=True) == speeds
 
 
+@pytest.mark.settled
 @pytest.mark.skipif(not machine.can("package:deepspeed"), reason="DeepSpeed is not installed")
 def test_the_library_that_the_chapter_switches_off_has_the_name_that_it_uses():
     """With another name DeepSpeed would compile it when it starts: a minute, and gigabytes."""

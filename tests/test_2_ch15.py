@@ -82,7 +82,7 @@ def test_the_service_answers_its_key_and_nobody_else(tmp_path):
     wrong = [b"x" * 16 + bytes(784), key.encode() + bytes(785), key.encode()]
     env = {"MODEL": "", "MAX_BATCH": "4", "MAX_WAIT_MS": "0"}
     with serving.server(tmp_path / "service.py", token=key, env=env) as running:
-        good = serving.closed_loop(running.url + "/sort", bodies, 1.0, connections=2, keep=True)
+        good = serving.closed_loop(running.url + "/sort", bodies, 0.3, connections=2, keep=True)
         assert set(good.status) == {200}
         assert {len(text) for text in good.bodies} == {1, 3}, "one class for each image"
         for body in wrong:

@@ -100,6 +100,7 @@ def test_austen_is_a_whole_novel():
     assert len(text.split()) > 80_000
 
 
+@pytest.mark.settled
 def test_the_baseline_reaches_92_percent_of_the_whole_test_set():
     images, labels = data.fashion_mnist("test")
     assert training.accuracy(models.baseline(), images, labels) >= 0.92
@@ -120,10 +121,12 @@ def test_mini_resnet_is_the_size_it_says_and_seeds_do_not_leak():
 
 def test_fit_learns_repeats_itself_and_refuses_no_data():
     images, labels = data.fashion_mnist("train")
-    images, labels = images[:600], labels[:600]
+    images, labels = images[:300], labels[:300]
     nets = [models.mini_resnet(8, seed=1) for _ in range(2)]
     histories = [
-        training.fit(net, images, labels, training.Recipe(epochs=3, seed=5), progress=False)
+        training.fit(
+            net, images, labels, training.Recipe(epochs=3, batch_size=64, seed=5), progress=False
+        )
         for net in nets
     ]
     assert histories[0].loss == pytest.approx(histories[1].loss, rel=1e-4)
@@ -132,7 +135,7 @@ def test_fit_learns_repeats_itself_and_refuses_no_data():
     training.fit(
         nets[0], images[:100], labels[:100], training.Recipe(epochs=1), progress=False
     )  # a single step
-    with pytest.raises(ValueError, match="600 images and 3 labels"):
+    with pytest.raises(ValueError, match="300 images and 3 labels"):
         training.fit(nets[0], images, labels[:3])
 
 
@@ -166,8 +169,8 @@ def test_child_returns_json_its_peak_and_its_own_error():
         measure.child("1/0")
     with pytest.raises(RuntimeError, match="JSON"):
         measure.child("print('no')")
-    with pytest.raises(TimeoutError, match="1 s"):
-        measure.child("while True: pass", timeout=1.0)
+    with pytest.raises(TimeoutError, match="did not end within"):
+        measure.child("while True: pass", timeout=0.1)
 
 
 def test_children_take_turns_and_none_outlives_the_call():
@@ -190,7 +193,7 @@ def test_children_take_turns_and_none_outlives_the_call():
     with pytest.raises(RuntimeError, match=r"child 'a'(.|\n)*ZeroDivisionError"):
         measure.turns("def sample(): 1 / 0", {"a": {}}, rounds=1)
     with pytest.raises(TimeoutError, match="did not end within"):
-        measure.turns("import time\ndef sample(): time.sleep(30)", {"a": {}}, rounds=1, timeout=1)
+        measure.turns("import time\ndef sample(): time.sleep(30)", {"a": {}}, rounds=1, timeout=0.1)
 
 
 def test_a_comparison_does_not_keep_what_it_called():
@@ -266,6 +269,7 @@ plots.explore(picture, n=[0], word=["a"])
 """
 
 
+@pytest.mark.settled
 def test_a_knob_redraws_the_figure_and_an_error_is_read_where_the_figure_stood():
     ran = subprocess.run([sys.executable, "-c", EXPLORE], capture_output=True, text=True)
     first, second, third = ran.stdout.splitlines()

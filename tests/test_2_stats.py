@@ -71,6 +71,7 @@ def answer(interval: stats.Interval) -> str:
     return stats.decide(interval.low, interval.high)
 
 
+@pytest.mark.settled
 @pytest.mark.parametrize("a_round", [0.01, 0.04, 0.25])  # about 300, 80 and 20 rounds
 @pytest.mark.parametrize("kind", NOISE)
 def test_the_interval_holds_or_leaves_it_open(kind, a_round):
@@ -89,6 +90,7 @@ def test_the_interval_holds_or_leaves_it_open(kind, a_round):
     assert alarms / SERIES <= 0.05
 
 
+@pytest.mark.settled
 @pytest.mark.parametrize("kind", NOISE)
 def test_a_long_series_holds_the_truth_itself(kind):
     """300 rounds, and open answers do not count as right."""
@@ -99,6 +101,7 @@ def test_a_long_series_holds_the_truth_itself(kind):
     assert held / 500 >= 0.90
 
 
+@pytest.mark.settled
 def test_a_tenth_is_found():
     """Power: 1.10 against noise of 2% is called faster in nine of ten series of 75 rounds."""
     rng = np.random.default_rng(9)
@@ -108,6 +111,7 @@ def test_a_tenth_is_found():
     assert np.mean(found) >= 0.90
 
 
+@pytest.mark.settled
 def test_a_plain_bootstrap_fails_where_ours_holds():
     """The tests above can fail: a percentile bootstrap of the same moods, stopped when narrow."""
     rng, held = np.random.default_rng(7), 0
@@ -119,6 +123,7 @@ def test_a_plain_bootstrap_fails_where_ours_holds():
     assert held / 200 < 0.90
 
 
+@pytest.mark.settled
 @pytest.mark.parametrize("processes", [5, 6, 8, 12, 24])
 @pytest.mark.parametrize("spread", ["normal", "two kinds of process", "heavy-tailed"])
 def test_the_interval_over_processes(processes, spread):
@@ -138,6 +143,7 @@ def test_the_interval_over_processes(processes, spread):
     assert held / SERIES >= min(0.94, 1 - lucky - 0.02)
 
 
+@pytest.mark.settled
 def test_one_process_does_not_speak_for_the_next():
     """What the path over processes is for: ten intervals from one long series each miss."""
     rng = np.random.default_rng(3)
@@ -168,6 +174,7 @@ def test_the_four_answers(low, high, said):
     assert stats.decide(1 / high, 1 / low) == mirror.get(said, said)
 
 
+@pytest.mark.settled
 def test_measuring_better_never_turns_an_answer_round():
     """Of two intervals one inside the other, the inner may settle what the outer left open, no
     more.
@@ -221,6 +228,7 @@ def test_an_interval_of_a_duration_stays_above_zero():
 # ---------------------------------------------------------------------------- derived intervals
 
 
+@pytest.mark.settled
 @pytest.mark.parametrize(
     ("formula", "true"),
     [

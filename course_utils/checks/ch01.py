@@ -46,9 +46,10 @@ def speedup_interval(answer: Probe, rng: np.random.Generator) -> None:
             "four rounds show 3x and one hiccuped to 300x: the median is 3, and you returned"
             f" {middle:g} as the middle."
         )
-    # 95 intervals of 100 hold the truth: fewer than 80 are a chance of 2 in 100 million.
-    inside, widths, runs, n, noise = 0, [], 100, 30, 0.05
-    for _ in range(runs):
+    # 95 intervals of 100 hold the truth: fewer than 80 are a chance of 2 in 100 million. Who has 36
+    # of the first 40 is spared the rest: intervals of 68% have them once in 1,000 checks.
+    inside, widths, n, noise = 0, [], 30, 0.05
+    while len(widths) < 100 and not (len(widths) == 40 and inside >= 36):
         truth, shared = (
             rng.uniform(1.2, 2.5),
             np.exp(rng.normal(0, 0.4, n)),
@@ -70,10 +71,10 @@ def speedup_interval(answer: Probe, rng: np.random.Generator) -> None:
             " uncertainty. Are rounds kept in pairs? Is it the spread of the *median* over"
             " resamples?"
         )
-    if inside < 0.8 * runs:
+    if inside < 0.8 * len(widths):
         raise Wrong(
-            f"your interval held the true speed-up in {inside} of {runs} simulated runs; 95% was"
-            " promised."
+            f"your interval held the true speed-up in {inside} of {len(widths)} simulated runs; 95%"
+            " was promised."
         )
 
 

@@ -1,5 +1,6 @@
 """Checks of chapter 04, Distillation."""
 
+import functools
 import math
 
 import numpy as np
@@ -163,24 +164,46 @@ def _graph(answer: Probe, rng: np.random.Generator) -> None:
         )
 
 
-# The exercise asks for 0.75. A right answer gets 0.80 with a deviation of 0.01 from draw to draw,
-# one that believes the labels 0.60: with two points less nobody fails by chance.
-ASKED, NEEDED = 0.75, 0.73
+# The exercise asks for 0.75. A right answer gets 0.80 ± 0.02 (38 networks, 0.75 at least), one that
+# believes the labels 0.58 ± 0.03 (8): with four points less nobody fails by chance.
+ASKED, NEEDED = 0.75, 0.71
+
+
+@functools.cache
+def _split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return data.fashion_mnist(name)
+
+
+_BLOCK = 250  # of 12,000 images
+
+
+@functools.cache
+def _teacher(block: int) -> torch.Tensor:
+    """The baseline's logits of a block of training images: asked once, however often one checks."""
+    images = _split("train")[0][_BLOCK * block : _BLOCK * (block + 1)]
+    return training.predict(_baseline(), images).clone()
+
+
+@functools.cache
+def _baseline() -> nn.Module:
+    return models.baseline()
 
 
 @exercise("04.C")
 def distil(answer: Probe, rng: np.random.Generator) -> None:
     """Within the budget, in eval mode, and right where the labels were wrong."""
-    pixels, labels = data.fashion_mnist("train")
-    chosen = torch.from_numpy(rng.permutation(len(pixels))[:1000])
+    pixels, labels = _split("train")
+    order = torch.from_numpy(rng.permutation(1000))
+    blocks = rng.permutation(len(pixels) // _BLOCK)[: 1000 // _BLOCK].tolist()
+    chosen = torch.cat([torch.arange(_BLOCK) + _BLOCK * block for block in blocks])[order]
     x, noisy = models.normalise(pixels[chosen]), labels[chosen].clone()
     wrong = torch.from_numpy(rng.random(1000) < 0.4)
     # All to the class that lies the same way off: whoever believes them stays far below the bar.
     noisy[wrong] = (noisy[wrong] + int(rng.integers(1, 10))) % 10
-    teacher = training.predict(models.baseline(), pixels[chosen]).clone()
-    unseen, truth = (t[:1000] for t in data.fashion_mnist("validation"))
+    unseen, truth = (t[:1000] for t in _split("validation"))
     torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
     with benchmark.set_torch_threads(1):  # the same sums, however many cores are free
+        teacher = torch.cat([_teacher(block) for block in blocks])[order]
         smallest = measure.parameters(models.mini_resnet(6, seed=0))
         for budget in (smallest + int(rng.integers(0, 500)), int(rng.integers(21_000, 25_000))):
             net = answer(x, noisy, teacher, budget)

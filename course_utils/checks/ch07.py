@@ -86,12 +86,12 @@ def my_scaler(answer: Probe, rng: np.random.Generator) -> None:
         cls, rng, 1, [("none", "good", False), ("good", "inf", False)], "a gradient that is None"
     )
     kinds = ["good"] * 5 + ["inf", "nan", "none"]
-    for _ in range(6):
+    for _ in range(3):
         plan = [
             (str(rng.choice(kinds)), str(rng.choice(kinds)), bool(rng.random() < 0.4))
-            for _ in range(30)
+            for _ in range(20)
         ]
-        _follow(cls, rng, int(rng.integers(1, 5)), plan, "thirty mixed steps")
+        _follow(cls, rng, int(rng.integers(1, 5)), plan, "twenty mixed steps")
     _twice(cls)
 
 
@@ -233,10 +233,11 @@ def keep_alive(answer: Probe, rng: np.random.Generator) -> None:
     function = answer.answer
     if not callable(function):
         raise Wrong(f"a function was expected; this is a {type(function).__name__}.")
-    single = [i % 7 == 3 for i in range(210)]
-    burst = [i < 40 for i in range(240)]
-    mixed = [bool(b) for b in rng.random(260) < 0.1]
-    start = int(rng.integers(20, 80))
+    # 25 broken batches or more in each: a stock scaler has lost every gradient after them.
+    single = [i % 4 == 3 for i in range(120)]
+    burst = [i < 40 for i in range(130)]
+    mixed = [bool(b) for b in rng.random(140) < 0.1]
+    start = int(rng.integers(20, 60))
     mixed[start : start + 45] = [True] * 45
     for name, pattern, kind in (
         ("single broken batches (loss NaN)", single, "nan"),
@@ -250,11 +251,10 @@ def _survive(
     function: object, name: str, pattern: list[bool], kind: str, rng: np.random.Generator
 ) -> None:
     torch.manual_seed(int(rng.integers(0, 2**31)))
-    truth = torch.randn(20, 4)
+    truth, images = torch.randn(20, 4), torch.randn(len(pattern), 32, 20)
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
     batches = []
-    for broken in pattern:
-        x = torch.randn(32, 20)
+    for broken, x in zip(pattern, images, strict=True):
         y = (x @ truth).argmax(1)
         if broken:
             x[0] = 1e9
@@ -282,7 +282,7 @@ def _survive(
             f"{name}: {len(good) - len(watch.updated)} of {len(good)} good batches went without an"
             f" update; at most {len(good) // 10} may."
         )
-    if not after < before / 2:
+    if not after < before / 2:  # the solution: a sixth, 0.19 at most in 75 runs
         raise Wrong(
             f"{name}: the loss on the good batches went from {before:.3f} to {after:.3f}; less than"
             " half was asked for. Are the gradients of the good batches still different from zero?"
@@ -331,4 +331,5 @@ class _Watch:
 
 @torch.no_grad()
 def _loss(model: nn.Module, batches: list) -> float:
-    return float(np.mean([F.cross_entropy(model(x), y).item() for x, y in batches]))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return F.cross_entropy(model(x), y).item()

@@ -124,9 +124,10 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
             if float(np.percentile(c["milliseconds"], 99)) <= slo and c["accuracy"] >= floor
         }
         got = answer([dict(c) for c in configs], slo, floor)
+        tails = {c["name"]: float(np.percentile(c["milliseconds"], 99)) for c in configs}
         short = [
             {k: v for k, v in c.items() if k != "milliseconds"}
-            | {"p99": round(float(np.percentile(c["milliseconds"], 99)), 2)}
+            | {"p99": round(tails[c["name"]], 2)}
             for c in configs
         ]
         where = f"p99 at most {slo:.3g} ms and accuracy at least {floor:.3g}, of {short}"
