@@ -114,11 +114,12 @@ def _block_medians(x: np.ndarray) -> list[float]:
 def over_processes(values: Sequence[float], starts: int | None = None) -> Interval:
     """Median of one value a process, with an interval over processes.
 
-    With n independent processes the interval from the k-th smallest to the k-th largest value
-    misses the median with probability 2·P(Bin(n, ½) < k), whatever the distribution (sign test;
-    Conover 1999, §3.2): the whole range for five to eleven processes, 6.3% to 0.1%; the second
-    smallest to the second largest of twelve, 0.6%. Where the t-interval of the mean is wider (five
-    processes that happen to agree), it counts. Positive values are treated in logarithms.
+    With n independent processes the whole range misses the median with probability 2/2ⁿ, whatever
+    the distribution (sign test; Conover 1999, §3.2): 6.3% for five, 0.05% for twelve. The slack is
+    spent: the processes of one comparison share a moment of the machine and the program that
+    started them, and `course selftest` has seen ten comparisons spread twice as far as their own
+    processes tell. Where the t-interval of the mean is wider (five processes that happen to agree),
+    it counts. Positive values are treated in logarithms.
 
     `starts` is for the results of `turns(…, starts=…)`: the values come start by start, and the
     median of each start is one value. Raises ValueError for fewer than five.
@@ -142,7 +143,7 @@ def over_processes(values: Sequence[float], starts: int | None = None) -> Interv
         )
     in_logs = bool((x > 0).all())
     y = np.sort(np.log(x) if in_logs else x)
-    trim = len(y) // BLOCKS  # 12 processes: 1, 24: 2
+    trim = len(y) // (2 * BLOCKS)  # of 24 processes the second to the last but one
     half = float(t.ppf(0.975, len(y) - 1) * y.std(ddof=1) / math.sqrt(len(y)))
     ends = [min(y[trim], y.mean() - half), max(y[-1 - trim], y.mean() + half)]
     low, high = (math.exp(e) if in_logs else float(e) for e in ends)
