@@ -74,14 +74,14 @@ def within_process(series: Sequence[float]) -> Interval:
     Twelve consecutive blocks: the interval reaches over all twelve block medians and a quarter
     beyond, so that it does not shrink where neighbouring blocks resemble each other. A series
     shorter than 180 rounds is widened by √(180/n). One with fewer than 24 samples, or shorter than
-    eight times its `memory`, has shown too little: the interval is its whole range and half of it
-    again on either side. tests/test_2_stats.py measures the coverage on seven kinds of noise.
+    eight times its `memory`, has shown too little: the interval is its whole range and a quarter of
+    it again on either side. tests/test_2_stats.py measures the coverage on seven kinds of noise.
     Raises ValueError below eight samples, or where one is not finite.
 
     >>> within_process([1.0, 1.2, 0.9, 1.1] * 60)
     1.05 [1.05, 1.05]
     >>> within_process([1.0, 1.2, 0.9, 1.1, 1.0, 1.05, 0.95, 1.1])
-    1.02 [0.75, 1.35]
+    1.02 [0.825, 1.27]
     """
     x = np.asarray(series, dtype=float)
     if len(x) < MIN_ROUNDS or not np.isfinite(x).all():
@@ -91,7 +91,7 @@ def within_process(series: Sequence[float]) -> Interval:
         )
     middle = float(np.median(x))
     if len(x) < 24 or len(x) < 8 * memory(x):
-        beyond = float(x.max() - x.min()) / 2
+        beyond = float(x.max() - x.min()) / 4
         return Interval(middle, float(x.min()) - beyond, float(x.max()) + beyond)
     blocks = _block_medians(x)
     wider = 1.25 * max(1.0, math.sqrt(STEADY / len(x)))
