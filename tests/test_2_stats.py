@@ -2,6 +2,7 @@
 with the stopping rule on; what is derived; which arms are refused.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -343,6 +344,20 @@ def test_a_graph_beside_inference_mode_is_refused(plain, path):
         measure.arm(model, x), lambda: plain(model, x), seconds=0.1, across_modes=True
     )
     assert whole.rounds >= 8
+
+
+def test_looking_for_a_graph_is_silent(recwarn):
+    """Selective checkpointing warns of hooks around it, with a path; no reader asked for ours."""
+    from torch.utils import checkpoint as c
+
+    dear = functools.partial(c.create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    model, x = torch.nn.Linear(64, 64), torch.randn(64, 64, requires_grad=True)
+
+    def step() -> None:
+        c.checkpoint(model, x, use_reentrant=False, context_fn=dear).sum().backward()
+
+    measure.compare(step, step, seconds=0.1)
+    assert [str(w.message) for w in recwarn] == []
 
 
 def test_no_grad_beside_inference_mode_is_one_mode():

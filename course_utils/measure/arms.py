@@ -6,6 +6,7 @@ import math
 import sys
 import time
 import timeit
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -219,8 +220,10 @@ class Sampler:
             kept.append(1)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.arm.call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # selective checkpointing warns of hooks around it
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                self.arm.call()
         return bool(kept)
 
     def _short(self) -> float:
