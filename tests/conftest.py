@@ -96,6 +96,10 @@ def names(chapter_list: list) -> list[str]:
     return [c.name for c in chapter_list]
 
 
+IMPORTED = {"__name__": "__main__", "torch": torch, "np": np, "math": math, "nn": nn, "F": F}
+"""What every chapter has imported when a cell runs alone."""
+
+
 def execute(source: str, **given: object) -> dict:
     """Execute a cell's source with what every chapter has imported, and return its names.
 
@@ -103,15 +107,7 @@ def execute(source: str, **given: object) -> dict:
     """
     filename = f"<cell {next(_count)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    space = {
-        "__name__": "__main__",
-        "torch": torch,
-        "np": np,
-        "math": math,
-        "nn": nn,
-        "F": F,
-        **given,
-    }
+    space = IMPORTED | given
     exec(compile(source, filename, "exec"), space)
     return space
 
@@ -128,15 +124,7 @@ def taught(number: str, **given: object) -> SimpleNamespace:
 
     `given` are names that they use and that the chapter computes or imports elsewhere.
     """
-    space = {
-        "__name__": "__main__",
-        "torch": torch,
-        "np": np,
-        "math": math,
-        "nn": nn,
-        "F": F,
-        **given,
-    }
+    space = IMPORTED | given
     for cell in build.cells(chapters([number])[0]):
         if cell.cell_type != "code" or {"exercise", "solution", "wrong"} & set(build.tags(cell)):
             continue

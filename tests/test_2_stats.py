@@ -145,6 +145,17 @@ def test_the_interval_over_processes(processes, spread):
 
 
 @pytest.mark.settled
+def test_a_tenth_is_found_over_processes():
+    """Power: processes 2% apart tell 1.10 from 1 in nine of ten comparisons, equal arms never."""
+    rng = np.random.default_rng(12)
+    sets = np.exp(rng.normal(0, 0.02, (500, 12)))
+    found = [answer(stats.speedup(1.10 * s, processes=True)) == "faster" for s in sets]
+    false = [answer(stats.speedup(s, processes=True)) in CALLS_A_DIFFERENCE for s in sets]
+    assert np.mean(found) >= 0.90
+    assert np.mean(false) <= 0.01
+
+
+@pytest.mark.settled
 def test_one_process_does_not_speak_for_the_next():
     """What the path over processes is for: ten intervals from one long series each miss."""
     rng = np.random.default_rng(3)

@@ -5,8 +5,10 @@ Kalibera & Jones 2013 (ISMM) and Mytkowicz et al. 2009 (ASPLOS) say why one proc
 A server is started once: a plain interpreter that has imported torch and computed nothing. For each
 process of a comparison it forks a child that unpacks both arms, warms them up, times a short series
 of interleaved rounds, answers, and ends. A fork of that server costs some 20 ms where a new program
-costs two seconds, and its children differ as much as new programs do (`course selftest` measures
-both). Where there is no safe fork (macOS, Windows) five servers are started and kept instead.
+costs two seconds. Forks of one server start from one heap, so each child first leaves holes of
+random sizes in it; comparisons from one server then spread as far as comparisons from as many
+programs. `course selftest` asks ten programs. Where there is no safe fork (macOS, Windows) five
+servers are started and kept instead.
 
 What it costs: two seconds and some 300 MB once a chapter, for the server; then, for each comparison
 of twelve processes, its own seconds and about 1.3 s for unpacking and warming up small networks, a

@@ -116,10 +116,10 @@ def over_processes(values: Sequence[float], starts: int | None = None) -> Interv
 
     With n independent processes the whole range misses the median with probability 2/2ⁿ, whatever
     the distribution (sign test; Conover 1999, §3.2): 6.3% for five, 0.05% for twelve. The slack is
-    spent: the processes of one comparison share a moment of the machine and the program that
-    started them, and `course selftest` has seen ten comparisons spread twice as far as their own
-    processes tell. Where the t-interval of the mean is wider (five processes that happen to agree),
-    it counts. Positive values are treated in logarithms.
+    spent: the processes of one comparison share the seconds in which they ran, and repeated
+    comparisons were seen to spread twice as far as their own processes tell. Where the t-interval
+    of the mean is wider (five processes that happen to agree), it counts. Positive values are
+    treated in logarithms.
 
     `starts` is for the results of `turns(…, starts=…)`: the values come start by start, and the
     median of each start is one value. Raises ValueError for fewer than five.

@@ -185,8 +185,9 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # The next process may disagree. Where a network's buffers lie, what the memory allocator kept,
 # which moment the machine had: these are drawn once, when a process starts, and all of its rounds
 # share them (Mytkowicz et al. 2009; Kalibera and Jones 2013). So `measure.across` copies both arms
-# into twelve fresh processes, takes one ratio from each, and gives the interval over those.
-# Verdicts in this course come from there. The four answers are its vocabulary:
+# into twelve fresh processes, takes one ratio from each, and gives the interval over those. A
+# verdict that rests on a comparison says from which of the two it comes. The four answers are the
+# vocabulary of both:
 #
 # | answer | when |
 # |---|---|
