@@ -322,6 +322,8 @@ def _short(value: object) -> str:
         )
     if isinstance(value, np.ndarray) and value.size > 8:
         return f"array of shape {value.shape}"
+    if callable(value) and not isinstance(value, torch.nn.Module):
+        return getattr(value, "__name__", type(value).__name__)  # an address says nothing
     text = repr(value)
     return text if len(text) <= 160 else f"{text[:120]} … ({type(value).__name__})"
 

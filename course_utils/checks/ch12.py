@@ -1,28 +1,49 @@
 """Checks of chapter 12, TensorRT."""
 
 import json
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from course_utils.checks.accept import apart, close, said, sequence, whole
 from course_utils.exercises import Probe, Wrong, exercise
 
 HEAVY = ("Conv", "Gemm")
+_CHAIN = [("Conv", ["x", "w1", "b1"], "a"), ("Relu", ["a"], "r")]
+_GRAPHS = [
+    [("Gemm", ["x", "w", "b"], "y")],
+    [("Conv", ["x", "w"], "y")],  # without a bias
+    [("Conv", ["x", "w1"], "a"), ("Conv", ["x", "w1"], "b")],  # read twice: one pair each
+    [*_CHAIN, ("Conv", ["r", "w2", "b2"], "c"), ("Add", ["c", "r"], "s")],
+    # The residual is first, or second; nobody heavy reads it.
+    [*_CHAIN, ("MaxPool", ["r"], "m"), ("Conv", ["x", "w2"], "c"), ("Add", ["m", "c"], "s")],
+    [*_CHAIN, ("MaxPool", ["r"], "m"), ("Conv", ["x", "w2"], "c"), ("Add", ["c", "m"], "s")],
+    [_CHAIN[0], ("Conv", ["x", "w2"], "c"), ("Add", ["a", "c"], "s")],  # a Conv makes both
+    [("Relu", ["x"], "r"), ("MaxPool", ["x"], "m"), ("Add", ["r", "m"], "s")],  # and neither
+    # The Add comes first, then the Conv that reads one of its inputs.
+    [
+        *[("Conv", ["x", "w1"], "a"), ("Relu", ["x"], "r"), ("Add", ["a", "r"], "s")],
+        ("Conv", ["a", "w2"], "d"),
+    ],
+    # Two Adds with one residual: one pair serves both.
+    [
+        *[("Relu", ["x"], "r"), ("Conv", ["x", "w1"], "a"), ("Conv", ["x", "w2"], "c")],
+        *[("Add", ["a", "r"], "s"), ("Add", ["r", "c"], "t")],
+    ],
+    [("Relu", ["x"], "r")],
+    [],
+]
 
 
 @exercise("12.A")
 def place_pairs(answer: Probe, rng: np.random.Generator) -> None:
-    """Every heavy input once, no bias, and of each Add no more than it needs."""
-    chain = [("Conv", ["x", "w1", "b1"], "a"), ("Relu", ["a"], "r")]
-    cases = [chain, [*chain, ("Conv", ["r", "w2", "b2"], "c"), ("Add", ["c", "r"], "s")]]
-    branch = [
-        ("Conv", ["x", "w2", "b2"], "c"),
-        ("Add", ["a", "c"], "s"),
-        ("Conv", ["c", "w3", "b3"], "d"),
-    ]
-    cases.append([chain[0], *branch])  # c is read by a convolution that comes after the Add
-    cases += [_network(rng) for _ in range(20)]
-    for nodes in cases:
-        _judge_pairs(answer(list(nodes)), nodes)
+    """Every heavy input once, no bias, and of each Add the residual where it needs one."""
+    for nodes in [*_GRAPHS, *(_network(rng) for _ in range(20))]:
+        where = f"in the graph {nodes}" if len(nodes) < 6 else f"in a graph of {len(nodes)} nodes"
+        got = sequence(answer(list(nodes)), where)
+        if not all(isinstance(t, str) for t in got):
+            raise Wrong(f"{where}: a list of tensor names was expected; you returned {said(got)}.")
+        _judge_pairs(got, nodes, where)
 
 
 def _network(rng: np.random.Generator) -> list[tuple]:
@@ -43,30 +64,34 @@ def _network(rng: np.random.Generator) -> list[tuple]:
     return [*nodes, ("Gemm", [there[-1], "fc.w", "fc.b"], "logits")]
 
 
-def _judge_pairs(got: object, nodes: list[tuple]) -> None:
-    where = f"in the graph {nodes}" if len(nodes) < 6 else f"in a graph of {len(nodes)} nodes"
-    if not isinstance(got, list) or not all(isinstance(t, str) for t in got):
-        raise Wrong(f"a list of tensor names was expected; you returned {got!r}.")
+def _judge_pairs(got: list[str], nodes: list[tuple], where: str) -> None:
     if twice := sorted({t for t in got if got.count(t) > 1}):
         raise Wrong(f"{where}, {twice[0]} has two pairs: a tensor that two nodes read needs one.")
     heavy = {t for op, inputs, _ in nodes if op in HEAVY for t in inputs[:2]}
+    made = {output for op, _, output in nodes if op in HEAVY}
     if missing := sorted(heavy - set(got)):
-        reader = next(n for n in nodes if n[0] in HEAVY and missing[0] in n[1])
+        reader = next(n for n in nodes if n[0] in HEAVY and missing[0] in n[1][:2])
         raise Wrong(
             f"{where}, {missing[0]} has no pair, and {reader[0]} {reader[2]} reads it: it can't run"
             " on integers."
         )
     for inputs, output in [(inputs, output) for op, inputs, output in nodes if op == "Add"]:
-        if not set(inputs) & set(got):
+        paired = set(inputs) & set(got)
+        if not paired:
             raise Wrong(
                 f"{where}, no input of Add {output} has a pair: the residual travels in floating"
                 " point."
             )
-        if set(inputs) <= set(got) and not set(inputs) <= heavy:
-            spare = next(t for t in inputs if t not in heavy)
+        spare = paired - heavy
+        if len(paired) > 1 and spare:
             raise Wrong(
-                f"{where}, both inputs of Add {output} have a pair. {spare} needs none: left alone,"
-                " the Add is fused with what makes it."
+                f"{where}, both inputs of Add {output} have a pair. {min(spare)} needs none: left"
+                " alone, the Add is fused with what makes it."
+            )
+        if spare & made and set(inputs) - made:
+            raise Wrong(
+                f"{where}, Add {output} has its pair on {min(spare)}, which a Conv or Gemm makes:"
+                f" the pair stands between the two. Take {min(set(inputs) - made)}."
             )
     free = {t for op, inputs, _ in nodes if op == "Add" for t in inputs}
     if spare := sorted(set(got) - heavy - free):
@@ -79,63 +104,130 @@ def _judge_pairs(got: object, nodes: list[tuple]) -> None:
 @exercise("12.B")
 def choose_shapes(answer: Probe, rng: np.random.Generator) -> None:
     """The trace is covered, nothing beyond it is paid for, and no other tuning is faster."""
-    _judge_profile(
-        answer, [2, 9, 9, 9], lambda n, tuned: n * (1 + abs(np.log2(n / tuned)))
-    )  # the largest is the best
-    for trial in range(25):
+    fixed = [
+        ([2, 9, 9, 9], lambda n, tuned: n * abs(n - tuned)),  # the largest is the best
+        ([9, 2, 2, 2], lambda n, tuned: n * abs(n - tuned)),  # the smallest, and the trace unsorted
+        ([1, 5], lambda n, tuned: (n - tuned) ** 2),  # 3 is best, and nobody sent 3
+        ([2, 4], lambda n, tuned: 10 - tuned),  # beyond the trace it would be faster still
+        ([2, 4], lambda n, tuned: 10 + tuned),  # and here below it
+        ([3, 6], lambda n, tuned: {3: 5, 4: 9, 5: 2, 6: 5}.get(tuned, 0)),  # two valleys
+        ([1, 1, 1, 8], lambda n, tuned: n * (9 - tuned) if n == 8 else tuned / 3),
+    ]
+    for trace, seconds in fixed:
+        _judge_profile(answer, trace, seconds)
+    for trial in range(20):
         top = int(rng.integers(3, 40))
         trace = [int(n) for n in rng.integers(1, top + 1, int(rng.integers(1, 30)))]
         if trial == 0:
             trace = [5]
         elif trial < 6:  # a few huge batches among many small ones
             trace += [top * 3] * int(rng.integers(1, 4))
-        _judge_profile(answer, trace, _costs(rng))
+        _judge_profile(answer, trace, _engine(rng))
 
 
-def _costs(rng: np.random.Generator) -> object:
-    """Time of a batch of n on an engine tuned for `tuned`: work, plus a penalty that differs
-    upwards and downwards.
+def _engine(rng: np.random.Generator) -> Callable[[int, int], float]:
+    """Time of a batch of n on an engine tuned for `tuned`: work, a penalty that differs upwards and
+    downwards, and kernels that are lucky or unlucky for no reason.
     """
     fixed, each = rng.uniform(0.5, 3), rng.uniform(0.05, 0.5)
     up, down = rng.uniform(0.0, 1.0, 2)
+    luck = rng.uniform(0.8, 1.25, 400)
 
     def seconds(n: int, tuned: int) -> float:
-        apart = np.log2(n / tuned)
-        return float((fixed + each * n) * (1 + (up * apart if apart > 0 else -down * apart)))
+        steps = np.log2(n / tuned)
+        penalty = up * steps if steps > 0 else -down * steps
+        return float((fixed + each * n) * (1 + penalty) * luck[tuned])
 
     return seconds
 
 
-def _judge_profile(answer: Probe, trace: list[int], seconds: object) -> None:
+def _judge_profile(answer: Probe, trace: list[int], seconds: Callable) -> None:
     got = answer(list(trace), seconds)
-    shown = (
-        f"the trace {trace if len(trace) < 12 else [*trace[:10], '…']} (from {min(trace)} to"
-        f" {max(trace)})"
-    )
-    try:
-        low, best, high = (int(v) for v in got)
-        whole = all(float(v) == int(v) for v in got)
-    except (TypeError, ValueError):
-        raise Wrong(
-            f"three whole numbers (min, opt, max) were expected; you returned {got!r}."
-        ) from None
-    if not whole or not low <= best <= high:
-        raise Wrong(f"min ≤ opt ≤ max in whole numbers is due; you returned {got!r}.")
+    head = trace if len(trace) < 12 else [*trace[:10], "…"]
+    where = f"for the trace {head} (from {min(trace)} to {max(trace)})"
+    low, best, high = (whole(v, where) for v in sequence(got, f"{where}, (min, opt, max)", 3))
+    if not low <= best <= high:
+        raise Wrong(f"{where}: min ≤ opt ≤ max is due; you returned {(low, best, high)}.")
     if low > min(trace) or high < max(trace):
-        raise Wrong(f"for {shown} your profile {low} … {high} leaves a batch outside.")
+        raise Wrong(f"{where}, your profile {low} … {high} leaves a batch outside.")
     if low < min(trace) or high > max(trace):
         raise Wrong(
-            f"for {shown} your profile {low} … {high} reaches further than the trace: memory is"
+            f"{where}, your profile {low} … {high} reaches further than the trace: memory is"
             " reserved for its largest shape, and kernels are ruled out that can't take the"
             " smallest."
         )
     costs = {o: sum(seconds(n, o) for n in trace) for o in range(low, high + 1)}
-    if costs[best] > min(costs.values()) * (1 + 1e-9):
-        o = min(costs, key=costs.get)
-        raise Wrong(
-            f"for {shown}, tuned for {best} it takes {costs[best]:.3g} s in all; tuned for {o},"
-            f" {costs[o]:.3g} s."
-        )
+    o = min(costs, key=costs.get)
+    if costs[best] > costs[o] and not close(costs[best], costs[o], rel=1e-9):
+        yours, least = apart(costs[best], costs[o])
+        raise Wrong(f"{where}, tuned for {best} it takes {yours} s in all; tuned for {o}, {least}.")
+
+
+_CONV, _POINT, _POOL = "CaskConvolution", "PointWiseV2", "CaskPooling"
+
+
+def _layer(name: str, kind: str, reads: list[str], writes: str, nodes: str = "") -> dict:
+    """A layer in the inspector's form. Tensors are "name type"; nodes are separated by blanks."""
+
+    def tensors(said: list[str]) -> list[dict]:
+        pairs = [t.split() for t in said]
+        return [{"Name": n, "Format/Datatype": f"Row major linear {d} format"} for n, d in pairs]
+
+    meta = "\u001e".join(f"[ONNX Layer: {n}]" for n in nodes.split())
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": tensors(reads),
+        "Outputs": tensors([writes]),
+        "Metadata": meta,
+    }
+
+
+def _after_conv(reads: list[str], nodes: str, kind: str = _POINT, name: str = "L") -> list[dict]:
+    """A convolution that writes c, a pooling layer that writes p, and one layer of this kind."""
+    return [
+        _layer("conv_a", _CONV, ["image INT8"], "c INT8", "conv_a"),
+        _layer("pool_a", _POOL, ["image INT8"], "p INT8", "pool_a"),
+        _layer(name, kind, reads, "out INT8", nodes),
+    ]
+
+
+_RELU = _layer("PWN(relu_b)", _POINT, ["c INT8"], "r INT8", "relu_b")
+_DUMPS = [  # the layers, the faults, and what the odd layer is
+    ([_layer("k", _CONV, ["x INT8"], "y FP16", "k")], {}, "its first input is INT8"),
+    ([_layer("k", _CONV, ["x Int8"], "y FP16", "k")], {}, "its first input is Int8, the same"),
+    ([_layer("k", _CONV, ["x FP32"], "y INT8", "k")], {"k": "precision"}, "it reads FP32"),
+    ([_layer("k", _CONV, ["x BF16"], "y INT8", "k")], {"k": "precision"}, "it reads BF16"),
+    ([_layer("k", _CONV, ["x INT8", "r FP16"], "y INT8", "k add_k")], {}, "the first one counts"),
+    (
+        [_layer("k", _CONV, ["x FP16", "r INT8"], "y INT8", "k add_k")],
+        {"k": "precision"},
+        "its first input is FP16",
+    ),
+    (
+        [_layer("k", "FusedConvolutionAct", ["x FP16"], "y INT8", "k")],
+        {"k": "precision"},
+        "its LayerType contains Convolution",
+    ),
+    ([_layer("Convolution", _POOL, ["x FP16"], "y FP16", "conv_p")], {}, "it is a pooling layer"),
+    (_after_conv(["c INT8"], "relu_b"), {"L": "fusion"}, "it is a ReLU on conv_a's output"),
+    (_after_conv(["c INT8"], "relu_b", name="PWN(pool_b)"), {"PWN(pool_b)": "fusion"}, "a ReLU"),
+    (_after_conv(["c INT8"], "add_b relu_b"), {"L": "fusion"}, "both of its nodes count"),
+    (_after_conv(["c INT8"], "relu_b sigmoid_b"), {}, "it holds a sigmoid, too"),
+    (_after_conv(["c INT8"], "sigmoid_b relu_b"), {}, "it holds a sigmoid, too"),
+    (_after_conv(["c INT8"], "prelu_b"), {}, "prelu_b does not begin with relu"),
+    (_after_conv(["c INT8"], "", "Reformat", "relu_copy"), {}, "it has no ONNX node"),
+    (_after_conv(["p INT8"], "relu_b"), {}, "it reads a pooling layer's output"),
+    (_after_conv(["image INT8"], "relu_b"), {}, "it reads what no layer makes"),
+    (_after_conv(["p INT8", "c INT8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
+    (_after_conv(["c INT8", "p INT8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
+    (_after_conv(["c INT8", "c INT8"], "add_b"), {"L": "fusion"}, "no other layer reads it"),
+    (_after_conv(["c INT8"], "relu_b", _CONV), {}, "it is a convolution, and reads INT8"),
+    ([*_after_conv(["c INT8"], "tanh_b"), _RELU], {}, "L reads c, too"),
+    ([*_after_conv(["p INT8", "c INT8"], "tanh_b"), _RELU], {}, "L reads c, too"),
+    ([_RELU, *_after_conv(["p INT8"], "tanh_b")], {"PWN(relu_b)": "fusion"}, "the order is free"),
+    ([], {}, ""),
+]
 
 
 @exercise("12.C")
@@ -143,120 +235,61 @@ def read_dump(answer: Probe, rng: np.random.Generator) -> None:
     """Each convolution in floating point and each layer that a convolution could have taken in, and
     no other.
     """
-    for trial in range(25):
-        text, wanted, why = _dump(rng, trial)
-        got = answer(text)
-        if not isinstance(got, dict):
-            raise Wrong(
-                "a dict from layer name to 'precision' or 'fusion' was expected; you returned"
-                f" {got!r}."
-            )
-        for name in sorted(set(wanted) | set(got)):
-            if got.get(name) != wanted.get(name):
-                said = f"you say {got[name]!r}" if name in got else "you leave it out"
-                raise Wrong(f"layer {name!r}: {said}. {why[name]}")
+    for layers, wanted, note in _DUMPS:
+        where = f"with the layers {json.dumps(layers)}"
+        why = f"{note[:1].upper()}{note[1:]}." if note else ""
+        _judge_faults(answer, layers, wanted, dict.fromkeys(wanted, why), why, where)
+    for _ in range(15):
+        layers, wanted, notes = _dump(rng)
+        where = f"in a dump of {len(layers)} layers"
+        _judge_faults(answer, layers, wanted, notes, "", where)
 
 
-def _dump(rng: np.random.Generator, trial: int) -> tuple[str, dict, dict]:
-    """A synthetic dump in the inspector's form with known faults: the text, {name: fault}, and
+def _judge_faults(
+    answer: Probe, layers: list[dict], wanted: dict, notes: dict, why: str, where: str
+) -> None:
+    got = answer(json.dumps({"Layers": layers}))
+    if not isinstance(got, Mapping):
+        raise Wrong(
+            f"{where}: a dict from layer name to 'precision' or 'fusion' was expected; you returned"
+            f" {said(got)}."
+        )
+    for name in sorted({*wanted, *map(str, got)}):
+        if got.get(name) != wanted.get(name):
+            yours = f"you say {said(got[name])}" if name in got else "you leave it out"
+            raise Wrong(f"{where}, layer {name!r}: {yours}. {notes.get(name, why)}")
+
+
+def _dump(rng: np.random.Generator) -> tuple[list[dict], dict, dict]:
+    """A drawn chain of blocks with known faults, in a drawn order: the layers, {name: fault}, and
     {name: what it is}.
     """
-    layers, wanted, why, current = [], {}, {}, ("image", "INT8")
-
-    def add(
-        name: str, kind: str, reads: list, writes: tuple, nodes: str, note: str, fault: str = ""
-    ) -> None:
-        tensors = [
-            [{"Name": t, "Format/Datatype": f"Row major {d} format"} for t, d in side]
-            for side in (reads, [writes])
-        ]
-        meta = "\u001e".join(f"[ONNX Layer: {n}]" for n in nodes.split())
-        layers.append(
-            {
-                "Name": name,
-                "LayerType": kind,
-                "Inputs": tensors[0],
-                "Outputs": tensors[1],
-                "Metadata": meta,
-            }
-        )
-        why[name] = note
-        if fault:
-            wanted[name] = fault
-
+    layers, wanted, notes, current, dtype = [], {}, {}, "image", "INT8"
     for i in range(int(rng.integers(3, 7))):
-        mark, draw = f"{i}_{rng.integers(1000)}", rng.random() if trial else 0.0
-        wide = rng.random() < 0.3
-        if wide and current[1] == "INT8":
-            add(
-                f"reformat {mark}",
-                "Reformat",
-                [current],
-                (f"f{mark}", "FP16"),
-                "",
-                "It is a Reformat, a consequence and no fault.",
+        mark = f"{i}_{rng.integers(1000)}"
+        if rng.random() < 0.3:
+            layers.append(
+                _layer(f"copy {mark}", "Reformat", [f"{current} {dtype}"], f"f{mark} FP16")
             )
-            current = (f"f{mark}", "FP16")
-        reads, out = current, (f"t{mark}", "INT8" if rng.random() < 0.7 else "FP16")
-        fault = "precision" if reads[1] != "INT8" else ""
-        note = f"It is a convolution, and its first input is {reads[1]}."
-        # A fused ReLU stands in the convolution's own name.
-        tail = " + relu_f" if rng.random() < 0.5 else ""
-        add(
-            f"conv_{mark}{tail}",
-            "CaskConvolution",
-            [reads],
-            out,
-            f"conv_{mark}{tail.replace(' +', '')}",
-            note,
-            fault,
-        )
-        current = out
-        if draw < 0.3:
-            twice = rng.random() < 0.5
-            note = "It reads a convolution's output, " + (
-                "and so does another layer: a fused kernel could not serve both."
-                if twice
-                else "nobody else does, and its only ONNX node is a Relu or an Add."
+            notes[f"copy {mark}"] = "It is a Reformat: no fault."
+            current, dtype = f"f{mark}", "FP16"
+        name, out = f"conv_{mark}", str(rng.choice(["INT8", "Int8", "FP16"]))
+        layers.append(_layer(name, _CONV, [f"{current} {dtype}"], f"t{mark} {out}", name))
+        notes[name] = f"It is a convolution, and its first input is {dtype}."
+        if dtype.upper() != "INT8":
+            wanted[name] = "precision"
+        current, dtype = f"t{mark}", out
+        if rng.random() < 0.6:
+            node, twice = f"{rng.choice(['relu', 'add'])}_{mark}", rng.random() < 0.5
+            layers.append(
+                _layer(f"PWN({node})", _POINT, [f"{current} {dtype}"], f"p{mark} {out}", node)
             )
-            node = str(rng.choice(["relu", "add"])) + f"_{mark}"
-            add(
-                f"PWN({node})",
-                "PointWiseV2",
-                [out],
-                (f"p{mark}", out[1]),
-                node,
-                note,
-                "" if twice else "fusion",
-            )
+            notes[f"PWN({node})"] = f"It reads a convolution's output, and so do {twice:d} others."
             if twice:
-                add(
-                    f"pool_{mark}",
-                    "Pooling",
-                    [out],
-                    (f"q{mark}", out[1]),
-                    f"pool_{mark}",
-                    "It is a pooling layer.",
-                )
-            current = (f"p{mark}", out[1])
-        elif draw < 0.5:
-            add(
-                f"pool_{mark}",
-                "CaskPooling",
-                [out],
-                (f"q{mark}", out[1]),
-                f"pool_{mark}",
-                "It is a pooling layer.",
-            )
-            node = f"relu_{mark}"
-            note = "It reads the output of a pooling layer, which takes nothing in."
-            add(
-                f"PWN({node})",
-                "PointWiseV2",
-                [(f"q{mark}", out[1])],
-                (f"p{mark}", out[1]),
-                node,
-                note,
-            )
-            current = (f"p{mark}", out[1])
-    return json.dumps({"Layers": layers}), wanted, why
+                side = [f"{current} {dtype}"]
+                layers.append(_layer(f"pool_{mark}", _POOL, side, f"q{mark} {out}", f"pool_{mark}"))
+                notes[f"pool_{mark}"] = "It is a pooling layer."
+            else:
+                wanted[f"PWN({node})"] = "fusion"
+            current = f"p{mark}"
+    return [layers[i] for i in rng.permutation(len(layers))], wanted, notes

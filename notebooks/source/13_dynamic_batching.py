@@ -1569,7 +1569,8 @@ for b, share in most.items():
 # ## Exercise A · how many are inside
 # Complete the function: from the times of arrival and of answer of each request (same order,
 # seconds), the **mean number inside** from the first arrival to the last answer. For arrivals 0 and
-# 1 and answers 2 and 4 it is $(2 + 3)/4 = 1.25$. Without requests it is 0.
+# 1 and answers 2 and 4 it is $(2 + 3)/4 = 1.25$. Requests stand in any order. Without requests, or
+# if the first arrival is the last answer, it is 0.
 
 
 # %% tags=["exercise"]
@@ -1592,7 +1593,7 @@ exercises.check("13.A", mean_inside)
 # %% tags=["solution"]
 def mean_inside(arrived, finished):
     arrived, finished = np.asarray(arrived, float), np.asarray(finished, float)
-    if len(arrived) == 0:
+    if len(arrived) == 0 or finished.max() == arrived.min():
         return 0.0
     return float((finished - arrived).sum() / (finished.max() - arrived.min()))
 
@@ -1639,8 +1640,12 @@ def mean_inside(arrived, finished):
 # Write `async def collect(get, max_batch, max_wait)`. `await get()` gives the next request as soon
 # as there is one. Wait for the first one, however long it takes. Then collect until there are
 # `max_batch`, or until `max_wait` seconds have passed **since the first one came**. Return the
-# list. With `max_batch=1` nothing is waited for. `get` may be cancelled: it then loses nothing.
-# With `max_wait=0` a list of the first one alone is right.
+# list. With `max_batch=1` nothing is waited for, and with `max_wait=0` the first one alone is right.
+#
+# Your loop is called again and again: what it took from `get` it must return, and no `get` may be
+# left waiting behind its back. `get` may be cancelled: it then loses nothing. A service that shuts
+# down cancels `collect` itself: let that through. And the wall clock, `time.time`, may be set back
+# at any moment; the loop's own never is.
 
 
 # %% tags=["exercise"]
@@ -1669,11 +1674,8 @@ async def collect(get, max_batch, max_wait):
     batch = [await get()]
     deadline = loop.time() + max_wait
     while len(batch) < max_batch:
-        left = deadline - loop.time()
-        if left <= 0:
-            break
         try:
-            batch.append(await asyncio.wait_for(get(), left))
+            batch.append(await asyncio.wait_for(get(), deadline - loop.time()))
         except TimeoutError:
             break
     return batch
@@ -1737,12 +1739,17 @@ async def collect(get, max_batch, max_wait):
 
 # %% [markdown]
 # ## Exercise C · a batch size and a wait for a promise
-# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays one busy minute with your
+# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays 1,000 requests with your
 # policy and returns `(p99_ms, work)`: the tail, and the share of the time the machine computes.
-# Every call draws new arrivals. Return `(max_batch, wait_ms)`, `max_batch` from 1 to 64 and
-# `wait_ms` from 0 to 100, such that p99 is **at most `promise` ms on arrivals you have not seen**,
-# and the work at most a tenth above the least that is possible so. You have 150 calls. Return
-# `None` if no policy keeps the promise.
+# Every call draws new arrivals, and new times of the machine. Return `(max_batch, wait_ms)`,
+# `max_batch` from 1 to 64 and `wait_ms` from 0 to 100, such that p99 is **at most `promise` ms on
+# arrivals you have not seen**, and the work at most 1.4 times the least that is possible so. You
+# have 150 calls. Return `None` if no policy keeps the promise.
+#
+# `check` brings ten services. Some machines are quick; some take 20 ms for a batch of one; some can
+# do 8 or 32 at once, and above that each request costs as much as a batch of its own; and on some
+# two calls differ so much that p99 of 1,000 requests is off by 3% from draw to draw. Two promises
+# can't be kept.
 
 
 # %% tags=["exercise"]
@@ -1753,25 +1760,24 @@ def choose(simulate, promise): ...
 exercises.check("13.C", choose)
 
 # %% [markdown] tags=["hint"]
-# A grid is enough: 1, 2, 4, … 64, and a handful of waits that are shares of the promise. Large
-# batches with a wait do the least work.
+# A grid is enough: five batch sizes, and a dozen waits that are shares of the promise. Among those
+# that keep it, try again the ones with the least work.
 
 # %% [markdown] tags=["hint"]
-# What keeps the promise by a hair on one draw breaks it on the next. Ask for a margin of some
-# percent, or draw a candidate several times.
+# Of seventy policies tried once each, the best-looking one was lucky. Draw it several times more,
+# and ask the mean of its p99 for a margin of some percent.
 
 
 # %% tags=["solution"]
 def choose(simulate, promise):
-    waits = [0.0] + [w for w in np.linspace(0.1, 0.95, 11) * promise if w <= 100]
     candidates = []
-    for batch in (1, 4, 8, 16, 32, 64):
-        for wait in waits:
-            tail, work = simulate(batch, float(wait))
-            if tail <= 0.97 * promise:
-                candidates.append((work, batch, float(wait)))
-    for _, batch, wait in sorted(candidates)[:20]:
-        if all(simulate(batch, wait)[0] <= 0.985 * promise for _ in range(3)):
+    for batch in (1, 8, 16, 32, 64):
+        for wait in np.linspace(0, 0.95, 14) * promise:
+            tail, work = simulate(batch, min(wait, 100))
+            if tail <= promise:
+                candidates.append((work, batch, min(wait, 100)))
+    for _, batch, wait in sorted(candidates)[:10]:
+        if np.mean([simulate(batch, wait)[0] for _ in range(8)]) <= 0.93 * promise:
             return batch, wait
     return None
 

@@ -1196,9 +1196,10 @@ def kv_bytes(layers, heads, kv_heads, width, length, batch, bits):
 # Write `cached_attention(q, k, v, past)`. `q` is `(batch, heads, T, d)`, `k` and `v` are `(batch,
 # kv_heads, T, d)`: the new positions only. `past` is `None` at first, afterwards what you returned.
 # Return `(out, past)`: `out` has the shape of `q`. Whatever the pieces, `out` must equal causal
-# attention over the whole sequence. Query head `h` uses key head `h // (heads // kv_heads)`. Leave
-# `past` as it was: a caller may use it twice. Example: T = 1 and `past = None`: the only key gets
-# weight 1, so `out` is `v`, repeated for each group.
+# attention over the whole sequence, for large numbers in `q` and `k`, too. Query head `h` uses key
+# head `h // (heads // kv_heads)`. Leave `past` as it was: a caller may use it twice. And let it hold
+# keys and values of the key heads and nothing more: its bytes are what the cache costs. Example: T
+# = 1 and `past = None`: the only key gets weight 1, so `out` is `v`, repeated for each group.
 
 
 # %% tags=["exercise"]
@@ -1281,8 +1282,9 @@ def cached_attention(q, k, v, past):
 # ## Exercise C · the best perplexity under a byte budget
 # Not every part needs the same bits. Measure how much loss each part adds at 8, 4 and 3 bits,
 # alone; losses of different parts add up roughly. `options[i]` is a list of `(bytes, added_loss)`
-# for part i. Write `allocate(options, budget)`, which returns one index a part, so that the bytes
-# sum to at most `budget` and the added losses to as little as possible; `None` if nothing fits.
+# for part i, in any order; a loss measured on few tokens may be below 0. Write `allocate(options,
+# budget)`, which returns one index a part, so that the bytes sum to at most `budget` and the added
+# losses to as little as possible; `None` if nothing fits.
 # Example: `allocate([[(8, 0.0), (4, 0.5)], [(8, 0.1), (4, 0.2)]], 12)` returns `[0, 1]`: the second
 # part gives up its bits.
 
