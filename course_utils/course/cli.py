@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="course", description="Efficient Deep Learning, Measured."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_doctor, _selftest, _lab, _build, _run, _report, _data, _badges):
+    for add in (_doctor, _selftest, _lab, _check, _build, _run, _report, _data, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -93,6 +93,25 @@ def _lab(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "lab", help="open the first chapter in JupyterLab (further options go to jupyter lab)"
     )
+    parser.set_defaults(do=do)
+
+
+def _check(commands: argparse._SubParsersAction) -> None:
+    def do(options: argparse.Namespace) -> int:
+        from course_utils.course import check
+
+        wrong = False
+        for path in check.notebooks(options.notebooks):
+            print(path.name)
+            for result in check.check(path):
+                print(f"  {result!r}", flush=True)
+                wrong = wrong or result.status == "wrong"
+        return 1 if wrong else 0
+
+    parser = commands.add_parser(
+        "check", help="check the answers in your notebooks without opening them"
+    )
+    parser.add_argument("notebooks", nargs="*", metavar="CHAPTER|FILE.ipynb")
     parser.set_defaults(do=do)
 
 
