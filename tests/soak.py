@@ -1,6 +1,6 @@
 """The suite again and again, each round with other random draws: it must never be red by chance.
 
-    make soak                              50 rounds, then 1,000 checks of every solution
+    make soak                              50 rounds, 1,000 checks of every solution, all mutants
     make soak ROUNDS=4 CHECKS=20 JOBS=1    fewer of both, one process at a time
 
 A round is the static, unit and exercise stages of `make test` under a COURSE_SEED of its own. What
@@ -45,10 +45,16 @@ def check_solutions(times: int, part: int, parts: int) -> bool:
     return subprocess.run(command, cwd=ROOT, env=os.environ | ONE_THREAD).returncode == 0
 
 
+def try_mutants(jobs: int) -> bool:
+    command = [sys.executable, "tests/mutants.py", f"--jobs={jobs}"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | ONE_THREAD).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--checks", type=int, default=1000, help="of each solution; 0 for none")
+    parser.add_argument("--no-mutants", action="store_true", help="leave tests/mutants.py out")
     parser.add_argument("--jobs", type=int, default=2, help="rounds side by side, a thread each")
     parser.add_argument("--first", type=int, help="seed of the first round; new ones by default")
     given = parser.parse_args()
@@ -62,11 +68,14 @@ def main() -> int:
             print(f"{len(rounds) - len(red)} of {len(rounds)} rounds green", flush=True)
         parts = range(1, given.jobs + 1) if given.checks else ()
         passed = list(pool.map(lambda part: check_solutions(given.checks, part, given.jobs), parts))
+    survivors = not given.no_mutants and not try_mutants(given.jobs)
     if red:
         print(f"red with COURSE_SEED={', '.join(map(str, red))}")
     if not all(passed):
         print("a solution failed its own check")
-    return 1 if red or not all(passed) else 0
+    if survivors:
+        print("a check passed a wrong answer")
+    return 1 if red or not all(passed) or survivors else 0
 
 
 if __name__ == "__main__":

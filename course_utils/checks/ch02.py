@@ -1,6 +1,7 @@
 """Checks of chapter 02, Training recipe."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils import benchmark
 
 from course_utils import data, models, training
+from course_utils.checks.accept import apart, close, number, said
 from course_utils.checks.clock import Clock, Work, told_to
 from course_utils.exercises import Probe, Wrong, exercise
 
@@ -16,90 +18,87 @@ from course_utils.exercises import Probe, Wrong, exercise
 @exercise("02.A")
 def standardise(answer: Probe, rng: np.random.Generator) -> None:
     """Mean 0 and deviation 1 on the training images, the same map for every other image."""
-    low = int(rng.integers(0, 216))
-    high = int(rng.integers(low + 20, 256))  # far enough apart for fp32, whoever divides first
-    drawn = torch.from_numpy(rng.integers(low, high + 1, (20, 1, 6, 6))).to(torch.uint8)
+    low = int(rng.integers(0, 100))
+    high = int(rng.integers(low + 100, 256))  # far enough apart for fp32, whoever divides first
+    # Of two channels the second is brighter: the map is one for all pixels, not one a channel.
+    drawn = rng.integers(low, high + 1, (20, 2, 6, 6)) // np.array([2, 1]).reshape(2, 1, 1)
     cases = {
-        "[0, 255], half of each": torch.tensor([0, 255] * 8, dtype=torch.uint8).view(4, 1, 2, 2),
-        "mostly dark": torch.tensor([0] * 15 + [200], dtype=torch.uint8).view(4, 1, 2, 2),
-        f"drawn from {low} to {high}": drawn,
+        "[0, 255], half of each": [0, 255] * 8,
+        "[9, 10], half of each": [9, 10] * 8,
+        "mostly dark": [0] * 15 + [200],
+        "mostly light": [255] * 14 + [250, 100],
     }
-    for name, train in cases.items():
-        got = _tensor(answer(train, train), name, train.shape)
-        mean, std = float(got.double().mean()), float(got.double().std(correction=0))
-        if abs(mean) > 1e-3 or abs(std - 1) > 0.05:
-            raise Wrong(
-                f"training images {name}: mean {mean:.3g} and deviation {std:.3g} come out; 0 and 1"
-                " are due."
-            )
-        dark, light = (
-            torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
-            torch.full((2, 1, 2, 2), 200, dtype=torch.uint8),
-        )
-        a, b = (_tensor(answer(train, x), name, x.shape) for x in (dark, light))
-        if not bool((b > a).all()):
-            raise Wrong(
-                f"training images {name}: after the map a pixel of 200 must be larger than one of"
-                f" 0; got {float(b.mean()):.3g} and {float(a.mean()):.3g}. Whose mean was taken"
-                " away?"
-            )
-        known = _tensor(
-            answer(train, torch.cat([train, train[:2]])), name, (len(train) + 2, *train.shape[1:])
-        )
-        if not torch.allclose(known[: len(train)], got, atol=1e-4):
-            raise Wrong(
-                f"training images {name}: an image is mapped differently when others stand"
-                " beside it."
-            )
-    flat = torch.full((3, 1, 2, 2), 9, dtype=torch.uint8)
-    got = _tensor(answer(flat, flat), "all pixels equal", flat.shape)
-    if not torch.isfinite(got).all():
-        raise Wrong(
-            "training images whose pixels are all 9: the deviation is 0, and your result is not a"
-            " number."
-        )
+    trains = {name: _images(values) for name, values in cases.items()}
+    trains[f"drawn from {low} to {high}"] = torch.from_numpy(drawn).to(torch.uint8)
+    for name, train in trains.items():
+        mean, std = float(train.double().mean()), float(train.double().std(correction=0))
+        shape = tuple(train.shape[1:])
+        others = {
+            "themselves": train,
+            "all black": torch.zeros((2, *shape), dtype=torch.uint8),
+            "all white": torch.full((1, *shape), 255, dtype=torch.uint8),
+            "drawn": torch.from_numpy(rng.integers(0, 256, (3, *shape))).to(torch.uint8),
+        }
+        for what, x in others.items():
+            where = f"training images {name}, images {what}"
+            got, want = _floats(answer(train, x), where, x), (x.double() - mean) / std
+            # fp32 keeps seven digits of the mean; a mean square less its square, three or four.
+            far = ~((got - want).abs() <= 3e-4 * (1 + want.abs()))
+            if far.any():
+                i = int(far.flatten().nonzero()[0])
+                yours, due = apart(float(got.flatten()[i]), float(want.flatten()[i]))
+                raise Wrong(
+                    f"{where}: a pixel of {int(x.flatten()[i])} becomes {yours}; {due} is due. The"
+                    f" training pixels' mean is {mean:.4g}, their deviation {std:.4g}."
+                )
+    for value in (9, 0, 255):
+        flat = torch.full((3, 1, 2, 2), value, dtype=torch.uint8)
+        for x in (flat, _images([0, value, 100, 255])):
+            where = f"training images whose pixels are all {value}, images {x.flatten().tolist()}"
+            got = _floats(answer(flat, x), where, x)
+            if not torch.isfinite(got).all():
+                raise Wrong(f"{where}: the deviation is 0, and your result is {got.flatten()[0]}.")
+            if x is flat and not bool((got.abs() <= 1e-3).all()):
+                raise Wrong(f"{where}: the mean must become 0; it becomes {got.flatten()[0]:.4g}.")
 
 
-def _tensor(value: object, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if (
-        not isinstance(value, torch.Tensor)
-        or tuple(value.shape) != tuple(shape)
-        or not value.is_floating_point()
-    ):
-        raise Wrong(
-            f"training images {name}: a float tensor of shape {tuple(shape)} was expected; you"
-            f" returned {tuple(value.shape) if isinstance(value, torch.Tensor) else value!r}."
-        )
-    return value
+def _images(pixels: list[int]) -> torch.Tensor:
+    return torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 2, 2)
+
+
+def _floats(value: object, where: str, x: torch.Tensor) -> torch.Tensor:
+    """The answer in fp64."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    shape = tuple(x.shape)
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        raise Wrong(f"{where}: a tensor of shape {shape} was expected; you returned {said(value)}.")
+    if not value.is_floating_point():
+        raise Wrong(f"{where}: floating-point numbers were expected; yours are {value.dtype}.")
+    return value.detach().double()
 
 
 @exercise("02.B")
 def one_cycle(answer: Probe, rng: np.random.Generator) -> None:
     """Torch's OneCycleLR gives the same rate in every step, the first and the last included."""
-    cases = [(8, 0.1, 0.25), (100, 1.0, 0.3)]
+    cases = [(8, 0.1, 0.25), (100, 1.0, 0.3), (10, 0.5, 0.55), (3, 2.0, 0.5), (5, 0.3, 0.9)]
     cases += [
         (int(rng.integers(8, 200)), float(rng.uniform(1e-3, 2)), float(rng.uniform(0.15, 0.8)))
         for _ in range(3)
     ]
     for total, max_lr, warmup in cases:
         wanted = _torch_rates(total, max_lr, warmup)
-        for step in sorted(
-            {0, 1, total - 1, *range(0, total, max(1, total // 17)), int(np.argmax(wanted))}
-        ):
-            got = answer(step, total, max_lr, warmup)
-            if not isinstance(got, int | float | np.number) or not np.isfinite(got):
-                raise Wrong(f"step {step} of {total}: a number was expected; you returned {got!r}.")
-            if abs(float(got) - wanted[step]) > 1e-6 * max_lr + 1e-9 * (step == total - 1):
-                raise Wrong(
-                    f"total {total}, max_lr {max_lr:.3g}, warmup {warmup:.3g}: in step {step}"
-                    f" torch's rate is {wanted[step]:.6g}, yours {float(got):.6g}."
-                )
-        last = float(answer(total - 1, total, max_lr, warmup))
-        if abs(last - wanted[-1]) > 1e-3 * wanted[-1]:
-            raise Wrong(
-                f"total {total}: the last rate is {last:.3g}, torch's {wanted[-1]:.3g}: the first"
-                " one divided by 10,000."
-            )
+        top = int(np.argmax(wanted))
+        some = {0, 1, top, top - 1, min(top + 1, total - 1), total - 1}
+        for step in sorted(some.union(range(0, total, max(1, total // 17)))):
+            where = f"step {step}, total {total}, max_lr {max_lr:.3g}, warmup {warmup:.3g}"
+            got = number(answer(step, total, max_lr, warmup), where)
+            # The last rate is four millionths of the highest: held against it, anything is close.
+            last = step == total - 1
+            if not close(got, wanted[step], rel=1e-5, absolute=0.0 if last else 1e-6 * max_lr):
+                yours, due = apart(got, wanted[step])
+                why = "the first rate divided by 10,000, " if last else ""
+                raise Wrong(f"{where}: torch's rate is {why}{due}, yours {yours}.")
 
 
 @functools.lru_cache(16)
@@ -117,26 +116,53 @@ def _torch_rates(total: int, max_lr: float, warmup: float) -> list[float]:
     return rates
 
 
-STEPS, NEEDED = 150, 0.68  # the solution gets 0.80, with a deviation of 0.013 from draw to draw
+# The solution gets 0.79 ± 0.01, and without its larger BatchNorm momentum 0.78 ± 0.02; a tenth of
+# its learning rate 0.67 ± 0.02. The exercise asks for 0.75: what lies between is left to chance.
+STEPS, ASKED, NEEDED = 100, 0.75, 0.735
+FEW = 10
 
 
 @exercise("02.C")
 def train_within(answer: Probe, rng: np.random.Generator) -> None:
-    """Accurate on images it has not seen, and on time, however short the time."""
-    images, labels = _split("train")
-    chosen = torch.from_numpy(rng.permutation(len(images))[:4000])
-    images, labels = images[chosen], labels[chosen]
+    """Accurate on images it has not seen, and on time, however short the time and however slow the
+    machine.
+    """
+    tasks = [_task(rng) for _ in range(2)]
     torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
     with benchmark.set_torch_threads(1):
-        net, budget = _on_time(answer, images, labels)
-    unseen, truth = _split("validation")
-    reached = training.accuracy(net, unseen[:1000], truth[:1000])
-    if reached < NEEDED:
+        net, used = _on_time(answer, [t[:2] for t in tasks], 10 ** float(rng.uniform(-0.5, 0.5)))
+        unseen, truth = tasks[-1][2:]
+        judge_alone(net, models.normalise(unseen[:8]))
+        reached = training.accuracy(net, unseen, truth)
+    if not reached >= NEEDED:
         raise Wrong(
-            f"in {budget:.2f} s, about {STEPS} steps of a small network, {NEEDED:.0%} of unseen"
-            f" images are within reach; yours gets {reached:.1%}. Which learning rate, which"
-            " schedule, which size?"
+            f"in about {STEPS} steps of a small network {ASKED:.0%} of unseen images are within"
+            f" reach; yours gets {reached:.1%}, and it used {used:.0%} of the time. Which learning"
+            " rate, which schedule, which size?"
         )
+
+
+def _task(rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Images and labels to train on, unseen ones, and their labels. The classes have new numbers,
+    and all images are turned or mirrored alike: what was learned elsewhere is of no use.
+    """
+    names, turned = torch.from_numpy(rng.permutation(10)), turning(rng)
+    (images, labels), (unseen, truth) = _split("train"), _split("validation")
+    chosen = torch.from_numpy(rng.permutation(len(images))[:4000])
+    return (
+        turned(images[chosen]),
+        names[labels[chosen]],
+        turned(unseen[:2000]),
+        names[truth[:2000]],
+    )
+
+
+def turning(rng: np.random.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One of the eight ways to turn or mirror images, drawn: the same for all that it gets."""
+    quarters, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    return lambda images: torch.rot90(
+        images.flip(-1) if mirrored else images, quarters, (-2, -1)
+    ).contiguous()
 
 
 @functools.cache
@@ -144,38 +170,82 @@ def _split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return data.fashion_mnist(name)
 
 
-def _on_time(answer: Probe, images: torch.Tensor, labels: torch.Tensor) -> tuple[nn.Module, float]:
-    """The network trained in the longer of two budgets, and that budget; Wrong if either is
+class _Machine(Clock):
+    """A clock on which the same work takes `slow` times as long. It was started long ago."""
+
+    def __init__(self, slow: float) -> None:
+        super().__init__()
+        self.slow = slow
+        self.now = 4321.0
+
+    def read(self) -> float:
+        return self.slow * super().read()
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds / self.slow)
+
+
+def _on_time(
+    answer: Probe, tasks: list[tuple[torch.Tensor, torch.Tensor]], slow: float
+) -> tuple[nn.Module, float]:
+    """The network of the longest budget, and the share of it that was used; Wrong if a budget is
     overrun. The time is the work that torch does: a busy machine makes nobody late.
+
+    The second and the third budget are as many seconds, on machines of different speed.
     """
-    clock = Clock()
-    took = 0.0
+    step, took = _seconds_a_step(*tasks[0]), 0.0
 
     def timed(*given: object) -> object:
         nonlocal took
         with told_to(answer.answer, clock), Work(clock):
             start = clock.now
             net = answer.answer(*given)
-            took = clock.now - start
+            took = (clock.now - start) / step
         return net
 
-    step = _seconds_a_step(images, labels)
-    for steps in (1, STEPS):
-        budget = steps * step
-        net = Probe(timed)(images, labels, budget)
+    short, long = tasks
+    for task, steps, speed in (
+        (short, 1, slow),
+        (short, FEW, slow * STEPS / FEW),
+        (long, STEPS, slow),
+    ):
+        clock, budget = _Machine(speed), steps * step * speed
+        where = f"{budget:.3g} s were allowed, about {steps} step{'s' if steps > 1 else ''}"
+        net = Probe(timed)(*task, budget)
         if not isinstance(net, nn.Module):
-            raise Wrong(f"a network was expected; you returned a {type(net).__name__}.")
-        if took > 1.3 * budget + 12 * step:
+            raise Wrong(f"a network was expected; you returned {said(net)}.")
+        if took > 1.1 * steps + 6:
             raise Wrong(
-                f"{budget:.2f} s were allowed, and it took {took:.2f} s. Look at the clock inside"
+                f"{where}, and your function took as long as {took:.0f}. Look at the clock inside"
                 " the loop."
             )
-        if net.training:
+        if took < 0.75 * steps - 1:
+            raise Wrong(
+                f"{where}, and your function took as long as {took:.0f}. Time that is left over is"
+                " accuracy left over: use three quarters of it at least."
+            )
+        if any(m.training for m in net.modules()):
             raise Wrong(
                 "the network came back in train mode: an image's answer would depend on its"
                 " neighbours. Call eval()."
             )
-    return net, budget
+    return net, took / STEPS
+
+
+def judge_alone(net: nn.Module, x: torch.Tensor) -> None:
+    """Wrong unless each image's ten logits are the same alone and in company."""
+    with torch.no_grad():
+        together = net(x)
+        alone = torch.cat([net(x[i : i + 1]) for i in range(len(x))])
+    if not isinstance(together, torch.Tensor) or tuple(together.shape) != (len(x), 10):
+        raise Wrong(
+            f"for {len(x)} images logits of shape ({len(x)}, 10) are due, not {said(together)}."
+        )
+    if not torch.allclose(together, alone, atol=1e-3, rtol=1e-3):
+        raise Wrong(
+            "an image alone gets other logits than the same image among eight: in eval mode it must"
+            " not depend on its neighbours."
+        )
 
 
 def _seconds_a_step(images: torch.Tensor, labels: torch.Tensor) -> float:

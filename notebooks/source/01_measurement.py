@@ -864,11 +864,13 @@ def speedup_interval(baseline, candidate):
 # ## Exercise C · decide, under noise that remembers
 # Write `decide(ratios)`. It gets 60 speed-ups, one a round in the order they were taken, and
 # returns `"faster"`, `"slower"` or `"can't tell"`. The noise is like that of a real machine: a slow
-# moment lasts several rounds, and a single round may be off by a factor of ten.
+# moment lasts several rounds, and a single round may be off by a factor of ten. How noisy it is you
+# are not told: the ratios are off by 1%, by 4% or by 16%, from series to series.
 #
-# `check` draws hundreds of such series. Your budget: for two equal arms say *faster* or *slower* in
-# at most `8%` of the series; find a true speed-up of `1.15`, and a true slow-down, in at least
-# `80%` of them.
+# Your budget: for two equal arms say *faster* or *slower* in at most `8%` of the series; where the
+# true difference is 3.5 times the noise (a speed-up of `1.04`, `1.15` or `1.75`, or as large a
+# slow-down), find it in at least `80%` of them. `check` draws two hundred such series, more if it
+# is a close thing, and waits 20 seconds: a twentieth of a second for each is time enough.
 
 
 # %% tags=["exercise"]

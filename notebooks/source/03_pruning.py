@@ -529,10 +529,12 @@ def channel_importance(weight, grad):
 # `keep` is a tensor of channel numbers, sorted. Return three **new** layers `(conv1, bn, conv2)` in
 # which only the channels `keep` of `conv1`'s output are left. The new chain must give what the old
 # one gives under a mask, `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0
-# elsewhere, to within `1e-10` in fp64. `conv1` may have a bias; strides, padding and `eps` stay;
-# layers in eval mode stay in eval mode; the layers you are given must not change. For `conv1 =
-# Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new weights have
-# shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
+# elsewhere, to within `1e-10` in fp64. Either convolution may have a bias. The attributes
+# `out_channels`, `num_features` and `in_channels` tell the new sizes; every other setting stays
+# (strides, padding, `eps` and so on); parameters stay trainable, and layers in eval mode stay in
+# eval mode. The layers you are given must not change, nor share memory with the new ones. For
+# `conv1 = Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new weights
+# have shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
 
 
 # %% tags=["exercise"]
@@ -549,7 +551,7 @@ exercises.check("03.B", shrink)
 # %% [markdown] tags=["hint"]
 # `conv1.weight` and `conv1.bias` along dimension 0; BatchNorm's `weight`, `bias`, `running_mean`,
 # `running_var`; `conv2.weight` along dimension 1. New parameters are made by
-# `nn.Parameter(old.detach()[keep].clone())`.
+# `nn.Parameter(old[keep])`: a tensor as an index copies what it takes.
 
 
 # %% tags=["solution"]
@@ -557,15 +559,12 @@ def shrink(conv1, bn, conv2, keep):
     import copy
 
     conv1, bn, conv2 = copy.deepcopy((conv1, bn, conv2))
-    conv1.weight = nn.Parameter(conv1.weight.detach()[keep].clone())
+    conv1.weight = nn.Parameter(conv1.weight[keep])
     if conv1.bias is not None:
-        conv1.bias = nn.Parameter(conv1.bias.detach()[keep].clone())
-    bn.weight, bn.bias = (
-        nn.Parameter(bn.weight.detach()[keep].clone()),
-        nn.Parameter(bn.bias.detach()[keep].clone()),
-    )
-    bn.running_mean, bn.running_var = bn.running_mean[keep].clone(), bn.running_var[keep].clone()
-    conv2.weight = nn.Parameter(conv2.weight.detach()[:, keep].clone())
+        conv1.bias = nn.Parameter(conv1.bias[keep])
+    bn.weight, bn.bias = nn.Parameter(bn.weight[keep]), nn.Parameter(bn.bias[keep])
+    bn.running_mean, bn.running_var = bn.running_mean[keep], bn.running_var[keep]
+    conv2.weight = nn.Parameter(conv2.weight[:, keep])
     conv1.out_channels = bn.num_features = conv2.in_channels = len(keep)
     return conv1, bn, conv2
 
@@ -1412,8 +1411,9 @@ plots.lines(
 # the time (ms) if layer `i` takes its option `j`. Losses and times of layers add up (an assumption,
 # tested below). Return a list with one option a layer whose total cost is *at most* `budget` and
 # whose total drop is the smallest possible; any one of them if several are equally good; `None` if
-# no combination fits. A narrower option is not always cheaper. For `drop = [[0, 1], [0, 3]]`, `cost
-# = [[5, 2], [5, 1]]` and `budget = 7` the answer is `[1, 0]`.
+# no combination fits. A narrower option is not always cheaper, nor always worse (a drop can be
+# negative: chance), and layers may differ in how many options they have. For `drop = [[0, 1], [0,
+# 3]]`, `cost = [[5, 2], [5, 1]]` and `budget = 7` the answer is `[1, 0]`.
 
 
 # %% tags=["exercise"]

@@ -617,8 +617,8 @@ claims.verdict("04.gradients_fall_with_t_squared", slope)
 # Write `kd_loss(student, teacher, labels, T, alpha)`: logits of student and teacher `(B, K)`,
 # labels `(B,)`, and the loss $L$ from above, a mean over the batch. No gradient may flow into the
 # teacher. For equal logits and `alpha = 1` it is 0. For `student = [[0., 0.]]`, `teacher = [[2.,
-# 0.]]`, `T = 2`, `alpha = 1` it is about `0.4437`. It must stay finite for a teacher that is
-# absolutely sure, with logits like `[1000., 0.]`.
+# 0.]]`, `T = 2`, `alpha = 1` it is about `0.4437`. It must stay finite for a teacher or a student
+# that is absolutely sure, with logits like `[1000., 0.]`.
 
 
 # %% tags=["exercise"]
@@ -1278,11 +1278,15 @@ print(
 # Write `distil(x, labels, teacher_logits, budget)`. It gets 1,000 normalised images `(N, 1, 28,
 # 28)`, of whose labels 40% name one wrong class (this exercise's own rule, 2026), and the logits of
 # a teacher, `(N, 10)`. It returns a network in eval mode with **at most** `budget` parameters that
-# gets three quarters of unseen images right. The budget is not always the same; it allows a
-# `models.mini_resnet` of width 6 at least. (Leave width 4 alone: torch 2.14 has a fault in its
-# kernels for four channels.) `check` calls you twice, with two budgets and one torch thread. You
-# have 20 seconds of an idle machine for the two networks, of which 100 to 150 steps with 64 images
-# each need a part.
+# gets three quarters of unseen images right. No other numbers are free but the averages of
+# BatchNorm, wherever the network may keep them, and an image's answer must not depend on its
+# neighbours. The classes have new numbers, and all images are turned or mirrored alike, the unseen
+# ones too. The budget is not always the same; it allows a `models.mini_resnet` of width 6 at least.
+# (Leave width 4 alone: torch 2.14 has a fault in its kernels for four channels.)
+#
+# `check` calls you twice, with one torch thread: with 128 images and a large budget, where only the
+# network's size and mode are judged, then with 1,000 and a small one. You have 20 seconds of an idle
+# machine, of which 100 to 150 steps with 64 images need a part.
 
 
 # %% tags=["exercise"]
