@@ -38,6 +38,10 @@ class Claim:
     """A statement somebody makes, the condition under which it is tested, and the band of values
     for which it holds.
 
+    `estimand` says what is estimated, and from what. `can_hold` and `can_fail` are planted data,
+    names of the chapter and their values: from them the chapter's own lines must come to "holds
+    here" and to "does not hold here". tests/planted.py tries both.
+
     >>> Claim("99.twice", "It is twice as fast.", "somebody, 2020", "here", (1.8, 2.2), "x").band
     (1.8, 2.2)
     """
@@ -49,6 +53,9 @@ class Claim:
     band: tuple[float, float]
     unit: str = ""
     stand_in: str = ""
+    estimand: str = ""
+    can_hold: str = ""
+    can_fail: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def verdict(
     if isinstance(measurement, machine.Skip):
         result = Verdict(claim, UNTESTED, None, None, None, repr(measurement))
     else:
-        value, low, high = _numbers(claim_id, measurement)
+        value, low, high = numbers(claim_id, measurement)
         scope = getattr(measurement, "scope", "")
         result = Verdict(claim, status(claim.band, low, high), value, low, high, "", scope)
     ledger.record(
@@ -203,7 +210,8 @@ def registry(folder: Path = FOLDER) -> dict[str, Claim]:
             except (KeyError, TypeError, ValueError) as error:
                 raise ClaimError(
                     f"{path.name}, [{name}]: {error}. A claim has statement, source, condition,"
-                    " band = [low, high], and optionally unit and stand_in."
+                    " band = [low, high], and optionally unit, stand_in, estimand, can_hold,"
+                    " can_fail."
                 ) from error
     return claims
 
@@ -285,7 +293,12 @@ def techniques(rows: list[dict]) -> Techniques:
     )
 
 
-def _numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
+def numbers(claim_id: str, measurement: object) -> tuple[float, float, float]:
+    """Value, low and high of whatever `verdict` takes, a Skip excepted.
+
+    >>> numbers("99.twice", Interval(2.0, 1.9, 2.1)), numbers("99.exact", True)
+    ((2.0, 1.9, 2.1), (1.0, 1.0, 1.0))
+    """
     interval = getattr(measurement, "interval", measurement)
     if isinstance(interval, Interval):
         numbers = (interval.value, interval.low, interval.high)

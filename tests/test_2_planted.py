@@ -1,0 +1,35 @@
+"""Every claim can hold and can fail, by the chapter's own lines on planted data."""
+
+import planted
+import pytest
+
+from course_utils import claims
+
+ALL = claims.registry()
+PROVEN = [i for i, c in ALL.items() if c.can_hold and c.can_fail]
+
+
+@pytest.mark.settled
+@pytest.mark.parametrize("claim_id", PROVEN)
+def test_it_can_hold_and_it_can_fail(claim_id):
+    claim = ALL[claim_id]
+    assert claim.estimand, "say what is estimated, and from what"
+    for text, due in ((claim.can_hold, claims.HOLDS), (claim.can_fail, claims.FAILS)):
+        right = planted.share(claim_id, text, due)
+        assert right >= planted.NEEDED, f"{text}: {due!r} in {right} of {planted.TRIES}"
+
+
+@pytest.mark.settled
+def test_a_verdict_that_is_decided_in_advance_is_found_out(monkeypatch):
+    """The chapter's argument exchanged for a constant: it holds whatever is planted."""
+    (kept, call), *_ = planted.lines("02.channels_last_is_faster", {"cheaper"})
+    call.args[1] = planted.ast.parse("2.0").body[0].value
+    monkeypatch.setattr(planted, "lines", lambda *_: [(kept, call)])
+    slower = 'cheaper={"channels_last": across(0.8)}'
+    assert planted.judge("02.channels_last_is_faster", slower) == claims.HOLDS
+
+
+@pytest.mark.settled
+def test_what_leads_to_the_verdict_is_run_and_nothing_else():
+    (kept, _), *_ = planted.lines("02.warmup_helps", {"results"})
+    assert [planted.ast.unparse(s).split(" = ")[0] for s in kept] == ["warm"]
