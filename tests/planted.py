@@ -158,12 +158,10 @@ def _statements(number: str) -> list[ast.stmt]:
     return found
 
 
-def _verdict_call(node: ast.AST, claim_id: str) -> ast.Call | None:
-    for sub in ast.walk(node):
-        verdict = isinstance(sub, ast.Call) and ast.unparse(sub.func) == "claims.verdict"
-        if verdict and ast.unparse(sub.args[0]).strip("'") == claim_id:
-            return sub
-    return None
+def _verdict_calls(node: ast.AST, claim_id: str) -> list[ast.Call]:
+    calls = [s for s in ast.walk(node) if isinstance(s, ast.Call)]
+    calls = [c for c in calls if ast.unparse(c.func) == "claims.verdict"]
+    return [c for c in calls if ast.unparse(c.args[0]).strip("'") == claim_id]
 
 
 def lines(claim_id: str, given: set[str]) -> list[tuple[list[ast.stmt], ast.Call]]:
@@ -171,10 +169,8 @@ def lines(claim_id: str, given: set[str]) -> list[tuple[list[ast.stmt], ast.Call
     names to the verdict, and the call itself. Raises LookupError where there is none.
     """
     statements, found = _statements(claim_id.split(".")[0]), []
-    for last, statement in enumerate(statements):
-        call = _verdict_call(statement, claim_id)
-        if call is None:
-            continue
+    judged = [(i, c) for i, s in enumerate(statements) for c in _verdict_calls(s, claim_id)]
+    for last, call in judged:
         there = given | set(IMPORTED) | set(_MODULES) | set(dir(builtins))
         needed, kept = _reads(ast.Expr(call.args[1])) - there, []
         for earlier in reversed(statements[:last]):
@@ -197,10 +193,13 @@ def judge(claim_id: str, planted: str, seed: int = 0) -> str:
     space = IMPORTED | _MODULES
     given = eval(f"dict({planted})", space | tools)
     space |= given
-    for kept, call in lines(claim_id, set(given)):
-        idle = set(given) - set().union(*map(_reads, [*kept, ast.Expr(call)]))
-        if idle:
-            raise LookupError(f"{claim_id}: no line that leads to the verdict reads {sorted(idle)}")
+    places = [
+        (kept, call, set().union(*map(_reads, [*kept, ast.Expr(call)])))
+        for kept, call in lines(claim_id, set(given))
+    ]
+    if idle := set(given) - set().union(*(reads for *_, reads in places)):
+        raise LookupError(f"{claim_id}: no line that leads to the verdict reads {sorted(idle)}")
+    for kept, call in ((k, c) for k, c, reads in places if reads & set(given)):
         block = ast.Module([*kept, ast.Expr(call)], [])
         space["claims"] = SimpleNamespace(verdict=_Judge(), Interval=measure.Interval)
         with (
