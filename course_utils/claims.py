@@ -16,6 +16,8 @@ from course_utils import ROOT, ledger, machine
 from course_utils.measure.stats import Interval
 
 FOLDER = ROOT / "notebooks" / "claims"
+PROOFS = ("estimand", "can_hold", "can_fail")
+"""What an entry says for the suite, and a verdict does not show."""
 HOLDS, FAILS, OPEN, UNTESTED = (
     "holds here",
     "does not hold here",

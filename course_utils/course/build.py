@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nbformat.notebooknode import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course_utils import ROOT, machine
+from course_utils.claims import PROOFS
 from course_utils.course.badges import links
 from course_utils.course.chapters import Chapter, repository
 
@@ -141,10 +143,13 @@ def code_hash(chapter: Chapter, built: NotebookNode) -> str:
     chapter's claims.
     """
     ran = [c.source for c in built.cells if c.cell_type == "code" and "start" not in tags(c)]
-    claims = (
-        chapter.claims_file.read_text(encoding="utf-8") if chapter.claims_file.is_file() else ""
-    )
-    return hashlib.sha256(json.dumps([ran, claims]).encode()).hexdigest()
+    file = chapter.claims_file
+    claims = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    shown = {
+        name: {key: value for key, value in entry.items() if key not in PROOFS}
+        for name, entry in claims.items()
+    }
+    return hashlib.sha256(json.dumps([ran, shown]).encode()).hexdigest()
 
 
 def output_hash(built: NotebookNode) -> str:

@@ -525,8 +525,6 @@ plots.bars(
         " time."
     ),
 )
-per_operation = measure.derive(lambda t: t / saved["floating-point operations"], saved["time"])
-claims.verdict("10.folding_saves_arithmetic", per_operation)
 
 # %% [markdown]
 # BatchNorm's arithmetic is next to nothing beside that of the convolutions. What folding saves is

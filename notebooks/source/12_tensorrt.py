@@ -796,11 +796,7 @@ got = answers(fp16, pictures)
 result = compare_outputs(truth, got, atol=0.05)
 print(f"{len(wide)} nodes left in fp32;", result)
 print(f"bytes: fp32 {fp32.ByteSize():,}, fp16 {fp16.ByteSize():,}")
-same = measure.paired_share(np.ones(count, bool), truth.argmax(1) == got.argmax(1))
-claims.verdict(
-    "12.fp16_keeps_the_answers",
-    measure.Interval(100 + same.value, 100 + same.low, min(100.0, 100 + same.high), "%"),
-)
+print(f"the same class: {100 * (truth.argmax(1) == got.argmax(1)).mean():.2f}% of {count} images")
 
 # %% [markdown]
 # ## Break it
@@ -1078,11 +1074,10 @@ if ready:
             f"{name}: {time.perf_counter() - start:.1f} s, {len(bytes_of_plan):,} bytes,", end=" "
         )
         print(f"{len(steps)} layers, reading {Counter(t for s in steps for t in s.reads[:1])}")
-    fused = len(fp32.graph.node) / len(trt.layers(gpu_engines["fp32"].inspect()))
-    shown = claims.verdict("12.layer_fusion", fused)
+    layers_made = len(trt.layers(gpu_engines["fp32"].inspect()))
+    print(f"{len(fp32.graph.node)} ONNX nodes became {layers_made} layers")
 else:
-    shown = claims.verdict("12.layer_fusion", skipped("building and inspecting engines"))
-shown
+    print(skipped("building and inspecting engines"))
 
 # %% [markdown]
 # Is each engine right? The same comparison as before, against ONNX Runtime's answers for the same
@@ -1513,9 +1508,10 @@ def faults(text):
         if layer in convolutions:
             if "INT8" not in layer["Inputs"][0]["Format/Datatype"].upper():
                 found[layer["Name"]] = "precision"
-        elif nodes and all(n.startswith(("relu", "add")) for n in nodes):
-            if any(t["Name"] in made and readers[t["Name"]] == 1 for t in layer["Inputs"]):
-                found[layer["Name"]] = "fusion"
+            continue
+        alone = any(t["Name"] in made and readers[t["Name"]] == 1 for t in layer["Inputs"])
+        if alone and nodes and all(n.startswith(("relu", "add")) for n in nodes):
+            found[layer["Name"]] = "fusion"
     return found
 
 

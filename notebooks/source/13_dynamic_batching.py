@@ -1746,10 +1746,10 @@ async def collect(get, max_batch, max_wait):
 # arrivals you have not seen**, and the work at most 1.4 times the least that is possible so. You
 # have 150 calls. Return `None` if no policy keeps the promise.
 #
-# `check` brings ten services. Some machines are quick; some take 20 ms for a batch of one; some can
-# do 8 or 32 at once, and above that each request costs as much as a batch of its own; and on some
-# two calls differ so much that p99 of 1,000 requests is off by 3% from draw to draw. Two promises
-# can't be kept.
+# `check` brings ten services (this exercise's own, 2026). Some machines are quick; some take 20 ms
+# for a batch of one; some can do 8 or 32 at once, and above that each request costs as much as a
+# batch of its own; and on some two calls differ so much that p99 of 1,000 requests is off by 3%
+# from draw to draw. Two promises can't be kept.
 
 
 # %% tags=["exercise"]

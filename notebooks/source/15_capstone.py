@@ -718,10 +718,6 @@ if serves:
     met = sum(r.verdict == "met" for r in trials["only INT8"].requirements)
     exercises.reveal("15.int8", met, "requirements")
 
-# %% tags=["nbval-ignore-output"]
-missed = 4 - met if serves else machine.can("package:mosec")
-claims.verdict("15.one_technique_is_enough", missed)
-
 # %% [markdown]
 # *Today* misses the latency by far: a queue that grows has no p99, only a length of observation.
 # *Only INT8* may meet it, if your processor has the instruction; the file is too large for the
@@ -819,7 +815,6 @@ print(
     f"file {files:.1f}x smaller; memory {memory[0]:.0f} MB and {memory[1]:.0f} MB,"
     f" {memory[0] / memory[1]:.2f}x"
 )
-claims.verdict("15.memory_shrinks_with_the_file", memory[0] / memory[1] / files)
 
 # %% [markdown]
 # The first is Amdahl again: what HTTP and the processes cost stays. How much that is stood in the
