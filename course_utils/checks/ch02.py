@@ -116,9 +116,10 @@ def _torch_rates(total: int, max_lr: float, warmup: float) -> list[float]:
     return rates
 
 
-# The solution gets 0.79 ± 0.01, and without its larger BatchNorm momentum 0.78 ± 0.02; a tenth of
-# its learning rate 0.67 ± 0.02. The exercise asks for 0.75: what lies between is left to chance.
-STEPS, ASKED, NEEDED = 100, 0.75, 0.735
+# The solution gets 0.786 ± 0.010 (18 networks, 0.763 at least), 0.77 ± 0.02 if it does not clip its
+# gradients, 0.66 ± 0.03 at a tenth of its rate. The exercise asks for 0.75: what lies between is
+# left to chance.
+STEPS, ASKED, NEEDED = 100, 0.75, 0.73
 FEW = 10
 
 

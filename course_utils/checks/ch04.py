@@ -1,6 +1,7 @@
 """Checks of chapter 04, Distillation."""
 
 import functools
+import inspect
 import math
 import types
 
@@ -274,7 +275,7 @@ def _held(thing: object) -> list:
     if isinstance(thing, list | tuple | set | frozenset):
         return list(thing)
     if isinstance(thing, types.FunctionType):
-        cells = [c.cell_contents for c in thing.__closure__ or () if c != types.CellType()]
+        cells = inspect.getclosurevars(thing).nonlocals.values()
         return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
     if isinstance(thing, types.MethodType):
         return [thing.__self__, thing.__func__]

@@ -1,49 +1,64 @@
 """Checks of chapter 06, Quantization in practice."""
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from course_utils.checks.accept import said, whole
 from course_utils.exercises import Probe, Wrong, exercise
 
 BITS = (2, 3, 4, 8)
+
+_LOSSES = [  # what each layer loses alone, and the accuracy with none quantized
+    ({"a": 0.02, "b": 0.10}, 0.6),
+    ({"only": 0.05}, 0.6),
+    ({"first": 0.30, "then": 0.11, "last": 0.12}, 0.9),
+    ({"head": 0.04, "neck": 0.05, "body": 0.06}, 0.9),  # the last one, and no loss above 0.1
+    ({"b": 0.2, "a": 0.1, "c": 0.15}, 0.5),
+    ({"good": -0.30, "bad": 0.05}, 0.5),  # a gain, and larger than the loss
+    ({"worse": -0.01, "better": -0.20}, 0.5),  # all gain: the one that gains least
+    ({"none": 0.0, "gain": -0.10}, 0.5),
+]
 
 
 @exercise("06.A")
 def worst_layer(answer: Probe, rng: np.random.Generator) -> None:
     """One layer at a time, against the network with none quantized; a gain is not a loss."""
-    for trial in range(6):
-        names = [f"layer{i}" for i in range(int(rng.integers(2, 7)))]
-        loss = dict(zip(names, rng.permutation(np.linspace(0.01, 0.2, len(names))), strict=True))
-        lucky = names[int(rng.integers(len(names)))]
-        if trial % 2:  # quantizing this one happens to help, by more than any other one hurts
-            loss[lucky] = -0.3
-        asked = []
-
-        def evaluate(layers: set, loss: dict = loss, asked: list = asked) -> float:
-            if not isinstance(layers, set | frozenset | list | tuple):
-                raise Wrong(
-                    f"evaluate takes a set of layer names; you gave it a {type(layers).__name__}."
-                )
-            asked.append(set(layers))
-            return 0.6 - sum(loss[name] for name in layers)
-
-        got, want = answer(evaluate, list(names)), max(names, key=lambda n: loss[n])
-        if got != want:
-            raise Wrong(
-                f"accuracy lost by quantizing one layer alone: {_show(loss)}. The worst is"
-                f" {want!r}; you returned {got!r}."
-            )
-        if any(len(layers) > 1 for layers in asked):
-            raise Wrong(
-                f"you quantized {max(asked, key=len)} at once: then nobody knows whose fault the"
-                " loss is."
-            )
+    cases = [*_LOSSES]
+    for _ in range(12):
+        names = [f"layer{i}" for i in rng.permutation(int(rng.integers(2, 7)))]
+        loss = rng.permutation(np.linspace(-0.1, 0.2, len(names))).tolist()
+        cases.append((dict(zip(names, loss, strict=True)), float(rng.uniform(0.4, 0.95))))
+    for loss, untouched in cases:
+        _judge_worst(answer, loss, untouched)
 
 
-def _show(loss: dict) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in loss.items())
+def _judge_worst(answer: Probe, loss: dict[str, float], untouched: float) -> None:
+    asked = []
+
+    def evaluate(layers: set) -> float:
+        if not isinstance(layers, set | frozenset | list | tuple):
+            raise Wrong(f"evaluate takes a set of layer names; you gave it {said(layers)}.")
+        if unknown := [name for name in layers if name not in loss]:
+            raise Wrong(f"evaluate was given {unknown[0]!r}, which is none of {[*loss]}.")
+        asked.append(set(layers))
+        return untouched - sum(loss[name] for name in layers)
+
+    got, want = answer(evaluate, [*loss]), max(loss, key=loss.get)
+    if any(len(layers) > 1 for layers in asked):
+        raise Wrong(
+            f"you quantized {sorted(max(asked, key=len))} at once: then nobody knows whose fault"
+            " the loss is."
+        )
+    if got != want:
+        lost = ", ".join(f"{name} {value:.3g}" for name, value in loss.items())
+        raise Wrong(
+            f"accuracy lost by quantizing one layer alone: {lost}. The worst is {want!r}; you"
+            f" returned {said(got)}."
+        )
 
 
 @exercise("06.B")
@@ -52,29 +67,55 @@ def straight_through(answer: Probe, rng: np.random.Generator) -> None:
     function = answer.answer
     if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
         raise Wrong("a class derived from torch.autograd.Function was expected.")
-    for low, high, spread in ((-8, 7, 0.3), (-128, 127, 1.0), (-2, 1, 4.0)):
+    # The text's example; a weight that rounds to the last integer, and one half a step beyond it.
+    _judge_rounding(function, torch.tensor([0.3, 0.9]), 0.5, -2, 1, torch.ones(2))
+    edges = torch.tensor([0.7, 0.76, -1.2, -1.26, 0.0])
+    _judge_rounding(function, edges, 0.5, -2, 1, torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0]))
+    for low, high, spread in ((-8, 7, 0.3), (-128, 127, 1.0), (-2, 1, 4.0), (0, 15, 1.0)):
         scale = float(rng.uniform(0.05, 0.3))
         w = torch.from_numpy(rng.normal(0, spread, 400)).float()
-        w[:3] = scale * torch.tensor([0.2, -0.7, 0.9])  # some are inside, whatever was drawn
-        w = w[
-            (w / scale - torch.floor(w / scale) - 0.5).abs() > 1e-3
-        ]  # no ties: conventions differ there
-        weights = torch.from_numpy(rng.normal(0, 1, len(w))).float()
-        ours, theirs = w.clone().requires_grad_(), w.clone().requires_grad_()
-        try:
-            value = function.apply(ours, scale, low, high)
-        except Exception as error:
-            raise Wrong(f"forward raised {type(error).__name__}: {error}") from error
-        wanted = torch.fake_quantize_per_tensor_affine(theirs, scale, 0, low, high)
-        if not isinstance(value, torch.Tensor) or value.shape != wanted.shape:
-            raise Wrong("forward must return a tensor of the shape of w.")
-        if not torch.allclose(value, wanted, atol=1e-5):
-            i = int((value - wanted).abs().argmax())
-            raise Wrong(
-                f"with scale {scale:.3f} and integers {low} … {high}, {w[i]:.3f} becomes"
-                f" {value[i]:.3f}; torch gives {wanted[i]:.3f}."
-            )
-        _compare_gradients(value, wanted, ours, theirs, weights, (scale, low, high))
+        w[:3] = scale * torch.tensor([0.2, 0.7, 0.9])  # some are inside, whatever was drawn
+        share = w / scale - torch.floor(w / scale)
+        w = w[(share - 0.5).abs() > 1e-3]  # no ties: conventions differ there
+        w = w[: len(w) // 4 * 4].view(4, -1)
+        weights = torch.from_numpy(rng.normal(0, 1, tuple(w.shape))).float()
+        _judge_rounding(function, w, scale, low, high, weights)
+    _judge_two(function)
+
+
+def _judge_rounding(
+    function: type, w: torch.Tensor, scale: float, low: int, high: int, weights: torch.Tensor
+) -> None:
+    ours, theirs = w.clone().requires_grad_(), w.clone().requires_grad_()
+    where = f"with scale {scale:.3f} and integers {low} … {high}"
+    try:
+        value = function.apply(ours, scale, low, high)
+    except Exception as error:
+        raise Wrong(f"{where}, forward raised {type(error).__name__}: {error}") from error
+    if not torch.equal(ours, w):
+        raise Wrong(f"{where}, forward changed w, which belongs to the caller.")
+    wanted = torch.fake_quantize_per_tensor_affine(theirs, scale, 0, low, high)
+    if not isinstance(value, torch.Tensor) or value.shape != wanted.shape:
+        raise Wrong(f"{where}, forward must return a tensor of w's shape; it is {said(value)}.")
+    if not torch.allclose(value, wanted, atol=1e-5):
+        i = int((~torch.isclose(value, wanted, atol=1e-5)).flatten().nonzero()[0])
+        got, due, from_ = (v.flatten()[i] for v in (value, wanted, w))
+        raise Wrong(f"{where}, {from_:.3f} becomes {got:.3f}; torch gives {due:.3f}.")
+    _compare_gradients(value, wanted, ours, theirs, weights, (scale, low, high))
+
+
+def _judge_two(function: type) -> None:
+    """Both forward passes first, then both backward passes: what the first one saved is its own."""
+    first = torch.tensor([0.2, 5.0]).requires_grad_()
+    second = torch.tensor([5.0, 0.2]).requires_grad_()
+    total = function.apply(first, 1.0, -2, 1).sum() + function.apply(second, 1.0, -2, 1).sum()
+    total.backward()
+    if first.grad.tolist() != [1.0, 0.0] or second.grad.tolist() != [0.0, 1.0]:
+        raise Wrong(
+            "applied to [0.2, 5] and to [5, 0.2] (scale 1, integers -2 … 1) before one backward,"
+            f" the gradients are {first.grad.tolist()} and {second.grad.tolist()}; [1, 0] and"
+            " [0, 1] are right. What forward finds belongs to its own ctx."
+        )
 
 
 def _compare_gradients(
@@ -100,100 +141,160 @@ def _compare_gradients(
             " the gradient straight on."
         )
     if not torch.allclose(ours.grad, theirs.grad, atol=1e-6):
-        i = int((ours.grad - theirs.grad).abs().argmax())
-        w = float(ours.detach()[i])
-        where = "inside" if low <= round(w / scale) <= high else "outside"
-        raise Wrong(
-            f"for w = {w:.3f}, {where} the range {low * scale:.2f} … {high * scale:.2f}, the"
-            f" gradient that arrives is {weights[i]:.3f}; you passed on {ours.grad[i]:.3f}, and"
-            f" {theirs.grad[i]:.3f} is right."
+        i = int((~torch.isclose(ours.grad, theirs.grad, atol=1e-6)).flatten().nonzero()[0])
+        w, came, got, due = (
+            float(v.detach().flatten()[i]) for v in (ours, weights, ours.grad, theirs.grad)
         )
+        raise Wrong(
+            f"w = {w:.3f} is {round(w / scale)} steps of {scale:.3f}, and the integers are {low} …"
+            f" {high}. The gradient that arrives is {came:.3f}; you passed on {got:.3f}, and"
+            f" {due:.3f} is right."
+        )
+
+
+_ONE = {"layer": 1000}
+# weights, {(layer, bits): what it costs alone}, and the floor
+_NETWORKS = [
+    (_ONE, {("layer", 4): 0.01, ("layer", 3): 0.2, ("layer", 2): 0.4}, 0.85),
+    (_ONE, {("layer", 4): 0.125, ("layer", 3): 0.2, ("layer", 2): 0.4}, 0.75),  # exactly the floor
+    (_ONE, {("layer", 4): 0.2, ("layer", 3): 0.3, ("layer", 2): 0.4}, 0.875),  # 8 bits, exactly
+    (_ONE, {("layer", 4): 0.0, ("layer", 3): 0.0, ("layer", 2): 0.0}, 0.8),  # they cost nothing
+    (_ONE, {("layer", 4): -0.02, ("layer", 3): -0.01, ("layer", 2): 0.3}, 0.86),  # and less
+    (_ONE, {("layer", 4): 0.01, ("layer", 3): 0.01, ("layer", 2): 0.01}, 0.9),  # out of reach
+    # One step of a costs least; but b's saves more for what it costs, and both are too much.
+    (
+        {"a": 10_000, "b": 10_000},
+        {
+            **{("a", 4): 0.0100, ("a", 3): 0.3, ("a", 2): 0.3},
+            **{("b", 4): 0.0105, ("b", 3): 0.0108, ("b", 2): 0.0110},
+        },
+        0.8635,
+    ),
+    # b's step saves most bits a weight for what it costs, and b is small.
+    (
+        {"a": 100_000, "b": 1_000},
+        {
+            **{("a", 4): 0.0100, ("a", 3): 0.3, ("a", 2): 0.3},
+            **{("b", 4): 0.0105, ("b", 3): 0.0108, ("b", 2): 0.0110},
+        },
+        0.8635,
+    ),
+]
 
 
 @exercise("06.C")
 def choose_bits(answer: Probe, rng: np.random.Generator) -> None:
     """Above the floor, close to the smallest, and within the evaluations you may pay for."""
-    for case in ("usual", "usual", "usual", "nothing may be lowered", "the floor is out of reach"):
-        floor = 0.95 if case == "the floor is out of reach" else 0.87
-        weights, hurt = _network(rng, floor)
-        while case == "usual" and not _fair(weights, hurt, floor):
-            weights, hurt = _network(rng, floor)
-        if case == "nothing may be lowered":
-            hurt = {key: 0.5 if key[1] < 8 else 0.0 for key in hurt}
-        calls = [0]
-
-        def accuracy(bits: dict, hurt: dict = hurt, calls: list = calls) -> float:
-            calls[0] += 1
-            return _reached(bits, hurt)
-
-        got = answer(dict(weights), accuracy, floor)
-        _judge_bits(got, weights, hurt, floor, calls[0])
+    for weights, hurt, floor in _NETWORKS:
+        _judge_bits(answer, weights, hurt, floor, 0.0)
+    for _ in range(3):
+        _judge_bits(answer, *_network(rng))
 
 
-def _network(rng: np.random.Generator, floor: float) -> tuple[dict, dict]:
-    """Five layers: how many weights each has, and the accuracy that each number of bits loses."""
-    weights = {f"layer{i}": int(rng.integers(1, 200)) * 100 for i in range(5)}
-    hurt = {
-        (n, b): float(rng.uniform(0.2, 1.0) * 0.06 * 0.3 ** (b - 2)) if b < 8 else 0.0
-        for n in weights
-        for b in BITS
-    }
-    return weights, hurt
+def _reached(bits: Mapping, hurt: Mapping, crowd: float) -> float:
+    """Layers of 3 bits and fewer hurt more together than each alone: `crowd` for each pair."""
+    low = sum(b <= 3 for b in bits.values())
+    alone = math.fsum(hurt.get((name, b), 0.0) for name, b in bits.items())  # in whatever order
+    return 0.875 - alone - crowd * low * (low - 1) / 2
 
 
-def _reached(bits: dict, hurt: dict) -> float:
-    return 0.9 - math.fsum(hurt[name, b] for name, b in bits.items())  # in whatever order
+def _network(rng: np.random.Generator) -> tuple[dict, dict, float, float]:
+    """Five layers in which a right strategy can't miss: weights, costs, floor and crowd.
 
-
-def _all_choices(weights: dict, hurt: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Of every choice its size in bits and the accuracy it loses."""
-    sizes = [np.multiply(BITS, weights[n]) for n in weights]
-    losses = [[hurt[n, b] for b in BITS] for n in weights]
-    return tuple(sum(np.ix_(*table)).ravel() for table in (sizes, losses))
-
-
-def _fair(weights: dict, hurt: dict, floor: float) -> bool:
-    """Whether one exchange rate of accuracy into bits, the same for every layer, leads within a
-    tenth of the smallest. Whoever always takes the step that saves most for the accuracy it costs
-    passes all such choices that the floor allows: this strategy can't miss.
+    Whoever adds up what the layers lose alone, and does not try the sum, ends below the floor;
+    whoever always takes the step that saves most for the accuracy it costs ends within 5% of the
+    smallest, whether a step may skip a width or not. Networks that are not so are drawn again.
     """
-    size, lost = _all_choices(weights, hurt)
-    within = lost <= 0.9 - floor - 1e-9
-    rates = np.geomspace(1e5, 1e9, 200)  # bits for one unit of accuracy
-    chosen = np.unique(np.argmin(size + rates[:, None] * lost, axis=1))
-    reached = size[chosen[within[chosen]]]
-    return len(reached) > 0 and reached.min() <= 1.1 * size[within].min()
+    while True:
+        names = [f"layer{i}" for i in rng.permutation(5)]
+        weights = {n: int(rng.integers(1, 200)) * 100 for n in names}
+        hurt = {
+            (n, b): float(rng.uniform(0.2, 1.0) * 0.06 * 0.3 ** (b - 2))
+            for n in names
+            for b in BITS[:3]
+        }
+        floor, crowd = 0.845, 0.004
+        best = smallest(weights, hurt, floor, crowd)
+        guess = min(
+            _choices(weights), key=lambda c: (_reached(c, hurt, 0) < floor, _size(c, weights))
+        )
+        greedy = [
+            _size(_greedy(weights, hurt, floor, crowd, skip), weights) for skip in (False, True)
+        ]
+        if _reached(guess, hurt, crowd) < floor - 0.002 and max(greedy) <= 1.05 * best:
+            return weights, hurt, floor, crowd
 
 
-def _judge_bits(got: object, weights: dict, hurt: dict, floor: float, calls: int) -> None:
-    size, lost = _all_choices(weights, hurt)
-    if not (0.9 - lost.min() >= floor):
+def _choices(weights: Mapping) -> list[dict]:
+    return [
+        dict(zip(weights, c, strict=True)) for c in itertools.product(BITS, repeat=len(weights))
+    ]
+
+
+def _size(bits: Mapping, weights: Mapping) -> int:
+    return sum(weights[name] * b for name, b in bits.items())
+
+
+def smallest(weights: Mapping, hurt: Mapping, floor: float, crowd: float) -> int | None:
+    """Weights × bits of the smallest choice above the floor, of all there are; None if none is."""
+    fitting = [c for c in _choices(weights) if _reached(c, hurt, crowd) >= floor]
+    return min((_size(c, weights) for c in fitting), default=None)
+
+
+def _greedy(weights: Mapping, hurt: Mapping, floor: float, crowd: float, skip: bool) -> dict:
+    current = dict.fromkeys(weights, 8)
+    while True:
+        now, steps = _reached(current, hurt, crowd), []
+        for name, bits in current.items():
+            fewer = [b for b in BITS if b < bits]
+            for b in fewer if skip else fewer[-1:]:
+                value = _reached(current | {name: b}, hurt, crowd)
+                if value >= floor:
+                    steps.append((weights[name] * (bits - b) / max(now - value, 1e-9), name, b))
+        if not steps:
+            return current
+        _, name, b = max(steps)
+        current[name] = b
+
+
+def _judge_bits(answer: Probe, weights: dict, hurt: dict, floor: float, crowd: float) -> None:
+    where = f"weights {weights}, floor {floor}"
+    calls = []
+
+    def accuracy(bits: Mapping) -> float:
+        _valid(bits, weights, f"{where}: accuracy was given")
+        calls.append(bits)
+        return _reached(bits, hurt, crowd)
+
+    got, best = answer(dict(weights), accuracy, floor), smallest(weights, hurt, floor, crowd)
+    if best is None:
         if got is not None:
             raise Wrong(
-                f"even 8 bits everywhere give 0.9 where the floor is {floor}; None is due, and you"
-                f" returned {got!r}."
+                f"{where}: even 8 bits everywhere give 0.875; None is due, and you returned"
+                f" {said(got)}."
             )
         return
-    if (
-        not isinstance(got, dict)
-        or got.keys() != weights.keys()
-        or not set(got.values()) <= set(BITS)
-    ):
-        raise Wrong(
-            f"a dict from every layer to 2, 3, 4 or 8 bits was expected; you returned {got!r}."
-        )
-    reached, taken = _reached(got, hurt), sum(weights[n] * b for n, b in got.items())
-    if reached < floor:
-        raise Wrong(f"your choice {got} reaches {reached:.3f}, below the floor of {floor}.")
-    best = int(size[lost <= 0.9 - floor - 1e-9].min())
+    got = _valid(got, weights, f"{where}: you returned")
+    reached, taken = _reached(got, hurt, crowd), _size(got, weights)
+    if not reached >= floor:
+        raise Wrong(f"{where}: your choice {got} reaches {reached:.4f}, below the floor.")
     if taken > 1.1 * best:
         raise Wrong(
-            f"your choice {got} takes {taken / 8e3:.1f} kB; {best / 8e3:.1f} kB are possible"
-            " above the floor, and up to a tenth more would pass. Which layer saves most for the"
-            " accuracy it costs?"
+            f"{where}: your choice {got} takes {taken / 8e3:.2f} kB; {best / 8e3:.2f} kB are"
+            " possible above the floor, and up to a tenth more would pass. Which step saves most"
+            " bits for the accuracy it costs?"
         )
-    if calls > 250:
+    if len(calls) > 250:
         raise Wrong(
-            f"you evaluated {calls} choices; 250 are allowed. On a real network each one costs a"
-            " second."
+            f"{where}: you evaluated {len(calls)} choices; 250 are allowed. On a real network each"
+            " one costs a second."
         )
+
+
+def _valid(bits: object, weights: Mapping, what: str) -> dict[str, int]:
+    if not isinstance(bits, Mapping) or bits.keys() != weights.keys():
+        raise Wrong(f"{what} {said(bits)}; a dict from every layer to its bits was expected.")
+    found = {name: whole(b, what) for name, b in bits.items()}
+    if not set(found.values()) <= set(BITS):
+        raise Wrong(f"{what} {found}; 2, 3, 4 and 8 bits are allowed.")
+    return found

@@ -5,30 +5,32 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from course_utils.checks.accept import apart, close, number, said, sequence, whole
 from course_utils.exercises import Probe, Wrong, exercise
 
 
 @exercise("09.A")
 def bytes_per_rank(answer: Probe, rng: np.random.Generator) -> None:
     """Counted on tensors that were really padded and cut."""
-    cases = [(10, 4, stage) for stage in range(4)] + [(8, 1, 3), (3, 8, 3), (8, 4, 2)]
+    cases = [(numbers, n, stage) for numbers, n in ((10, 4), (8, 4), (3, 8)) for stage in range(4)]
+    cases += [(7, 1, 0), (7, 1, 3), (1, 2, 3)]
     cases += [
         (int(rng.integers(1, 5000)), int(rng.integers(1, 40)), int(rng.integers(0, 4)))
         for _ in range(12)
     ]
     for numbers, n, stage in cases:
-        got, want = answer(numbers, n, stage), _held(numbers, n, stage)
-        if not isinstance(got, int | float | np.number) or isinstance(got, bool):
-            raise Wrong(f"a number of bytes was expected; you returned {got!r}.")
+        where = f"for {numbers} parameters on {n} workers, stage {stage}"
+        got = number(answer(numbers, n, stage), where)
+        want = _held(numbers, n, stage)
         if got != want:
-            raise Wrong(
-                f"{numbers} parameters on {n} workers, stage {stage}: each worker holds {want}"
-                f" bytes; you say {got:g}."
-            )
+            yours, due = apart(got, want)
+            why = "" if got % 4 == 0 else " Nobody can hold a part of a number."
+            raise Wrong(f"{where}, each worker holds {due} bytes; you say {yours}.{why}")
 
 
 def _held(numbers: int, n: int, stage: int) -> int:
@@ -98,9 +100,7 @@ class _Ring:
                 self.news.notify_all()
                 self.news.wait_for(lambda: self.boxes[rank] or self._stuck() or self.over)
                 if not self.boxes[rank]:
-                    raise Wrong(
-                        f"with p = {p}: worker {rank} waits for a message that nobody sends."
-                    )
+                    raise Wrong(f"worker {rank} waits for a message that nobody sends.")
                 self.waiting.discard(rank)
                 return self.boxes[rank].popleft()
 
@@ -127,81 +127,107 @@ class _Ring:
 @exercise("09.B")
 def ring(answer: Probe, rng: np.random.Generator) -> None:
     """The sum on every worker, for every length, with 2(p-1) messages of a p-th each."""
-    cases = [(1, 3), (2, 4), (3, 6), (4, 1), (3, 0), (3, 7), (5, 13)]
+    cases = [(1, 3), (2, 4), (3, 6), (4, 1), (3, 0), (3, 7), (5, 13), (6, 2)]
     cases += [(int(rng.integers(2, 7)), int(rng.integers(1, 60))) for _ in range(4)]
-    for p, length in cases:
-        vectors = [torch.from_numpy(rng.integers(-99, 99, length)).double() for _ in range(p)]
-        total = torch.stack(vectors).sum(0)
-        where, workers = f"p = {p}, vectors of length {length}", _Ring(p)
-        workers.run(answer, vectors)
+    types = itertools.cycle([torch.float32, torch.float64, torch.int64])
+    for (p, length), dtype in zip(cases, types, strict=False):
+        vectors = [torch.from_numpy(rng.integers(-9999, 9999, length)) for _ in range(p)]
+        # Sums of eighths are exact in either type; those of this size fit float64 and int64 alone.
+        share, offset = {torch.float64: (8, 2**40), torch.float32: (8, 0)}.get(dtype, (1, 2**40))
+        vectors = [v.to(dtype) if share == 1 else v.to(dtype) / share for v in vectors]
+        vectors = [v + offset for v in vectors]
+        where, workers = f"with p = {p} and vectors of length {length}", _Ring(p)
+        workers.run(Probe(_apart_from_x(answer)), vectors)
         if workers.errors:
             raise Wrong(f"{where}: {workers.errors[0]}")
         for rank, (got, sent) in enumerate(zip(workers.results, workers.sent, strict=True)):
-            if not isinstance(got, torch.Tensor) or got.shape != total.shape:
-                raise Wrong(
-                    f"{where}: worker {rank} returned {got!r}; a tensor of shape"
-                    f" {tuple(total.shape)} was expected."
-                )
-            if not torch.equal(got, total):
-                raise Wrong(
-                    f"{where}: worker {rank} has {got.tolist()[:8]}; the sum begins"
-                    f" {total.tolist()[:8]}."
-                )
+            _judge_sum(got, torch.stack(vectors).sum(0), f"{where}, worker {rank}")
             if len(sent) != 2 * (p - 1):
-                raise Wrong(f"{where}: worker {rank} sent {len(sent)} messages, not {2 * (p - 1)}.")
+                raise Wrong(f"{where}, worker {rank} sent {len(sent)} messages, not {2 * (p - 1)}.")
             if sent and max(sent) > -(-length // p):
                 raise Wrong(
-                    f"{where}: a message of {max(sent)} numbers; a p-th of the vector is"
-                    f" {-(-length // p)}."
+                    f"{where}, worker {rank} sent {max(sent)} numbers in a message; a p-th of the"
+                    f" vector is {-(-length // p)}."
                 )
+
+
+def _apart_from_x(answer: Probe) -> Callable:
+    """The answer, and a look whether what it returns lies in the caller's memory."""
+    if not callable(answer.answer):
+        raise Wrong(f"a function was expected; this is {said(answer.answer)}.")
+
+    def call(x: torch.Tensor, *rest: object) -> object:
+        got = answer.answer(x, *rest)
+        if isinstance(got, torch.Tensor) and got.numel() and got.data_ptr() == x.data_ptr():
+            raise Wrong("your code returned x itself; a new tensor was expected.")
+        return got
+
+    return call
+
+
+def _judge_sum(got: object, total: torch.Tensor, where: str) -> None:
+    if not isinstance(got, torch.Tensor) or got.shape != total.shape:
+        raise Wrong(
+            f"{where} returned {said(got)}; a tensor of shape {tuple(total.shape)} was expected."
+        )
+    if got.dtype != total.dtype:
+        raise Wrong(f"{where} returned {got.dtype} for vectors of {total.dtype}.")
+    if not torch.equal(got, total):
+        at = int((got != total).nonzero()[0])
+        yours, due = apart(float(got[at]), float(total[at]))
+        raise Wrong(f"{where} has {yours} at place {at}, where the sum is {due}.")
+
+
+_RULES = [  # the plan, and a time: each rule, if forgotten, lets a faster plan in
+    ((1, 8, 4, 4), lambda data, tensor, pipe: 1.0),
+    ((4, 4, 4, 4), lambda data, tensor, pipe: data + 2 * tensor + 3 * pipe),
+    ((8, 8, 8, 8), lambda data, tensor, pipe: data * tensor * pipe),  # all GPUs must be used
+    ((8, 4, 8, 8), lambda data, tensor, pipe: 20 - tensor),  # 8 in tensor leave the machine
+    ((8, 6, 8, 8), lambda data, tensor, pipe: 20 - tensor),  # 4 do not divide 6
+    ((2, 8, 1, 1), lambda data, tensor, pipe: 20 - tensor),  # a machine has more than we use
+    ((8, 8, 4, 8), lambda data, tensor, pipe: 20 - pipe),  # 8 stages of 4 layers
+    ((6, 6, 9, 6), lambda data, tensor, pipe: 20 - pipe),  # 6 and 2 do not divide 9
+    ((2, 2, 8, 2), lambda data, tensor, pipe: 20 - pipe),
+    ((8, 8, 8, 4), lambda data, tensor, pipe: 20 - data),  # 8 parts of 4 rows
+    ((6, 6, 6, 9), lambda data, tensor, pipe: 20 - data),  # 6 and 2 do not divide 9
+    ((4, 2, 4, 1), lambda data, tensor, pipe: 20 - data),
+    ((7, 3, 2, 2), lambda data, tensor, pipe: 1.0),  # nothing is allowed
+]
 
 
 @exercise("09.C")
 def layout(answer: Probe, rng: np.random.Generator) -> None:
     """Every GPU used, nothing over the budget, and no allowed plan is faster."""
-    cases = [
-        (1, 8, 4, 4),
-        (8, 8, 8, 8),
-        (12, 6, 30, 12),
-        (6, 3, 9, 6),
-        (4, 2, 4, 1),
-        (16, 4, 12, 8),
-    ]
-    cases += [
-        (
-            int(rng.choice([2, 4, 6, 8, 12, 24])),
-            int(rng.choice([2, 3, 4, 6, 8])),
-            int(rng.integers(2, 33)),
-            int(rng.choice([1, 6, 8, 24])),
-        )
-        for _ in range(10)
-    ]
-    for case in cases:
+    for case, time_of in _RULES:
+        _judge(answer, case, 100, lambda data, tensor, pipe: 100, time_of)
+    _judge(answer, (2, 2, 2, 2), 99, lambda data, tensor, pipe: 100, lambda *plan: 1.0)
+    for case in [(12, 6, 30, 12), (6, 3, 9, 6), (16, 4, 12, 8), *(_case(rng) for _ in range(12))]:
         a, b, c = rng.uniform(1, 9, 3)
         weights, rows = int(rng.integers(40, 900)), int(rng.integers(10, 300))
 
         def need(
             data: int, tensor: int, pipe: int, weights: int = weights, rows: int = rows
         ) -> int:
-            return -(-weights // (tensor * pipe)) + -(-rows // (data * tensor))
+            return -(-weights // int(tensor * pipe)) + -(-rows // int(data * tensor))
 
         def seconds(
             data: int, tensor: int, pipe: int, a: float = a, b: float = b, c: float = c
         ) -> float:
-            return (
-                100 / (data * tensor * pipe)
-                + a * (1 - 1 / data)
-                + b * (tensor - 1)
-                + c * (1 - 1 / pipe)
-            )
+            every = 100 / (data * tensor * pipe)
+            return every + a * (1 - 1 / data) + b * (tensor - 1) + c * (1 - 1 / pipe)
 
-        fitting = sorted({need(*plan) for plan in _plans(*case)})
-        for budget in (
-            {fitting[0] - 1, fitting[0], fitting[len(fitting) // 2], fitting[-1]}
-            if fitting
-            else {10}
-        ):
-            _judge(answer(*case, budget, need, seconds), case, budget, need, seconds)
+        fitting = sorted({need(*plan) for plan in _plans(*case)}) or [10]
+        for budget in {fitting[0] - 1, fitting[0], fitting[len(fitting) // 2], fitting[-1]}:
+            _judge(answer, case, budget, need, seconds)
+
+
+def _case(rng: np.random.Generator) -> tuple[int, int, int, int]:
+    return (
+        int(rng.choice([2, 4, 6, 8, 12, 24])),
+        int(rng.choice([2, 3, 4, 6, 8])),
+        int(rng.integers(2, 33)),
+        int(rng.choice([1, 6, 8, 24])),
+    )
 
 
 def _plans(gpus: int, per_node: int, layers: int, batch: int) -> list[tuple[int, int, int]]:
@@ -213,27 +239,34 @@ def _plans(gpus: int, per_node: int, layers: int, batch: int) -> list[tuple[int,
     ]
 
 
-def _judge(got: object, case: tuple, budget: int, need: object, seconds: object) -> None:
-    names = dict(zip(("gpus", "per_node", "layers", "batch"), case, strict=True)) | {
-        "budget": budget
-    }
-    where = ", ".join(f"{k} = {v}" for k, v in names.items())
+def _judge(answer: Probe, case: tuple, budget: int, need: Callable, seconds: Callable) -> None:
+    got = answer(*case, budget, need, seconds)
+    gpus, per_node, layers, batch = case
+    where = (
+        f"for gpus = {gpus}, per_node = {per_node}, layers = {layers}, batch = {batch}, budget ="
+        f" {budget}"
+    )
     allowed = [plan for plan in _plans(*case) if need(*plan) <= budget]
     if not allowed:
         if got is not None:
-            raise Wrong(f"{where}: nothing is allowed, so None is due; you returned {got!r}.")
+            raise Wrong(f"{where} nothing is allowed, so None is due; you returned {said(got)}.")
         return
-    best = min(seconds(*plan) for plan in allowed)
+    best = min(allowed, key=lambda plan: seconds(*plan))
     if got is None:
-        raise Wrong(f"{where}: a plan is allowed, with {best:.3g} s; you returned None.")
-    if not isinstance(got, tuple) or len(got) != 3:
-        raise Wrong(f"{where}: a tuple (data, tensor, pipe) was expected; you returned {got!r}.")
-    if got not in _plans(*case):
         raise Wrong(
-            f"{where}: {got} breaks a rule: the product must be all GPUs, tensor divide per_node,"
-            " pipe the layers, data the batch."
+            f"{where} the plan {best} is allowed and needs {need(*best)} bytes; you returned None."
         )
-    if need(*got) > budget:
-        raise Wrong(f"{where}: {got} needs {need(*got)} bytes.")
-    if seconds(*got) > best + 1e-9:
-        raise Wrong(f"{where}: {got} takes {seconds(*got):.3g} s; {best:.3g} s are possible.")
+    data, tensor, pipe = (whole(v, where) for v in sequence(got, f"{where}, a plan", 3))
+    mine = f"{where} your plan {(data, tensor, pipe)}"
+    if min(data, tensor, pipe) < 1 or data * tensor * pipe != gpus:
+        raise Wrong(f"{mine} has {data * tensor * pipe} GPUs in place of {gpus}.")
+    rules = ("tensor", tensor, "per_node"), ("pipe", pipe, "layers"), ("data", data, "batch")
+    for (name, part, total), size in zip(rules, (per_node, layers, batch), strict=True):
+        if size % part:
+            raise Wrong(f"{mine} breaks a rule: {name} = {part} must divide {total} = {size}.")
+    if need(data, tensor, pipe) > budget:
+        raise Wrong(f"{mine} needs {need(data, tensor, pipe)} bytes.")
+    took, least = seconds(data, tensor, pipe), seconds(*best)
+    if took > least and not close(took, least, rel=1e-9):
+        yours, due = apart(took, least)
+        raise Wrong(f"{mine} takes {yours} s; {best} takes {due} s and needs {need(*best)} bytes.")

@@ -1300,7 +1300,7 @@ exercises.check("04.C", distil)
 # The largest width that fits: go down from 8 and count `p.numel()`.
 
 # %% [markdown] tags=["hint"]
-# The labels are wrong in every third case. Who knows better, and which `alpha` says so?
+# The labels are wrong in two cases of five. Who knows better, and which `alpha` says so?
 
 # %% [markdown] tags=["hint"]
 # Use your `kd_loss` with `T = 4` and `alpha = 1`, SGD with a one-cycle schedule up to 0.1, eight
@@ -1312,7 +1312,7 @@ def distil(x, labels, teacher_logits, budget):
     from course_utils import models
 
     for width in range(8, 4, -1):
-        net = models.mini_resnet(width).train()
+        net = models.mini_resnet(width)
         if sum(p.numel() for p in net.parameters()) <= budget:
             break
     optimizer = torch.optim.SGD(

@@ -1280,10 +1280,11 @@ print("they differ by a multiple of 256:", (int(right) - int(wrapped)) % 256 == 
 # ## Exercise A · the code that means zero
 # `affine_grid` always counts from 0. Many runtimes want signed codes, from −128 to 127, or fewer
 # bits. Complete the one line so that `scale_and_zero_point(low, high, qmin, qmax)` works for every
-# range and every pair of codes.
+# range and every pair of codes, `qmin < qmax`.
 #
 # It takes the smallest and largest value (floats, `low <= high`) and the smallest and largest code
-# (ints), and returns `(scale, zero_point)`: `zero_point` is a Python `int` between `qmin` and
+# (ints), and returns `(scale, zero_point)`: the scale is the widened range over the number of steps
+# (any positive number if the range is empty), `zero_point` is a whole number between `qmin` and
 # `qmax`, the code of exactly 0.0, and both ends of the widened range must come back within half a
 # step. For `(-1.0, 3.0, -128, 127)` the answer is `(4 / 255, -64)`: zero lies `63.75` steps above
 # `low`, and −128 + 64 = −64.
@@ -1449,14 +1450,15 @@ def int8_linear(qx, zx, qw, zw, bias, m0, shift, zy):
 # %% [markdown]
 # ## Exercise C · choose the clip
 # Write `choose_clip(x, bits, error)` for tensors with heavy tails. It returns a positive float: the
-# end of the range for a symmetric grid. You are judged by the mean squared error of the round trip,
-# and it must be at most `1.05` times that of the best clip there is.
+# end of the range for a symmetric grid. `error(clip)` returns the mean squared error of `x` clipped
+# there, each value weighted by how much it matters to the layer's output; these weights you do not
+# see. Your clip's error must be at most `1.02` times that of the best clip there is.
 #
-# You have a budget. `error(clip)` returns the mean squared error of `x` clipped there, and you may
-# call it at most 40 times. `x` is a one-dimensional float tensor, `bits` is between 3 and 8. Do not
-# count on the kind of its tail: it may be uniform (cut nothing), Laplace or Student's t (cut a
-# lot), or all zeros (then return any positive number). For `x = [1.0, -2.0]` and 8 bits nothing is
-# gained by clipping: 2.0 is a right answer.
+# You have a budget: you may call `error` at most 20 times. `x` is a one-dimensional float tensor,
+# `bits` is between 3 and 8. Do not count on the kind of its tail: it may be uniform (cut next to
+# nothing, and a hair too much hurts), Laplace or Student's t (cut a lot), longer on one side than
+# on the other, or all zeros (then return any positive number). For `x = [1.0, -2.0]` and 8 bits
+# nothing is gained by clipping: 2.0 is a right answer.
 
 
 # %% tags=["exercise"]
@@ -1467,12 +1469,14 @@ def choose_clip(x, bits, error): ...
 exercises.check("05.C", choose_clip)
 
 # %% [markdown] tags=["hint"]
-# The best clip lies somewhere between a fiftieth of the largest size and the largest size. Forty
-# candidates in even steps waste most of them at the far end; even *ratios* (`np.geomspace`) do not.
+# The best clip lies somewhere between a fiftieth of the largest size and the largest size. Even
+# *ratios* (`np.geomspace`) look everywhere, and yet twenty in one look are too far apart: one may
+# be 10% off.
 
 # %% [markdown] tags=["hint"]
-# Spend half the budget on a coarse look, then the other half between the two neighbours of the
-# best.
+# Spend less than half the budget on a coarse look, then some between the two neighbours of the
+# best, then the rest between the neighbours of what is best now. What you have seen once you need
+# not ask again.
 
 
 # %% tags=["solution"]
@@ -1480,10 +1484,14 @@ def choose_clip(x, bits, error):
     top = float(x.abs().max())
     if top == 0:
         return 1.0
-    coarse = np.geomspace(top / 50, top, 20)
-    best = int(np.argmin([error(float(c)) for c in coarse]))
-    fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, 19)], 20)
-    return float(min(fine, key=lambda c: error(float(c))))
+    seen, candidates = {}, np.geomspace(top / 50, top, 8)
+    for _ in range(3):
+        seen |= {float(c): error(float(c)) for c in candidates}
+        tried = sorted(seen)
+        best = tried.index(min(seen, key=seen.get))
+        low, high = tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)]
+        candidates = np.geomspace(low, high, 8)[1:-1]
+    return min(seen, key=seen.get)
 
 
 # %% tags=["wrong"]
@@ -1506,13 +1514,24 @@ def choose_clip(x, bits, error):
 
 
 # %% tags=["wrong"]
+# The whole budget in one look: where the best clip is next to the largest size, it is between two.
+def choose_clip(x, bits, error):
+    top = float(x.abs().max()) or 1.0
+    return float(min(np.linspace(top / 20, top, 20), key=lambda c: error(float(c))))
+
+
+# %% tags=["wrong"]
 # Good for every tensor but the one of zeros: the edge.
 def choose_clip(x, bits, error):
     top = float(x.abs().max())
-    coarse = np.geomspace(max(top, 1e-30) / 50, max(top, 1e-30), 20)
-    best = int(np.argmin([error(float(c)) for c in coarse]))
-    fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, 19)], 20)
-    return float(min(fine, key=lambda c: error(float(c)))) if top else 0.0
+    seen, candidates = {}, np.geomspace(max(top, 1e-30) / 50, max(top, 1e-30), 8)
+    for _ in range(3):
+        seen |= {float(c): error(float(c)) for c in candidates}
+        tried = sorted(seen)
+        best = tried.index(min(seen, key=seen.get))
+        low, high = tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)]
+        candidates = np.geomspace(low, high, 8)[1:-1]
+    return min(seen, key=seen.get) if top else 0.0
 
 
 # %% [markdown] tags=["instructor"]

@@ -1157,9 +1157,10 @@ def worst_layer(evaluate, names):
 # ## Exercise B · straight through
 # Write the autograd function that QAT stands on, with the range known. `StraightThroughB.apply(w,
 # scale, low, high)` returns `w` rounded to whole steps of `scale`, the integers clamped to `low …
-# high`. Backwards it passes the gradient on where `w` was inside the range and 0 where it was
-# clamped: there, moving `w` changes nothing. With scale 0.5, low −2, high 1, the weights `[0.3,
-# 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`.
+# high`. Backwards it passes the gradient on where the *rounded* number was inside the range and 0
+# where it was clamped: there, moving `w` changes nothing. With scale 0.5, low −2, high 1, the
+# weights `[0.3, 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`. A weight of 0.7
+# rounds to one step, which is inside.
 
 
 # %% tags=["exercise"]
@@ -1257,11 +1258,11 @@ class StraightThroughB(torch.autograd.Function):
 # ## Exercise C · the smallest network above a floor
 # Write `choose_bits(weights, accuracy, floor)`. `weights` maps layer names to their number of
 # weights. `accuracy(bits)` takes a dict from *every* layer name to 2, 3, 4 or 8 and returns the
-# validation accuracy. Return such a dict with an accuracy of at least `floor` and as few bits in
-# all as you can, counting weights × bits. If even 8 bits everywhere miss the floor, return `None`.
-# You may call `accuracy` at most 250 times. With one layer that loses 0.01 at 4 bits and 0.2 at 3,
-# and a floor 0.05 below fp32, a right answer is `{"layer": 4}`. An answer within a tenth of the
-# smallest passes.
+# validation accuracy; together, layers may hurt more than each alone. Return such a dict with an
+# accuracy of at least `floor` and as few bits in all as you can, counting weights × bits. If even 8
+# bits everywhere miss the floor, return `None`. You may call `accuracy` at most 250 times. With one
+# layer that loses 0.01 at 4 bits and 0.2 at 3, and a floor 0.05 below fp32, a right answer is
+# `{"layer": 4}`. An answer within a tenth of the smallest passes.
 
 
 # %% tags=["exercise"]

@@ -1697,19 +1697,20 @@ class MyScaler:
 
 # %% [markdown]
 # ## Exercise C · keep a diverging run alive
-# An fp16 run has died: some of its batches hold broken rows whose numbers are beyond fp16, so their
-# *loss* is infinite or NaN whatever the scale. They come alone and in long bursts. A stock scaler
-# halves its scale at each of them, until all gradients of the good batches underflow. Write
-# `keep_alive(model, batches, optimizer, loss_of)` that trains `model` (fp32 weights) once over the
-# list `batches` of `(x, y)`; `loss_of(model, x, y)` computes the loss, which is small. It returns
-# nothing: `model` is changed in place. The demands:
+# An fp16 run has died. Some of its batches are broken: their *loss* is infinite or NaN whatever the
+# scale. They come alone and in bursts, and a stock scaler halves its scale at each of them, until
+# all gradients of the good batches underflow. And the loss of the good ones shrinks by a factor of
+# two every four or five batches, and once it jumps up again (the learning rate makes up for it: it
+# is set inside `loss_of`). Write `keep_alive(model, batches, optimizer, loss_of)` that trains
+# `model` (fp32 weights) once over the list `batches` of `(x, y)`; `loss_of(model, x, y)` computes
+# the loss. It returns nothing: `model` is changed in place. The demands (this exercise's own,
+# 2026), for 320 good batches:
 # 1. The model runs in fp16 autocast, and its weights are finite at the end.
 # 2. A broken batch changes nothing: no update.
-# 3. The budget: at most a tenth of the *good* batches may go without an update.
-# 4. It learns: the loss falls to less than half on the good batches.
-#
-# Example: for `batches = [broken] * 40 + good * 10` the network must still learn from the last
-# ones.
+# 3. At most 40 good batches go without an update, and none makes two.
+# 4. It ends where the same run in fp32 ends: the difference of the weights is at most 12% of the
+#    way that they went. For that the gradients must be true, and neither overflow nor underflow: no
+#    scale that stays the same can do it.
 
 
 # %% tags=["exercise"]
@@ -1727,8 +1728,8 @@ exercises.check("07.C", keep_alive)
 # `if not torch.isfinite(loss): continue`, without a back-off. For the rest, a scaler as above.
 
 # %% [markdown] tags=["hint"]
-# Every growth ends in one skipped step at the edge. A short interval uses up the budget, a very
-# long one never climbs.
+# Every growth ends in one skipped step at the edge. Growth after every third step uses up the
+# budget; after every hundredth, the scale never climbs as fast as the loss falls.
 
 
 # %% tags=["solution"]
@@ -1747,7 +1748,7 @@ def keep_alive(model, batches, optimizer, loss_of):
         if all(bool(g.isfinite().all()) for g in gradients):
             optimizer.step()
             good += 1
-            if good == 25:
+            if good == 8:
                 scale, good = 2 * scale, 0
         else:
             scale, good = scale / 2, 0
@@ -1772,7 +1773,7 @@ def keep_alive(model, batches, optimizer, loss_of):
     for x, y in batches:
         optimizer.zero_grad()
         loss = loss_of(model, x, y)
-        if torch.isfinite(loss) and float(x.abs().max()) < 60000:
+        if torch.isfinite(loss):
             loss.backward()
             optimizer.step()
 
@@ -1800,9 +1801,10 @@ def keep_alive(model, batches, optimizer, loss_of):
         if not torch.isfinite(loss):
             continue
         (loss * scale).backward()
-        for p in model.parameters():
-            p.grad /= scale
-        if all(bool(p.grad.isfinite().all()) for p in model.parameters()):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for g in gradients:
+            g /= scale
+        if all(bool(g.isfinite().all()) for g in gradients):
             optimizer.step()
             scale *= 2
         else:
@@ -1821,9 +1823,10 @@ def keep_alive(model, batches, optimizer, loss_of):
         if torch.isinf(loss):
             continue
         (loss * scale).backward()
-        for p in model.parameters():
-            p.grad /= scale
-        if any(bool(p.grad.isinf().any()) for p in model.parameters()):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for g in gradients:
+            g /= scale
+        if any(bool(g.isinf().any()) for g in gradients):
             scale /= 2
         else:
             optimizer.step()
