@@ -309,6 +309,7 @@ def plan(answer: Probe, rng: np.random.Generator) -> None:
         ([(20, 1, 9.0), (10, 1, 1.0), (5, 1, 1.0)], 31),  # most bytes for its time, not most bytes
         ([(9, 4, 1.0), (9, 1, 5.0), (9, 1, 1.0)], 12),  # nothing is as cheap as all but the last
         ([(5, 1, 1.0)] * 4, 8),
+        ([(9, 1, 0.75), (9, 1, 0.5), (30, 1, 0.25)], 40),  # 0.5 s
         ([(20, 1, 8.0), (10, 1, 5.0), (10, 1, 5.0), (30, 1, 1.0)], 52),  # 8 s, or 5 s and 5 s
         (_FEWEST, 194),  # three blocks in 15 s; two take 16
         (_FEWEST[::-1], 194),
@@ -316,7 +317,8 @@ def plan(answer: Probe, rng: np.random.Generator) -> None:
     for trial in range(14):
         insides = [int(v) for v in rng.integers(5, 60, int(rng.integers(3, 8)))]
         blocks = [
-            (inside, int(rng.integers(1, inside)), float(rng.integers(1, 20))) for inside in insides
+            (inside, int(rng.integers(1, inside)), float(rng.integers(1, 80)) / 4)
+            for inside in insides
         ]
         peaks = sorted({_peak(blocks, c) for c in _sets(len(blocks))})
         budget = peaks[int(rng.integers(0, len(peaks)))]  # to the byte

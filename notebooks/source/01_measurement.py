@@ -865,12 +865,12 @@ def speedup_interval(baseline, candidate):
 # Write `decide(ratios)`. It gets 60 speed-ups, one a round in the order they were taken, and
 # returns `"faster"`, `"slower"` or `"can't tell"`. The noise is like that of a real machine: a slow
 # moment lasts several rounds, and a single round may be off by a factor of ten. How noisy it is you
-# are not told: the ratios are off by 1%, by 4% or by 16%, from series to series.
+# are not told: the ratios are off by `1%`, by `4%` or by `16%`, from series to series.
 #
 # Your budget: for two equal arms say *faster* or *slower* in at most `8%` of the series; where the
 # true difference is 3.5 times the noise (a speed-up of `1.04`, `1.15` or `1.75`, or as large a
 # slow-down), find it in at least `80%` of them. `check` draws two hundred such series, more if it
-# is a close thing, and waits 20 seconds: a twentieth of a second for each is time enough.
+# is a close thing, and waits `20` seconds: a twentieth of a second for each is time enough.
 
 
 # %% tags=["exercise"]

@@ -1285,8 +1285,8 @@ print(
 # (Leave width 4 alone: torch 2.14 has a fault in its kernels for four channels.)
 #
 # `check` calls you twice, with one torch thread: with 128 images and a large budget, where only the
-# network's size and mode are judged, then with 1,000 and a small one. You have 20 seconds of an idle
-# machine, of which 100 to 150 steps with 64 images need a part.
+# network's size and mode are judged, then with 1,000 and a small one. You have `20` seconds of an
+# idle machine, of which 100 to 150 steps with 64 images need a part.
 
 
 # %% tags=["exercise"]

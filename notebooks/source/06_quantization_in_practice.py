@@ -1159,8 +1159,8 @@ def worst_layer(evaluate, names):
 # scale, low, high)` returns `w` rounded to whole steps of `scale`, the integers clamped to `low …
 # high`. Backwards it passes the gradient on where the *rounded* number was inside the range and 0
 # where it was clamped: there, moving `w` changes nothing. With scale 0.5, low −2, high 1, the
-# weights `[0.3, 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`. A weight of 0.7
-# rounds to one step, which is inside.
+# weights `[0.3, 0.9]` become `[0.5, 0.5]`, and a gradient `[1, 1]` becomes `[1, 0]`. A weight of
+# 0.7 rounds to one step, which is inside.
 
 
 # %% tags=["exercise"]

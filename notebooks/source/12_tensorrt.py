@@ -1227,8 +1227,9 @@ else:
 # %% [markdown]
 # ## Exercise A · place the pairs
 # A graph is a list of nodes `(op, inputs, output)` in order of execution, for example `("Conv",
-# ["x", "w1", "b1"], "a")`: data, weight and, where there is one, bias. Complete `pairs(nodes)`; you may change its loop. It
-# returns the list of tensors that get a Q/DQ pair, by the rules of NVIDIA's guide:
+# ["x", "w1", "b1"], "a")`: data, weight and, where there is one, bias. Complete `pairs(nodes)`; you
+# may change its loop. It returns the list of tensors that get a Q/DQ pair, by the rules of NVIDIA's
+# guide:
 #
 # - data and weight of each Conv and Gemm, never the bias;
 # - each Add needs *one* input with a pair. If an input has one anyway, because a Conv or Gemm reads
@@ -1466,9 +1467,9 @@ for layer in trt.layers(DUMP):
 #
 # - `"precision"`: a layer whose `LayerType` contains `Convolution` and whose *first input* is not
 #   INT8, in whatever case the type is written;
-# - `"fusion"`: a layer that is no convolution, that has ONNX nodes (in `Metadata`) which *all* begin
-#   with `relu` or `add`, and one of whose inputs is a convolution's output that **no other** layer
-#   reads. The convolution could have taken it in.
+# - `"fusion"`: a layer that is no convolution, that has ONNX nodes (in `Metadata`) which *all*
+#   begin with `relu` or `add`, and one of whose inputs is a convolution's output that **no other**
+#   layer reads. The convolution could have taken it in.
 #
 # Reformat and pooling layers are no faults, and layers stand in any order. For `DUMP` the right
 # answer is `{"PWN(relu2)": "fusion", "conv3": "precision"}`.

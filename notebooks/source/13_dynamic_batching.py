@@ -1640,7 +1640,8 @@ def mean_inside(arrived, finished):
 # Write `async def collect(get, max_batch, max_wait)`. `await get()` gives the next request as soon
 # as there is one. Wait for the first one, however long it takes. Then collect until there are
 # `max_batch`, or until `max_wait` seconds have passed **since the first one came**. Return the
-# list. With `max_batch=1` nothing is waited for, and with `max_wait=0` the first one alone is right.
+# list. With `max_batch=1` nothing is waited for, and with `max_wait=0` the first one alone is
+# right.
 #
 # Your loop is called again and again: what it took from `get` it must return, and no `get` may be
 # left waiting behind its back. `get` may be cancelled: it then loses nothing. A service that shuts

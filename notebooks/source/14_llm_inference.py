@@ -450,9 +450,9 @@ print(f"speed-up {better}; of exponential lengths no more than {no_gaps:.2f} is 
 # %% [markdown]
 # White is a place that computes for nobody. The gain is the ratio of the longest to the mean length
 # in a batch, no more: with equal lengths both policies are the same. For exponential lengths on $n$
-# slots that ratio is $1 + 1/2 + … + 1/n$ in the mean: the printed limit. Published factors of 8 and 23
-# ([Anyscale 2023](https://www.anyscale.com/blog/continuous-batching-llm-inference)) compare with a
-# baseline that also lost elsewhere, above all in how it reserved memory for the cache.
+# slots that ratio is $1 + 1/2 + … + 1/n$ in the mean: the printed limit. Published factors of 8 and
+# 23 ([Anyscale 2023](https://www.anyscale.com/blog/continuous-batching-llm-inference)) compare with
+# a baseline that also lost elsewhere, above all in how it reserved memory for the cache.
 #
 # ## From scratch: weights in 8, 4 and 3 bits
 # *Round to nearest* (RTN): split each row into groups, give each group its scale and zero-point,
@@ -1197,9 +1197,10 @@ def kv_bytes(layers, heads, kv_heads, width, length, batch, bits):
 # kv_heads, T, d)`: the new positions only. `past` is `None` at first, afterwards what you returned.
 # Return `(out, past)`: `out` has the shape of `q`. Whatever the pieces, `out` must equal causal
 # attention over the whole sequence, for large numbers in `q` and `k`, too. Query head `h` uses key
-# head `h // (heads // kv_heads)`. Leave `past` as it was: a caller may use it twice. And let it hold
-# keys and values of the key heads and nothing more: its bytes are what the cache costs. Example: T
-# = 1 and `past = None`: the only key gets weight 1, so `out` is `v`, repeated for each group.
+# head `h // (heads // kv_heads)`. Leave `past` as it was: a caller may use it twice. And let it
+# hold keys and values of the key heads and nothing more: its bytes are what the cache costs.
+# Example: T = 1 and `past = None`: the only key gets weight 1, so `out` is `v`, repeated for each
+# group.
 
 
 # %% tags=["exercise"]
