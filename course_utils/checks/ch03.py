@@ -25,7 +25,7 @@ def importance(answer: Probe, rng: np.random.Generator) -> None:
     for weight, grad in fixed:
         where = f"for weight {weight} and grad {grad}"
         _removed(answer, torch.tensor(weight), torch.tensor(grad), where)
-    for shape in [(4, 3, 3, 3), (5, 6), (1, 2, 3, 3), (3, 1, 1, 1), (4, 1)]:
+    for shape in [(4, 3, 3, 3), (3, 3, 2, 2), (5, 6), (1, 2, 3, 3), (3, 1, 1, 1), (4, 1)]:
         weight, grad = (torch.tensor(rng.normal(size=shape)) for _ in range(2))
         _removed(answer, weight, grad, f"for a weight of shape {shape}")
     weight = torch.tensor(rng.normal(size=(3, 2, 3, 3)), requires_grad=True)
@@ -81,6 +81,7 @@ _CHAINS = [  # the channels kept, of how many, and the settings of conv1, bn and
     ([2, 3, 4], 6, {"bias": True, "stride": 2}, {"eps": 0.1}, {"bias": False}),  # a slice would do
     ([3], 4, {"bias": False, "padding": 2}, {"momentum": 0.3}, {"bias": True, "stride": 2}),
     ([0, 1, 2], 3, {"bias": True, "dilation": 2}, {}, {"bias": True, "kernel_size": 1}),  # all
+    ([0, 3], 4, {"bias": True}, {}, {"bias": True, "padding": 2, "dilation": 2}),
 ]
 _SETTINGS = {
     nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
@@ -105,6 +106,10 @@ def shrink(answer: Probe, rng: np.random.Generator) -> None:
         _judge_chain(answer(*chain, kept), chain, kept, where)
         given = copy.deepcopy(chain)
         _judge_new(answer.answer(*given, kept.clone()), given, where)
+        learning = [layer.train() for layer in copy.deepcopy(chain)]
+        modes = [layer.training for layer in answer.answer(*learning, kept.clone())]
+        if not all(modes):
+            raise Wrong(f"layers in train mode came back in eval mode: {where}.")
         if repr(given) != repr(chain):
             raise Wrong(f"the layers you are given must not change: {where}.")
 
@@ -226,6 +231,7 @@ _TABLES = [  # drop, cost, budget
     ([[0, 1.0], [0, 1.0]], [[1.9, 0.2], [1.9, 1.0]], 2.8),  # whole milliseconds would mislead
     ([[0, 1.0, 3.0], [0, 2.0]], [[1.75, 1.5, 0.5], [1.75, 0.75]], 2.25),
     ([[0, 1.04, 0.96]], [[9, 3, 4]], 5),  # and so would tenths of points
+    ([[0, 1.0], [0.5, -3.0]], [[5, 2], [5, 8]], 10),  # a loss that a later gain makes good
     # From what a greedy search finds here, no exchange of one or two options leads to the best.
     ([[0, 1, 3], [0, 2, 7], [0, 1, 4]], [[6, 4, 7], [4, 1, 8], [8, 8, 1]], 14),
     ([[0, 5, -1], [0, 0, 8], [0, 6, 5]], [[5, 4, 7], [7, 6, 2], [4, 1, 7]], 13),

@@ -15,6 +15,7 @@ BITS = (2, 3, 4, 8)
 _LOSSES = [  # what each layer loses alone, and the accuracy with none quantized
     ({"a": 0.02, "b": 0.10}, 0.6),
     ({"only": 0.05}, 0.6),
+    ({"a": 0.011, "b": 0.014}, 0.6),  # equal in whole points
     ({"first": 0.30, "then": 0.11, "last": 0.12}, 0.9),
     ({"head": 0.04, "neck": 0.05, "body": 0.06}, 0.9),  # the last one, and no loss above 0.1
     ({"b": 0.2, "a": 0.1, "c": 0.15}, 0.5),

@@ -20,6 +20,9 @@ def ruler(answer: Probe, rng: np.random.Generator) -> None:
         (2.0**-15, 5, 10),
         (2.0**-24, 5, 10),
         (0.75, 3, 2),
+        *((2.0**p, 5, 2) for p in (-13, -3, 2, 3, 4)),
+        (8.0 - 2.0**-50, 5, 10),  # just below a power of two, where a logarithm rounds up
+        *((2.0**p, 8, 3) for p in (-31, -29, -58, 29, 31)),  # and where it rounds down
     ]
     for _ in range(60):
         e, m = int(rng.integers(2, 7)), int(rng.integers(1, 6))

@@ -531,8 +531,8 @@ def channel_importance(weight, grad):
 # one gives under a mask, `conv2(relu(bn(conv1(x))) * mask)`, where `mask` is 1 on `keep` and 0
 # elsewhere, to within `1e-10` in fp64. Either convolution may have a bias. The attributes
 # `out_channels`, `num_features` and `in_channels` tell the new sizes; every other setting stays
-# (strides, padding, `eps` and so on); parameters stay trainable, and layers in eval mode stay in
-# eval mode. The layers you are given must not change, nor share memory with the new ones. For
+# (strides, padding, `eps` and so on); parameters stay trainable, and each layer keeps its mode,
+# train or eval. The layers you are given must not change, nor share memory with the new ones. For
 # `conv1 = Conv2d(3, 8, 3)`, `conv2 = Conv2d(8, 4, 3)` and `keep = tensor([1, 6])` the new weights
 # have shapes `(2, 3, 3, 3)` and `(4, 2, 3, 3)`.
 

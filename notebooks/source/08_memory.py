@@ -1513,10 +1513,12 @@ def mlp_bytes(widths, batch):
 # Write `MyCheckpoint`, an autograd function that is called as `MyCheckpoint.apply(function,
 # *inputs)` and returns `function(*inputs)`, one tensor. Among the inputs may be several tensors,
 # tensors that need no gradient, tensors of integers, and things that are no tensors (a number, a
-# string). The demands:
-# 1. Forwards, `function` runs once and nothing inside it is kept; backwards, it runs a second time.
+# string, None); at least one tensor needs a gradient. Write both passes yourself. The demands:
+# 1. Forwards, `function` runs once, without autograd, and nothing inside it is kept; backwards, it
+#    runs a second time. Between the passes you hold what went in and a random state, no copies of
+#    the output.
 # 2. Every gradient equals the plain one bit for bit, those of parameters inside `function` too,
-#    with dropout in it.
+#    with dropout in it, and with a second checkpoint behind the first one.
 # 3. After the backward pass, the CPU's random generator stands where it stood before the backward
 #    pass.
 #
@@ -1671,18 +1673,18 @@ class MyCheckpoint(torch.autograd.Function):
 # running it again. You may checkpoint any set of blocks. A checkpointed block holds only its
 # `border`; any other holds its `inside`.
 #
-# The peak is the largest of these amounts. *After the forward pass*: what all blocks hold. *When
-# the backward pass works on block i*: what the blocks before it hold, plus its `inside`, plus its
-# `border` if it is checkpointed. (Later blocks are already freed.)
+# The peak is the largest amount that is held while the backward pass works on a block: what the
+# blocks before it hold, plus its `inside`, plus its `border` if it is checkpointed. (Later blocks
+# are already freed.)
 #
 # Write `plan(blocks, budget)`. Return the indices to checkpoint, as a sorted list, such that the
 # peak is **at most** `budget` and the sum of their `seconds` is as small as possible. If nothing
-# fits, return `None`. There are at most 10 blocks, so trying all sets is allowed.
+# fits, return `None`. There are 1 to 10 blocks, so trying all sets is allowed.
 #
 # Example: `blocks = [(10, 1, 3.0), (10, 1, 2.0)]`. With a budget of 20 nothing needs to be done:
-# `[]`. With 12, `[0]` is right: after the forward pass $1 + 10 = 11$, at block 1 $1 + 10 = 11$, at
-# block 0 $10 + 1 = 11$. The cheaper `[1]` does not fit: when block 1 is at work, block 0 holds 10,
-# and $10 + 10 + 1 = 21$. With 10, the answer is `None`.
+# `[]`. With 12, `[0]` is right: at block 1 $1 + 10 = 11$, at block 0 $10 + 1 = 11$. The cheaper
+# `[1]` does not fit: when block 1 is at work, block 0 holds 10, and $10 + 10 + 1 = 21$. With 10,
+# the answer is `None`.
 
 
 # %% tags=["exercise"]
@@ -1706,15 +1708,13 @@ def plan(blocks, budget):
 
     def peak(chosen):
         held = [border if i in chosen else inside for i, (inside, border, _) in enumerate(blocks)]
-        at_work = [
+        return max(
             sum(held[:i]) + inside + (border if i in chosen else 0)
             for i, (inside, border, _) in enumerate(blocks)
-        ]
-        return max([sum(held), *at_work])
+        )
 
-    sets = (
-        c for k in range(len(blocks) + 1) for c in itertools.combinations(range(len(blocks)), k)
-    )
+    n = len(blocks)
+    sets = (c for k in range(n + 1) for c in itertools.combinations(range(n), k))
     fitting = (c for c in sets if peak(c) <= budget)
     best = min(fitting, key=lambda c: sum(blocks[i][2] for i in c), default=None)
     return None if best is None else list(best)

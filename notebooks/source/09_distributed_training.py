@@ -1079,10 +1079,10 @@ def bytes_per_rank(numbers, n, stage):
 # ## Exercise B · a ring for any length
 # The ring above needs a length that $p$ divides. Write `ring(x, rank, p, send, receive)`, which
 # runs on every worker: `x` is a one-dimensional tensor (any length, also shorter than $p$, also
-# empty); `send(tensor)` hands a tensor to the right neighbour and does not wait; `receive()` waits
-# for the left neighbour's. Return the sum over all workers as a new tensor and leave `x` alone.
-# Demands: exactly $2(p-1)$ messages, none longer than a $p$-th of the vector, rounded up. Example:
-# `p = 1` sends nothing and returns a copy.
+# empty; any dtype); `send(tensor)` hands a copy to the right neighbour and does not wait;
+# `receive()` waits for the left neighbour's. Return the sum over all workers as a new tensor of the
+# same dtype and leave `x` alone. Demands: on each worker exactly $2(p-1)$ messages, none longer
+# than a $p$-th of the vector, rounded up. Example: `p = 1` sends nothing and returns a copy.
 
 
 # %% tags=["exercise"]
@@ -1106,10 +1106,10 @@ def ring(x, rank, p, send, receive):
     result = x.clone()
     pieces = torch.tensor_split(result, p)
     for k in range(p - 1):
-        send(pieces[(rank - k) % p].clone())
+        send(pieces[(rank - k) % p])
         pieces[(rank - k - 1) % p].add_(receive())
     for k in range(p - 1):
-        send(pieces[(rank - k + 1) % p].clone())
+        send(pieces[(rank - k + 1) % p])
         pieces[(rank - k) % p].copy_(receive())
     return result
 

@@ -891,11 +891,14 @@ def folded_bias(conv, bn):
 
 # %% [markdown]
 # ## Exercise B · fold only where it is legal
-# Write `fold_legal(model)` without looking up: a GraphModule in which every BatchNorm that may be
-# folded is gone, and every other still there. The given model stays as it is. In train mode raise
-# `ValueError`. You may use `torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)` for the algebra. For
-# `Sequential(Conv2d, BatchNorm2d)` in eval mode a right answer has no BatchNorm left and the same
-# outputs.
+# Write `fold_legal(model)` without looking up: a GraphModule with the same outputs in which every
+# `nn.BatchNorm2d` that may be folded into the `nn.Conv2d` before it is gone, with nothing in its
+# place, and every other still there. In train mode raise `ValueError`. In a model in eval mode, a
+# BatchNorm that uses its batch all the same stays: one that alone is in train mode, and one without
+# running statistics (`running_mean` is None). One that is called behind several convolutions may
+# stay or go. The given model stays as it is. You may use
+# `torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)` for the algebra. For `Sequential(Conv2d,
+# BatchNorm2d)` in eval mode a right answer has no BatchNorm left and the same outputs.
 
 
 # %% tags=["exercise"]
@@ -932,14 +935,14 @@ def fold_legal(model):
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
-        before = node.args[0]
+        before, bn = node.args[0], modules[node.target]
+        if bn.training or bn.running_mean is None:
+            continue
         if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d):
             continue
         if targets.count(before.target) > 1 or len(before.users) > 1:
             continue
-        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(
-            modules[before.target], modules[node.target]
-        )
+        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(modules[before.target], bn)
         traced.set_submodule(before.target, fused)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
