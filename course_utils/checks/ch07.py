@@ -31,7 +31,7 @@ def ruler(answer: Probe, rng: np.random.Generator) -> None:
         share = float(rng.choice([0.0, 0.25, 0.5]))
         cases.append((numbers[i] + share * (numbers[i + 1] - numbers[i]), e, m))
     for x, e, m in cases:
-        where = f"x = {x:g}, {e} exponent and {m} mantissa bits"
+        where = f"x = {float(x)!r}, {e} exponent and {m} mantissa bits"
         got = sequence(answer(x, e, m), f"{where}, (smallest normal, ulp)", 2)
         got = [number(v, where) for v in got]
         numbers = _numbers(e, m)

@@ -1399,7 +1399,8 @@ for order in ("clip", "unscale, clip"):
 # Complete one line, so that `ruler(x, e, m)` returns the smallest positive *normal* number of a
 # format with $e$ exponent bits and $m$ mantissa bits (with infinities, as fp16 and bf16 have them),
 # and the *ulp* at `x`: the distance between the two neighbouring representable numbers around a
-# positive `x` (for a representable `x`: the distance to the next larger one).
+# positive `x` (for a representable `x`: the distance to the next larger one). `x` may lie a hair
+# below a power of two, where a logarithm rounds up.
 #
 # Example: `ruler(1.0, 5, 10)` is `(2**-14, 2**-10)`, and `ruler(3.0, 8, 7)` is `(2**-126, 2**-6)`.
 

@@ -360,9 +360,7 @@ def first_combinations(drop, cost, budget):
 
 @wrong("03.C", "read only: an option dearer than the one before it is skipped")
 def always_cheaper(drop, cost, budget):
-    keep = [
-        [j for j in range(len(c)) if j == 0 or c[j] < min(c[:j])] for c in cost
-    ]
+    keep = [[j for j in range(len(c)) if j == 0 or c[j] < min(c[:j])] for c in cost]
     picks = _frontier(
         [[d[j] for j in k] for d, k in zip(drop, keep, strict=True)],
         [[c[j] for j in k] for c, k in zip(cost, keep, strict=True)],

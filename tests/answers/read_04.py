@@ -333,5 +333,3 @@ def least_likely(x, labels, teacher_logits, budget):
 def wide_linear(x, labels, teacher_logits, budget):
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     return _fit(net, x, teacher_logits, 100)
-
-
