@@ -7,11 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import benchmark
 
 from course_utils import data, models, training
 from course_utils.checks.accept import apart, close, number, said
-from course_utils.checks.clock import Clock, Work, told_to
+from course_utils.checks.clock import Clock, Work, one_thread, told_to
 from course_utils.exercises import Probe, Wrong, exercise
 
 
@@ -27,6 +26,7 @@ def standardise(answer: Probe, rng: np.random.Generator) -> None:
         "[9, 10], half of each": [9, 10] * 8,
         "mostly dark": [0] * 15 + [200],
         "mostly light": [255] * 14 + [250, 100],
+        "dark first, then light": [10] * 480 + [240] * 160,
     }
     trains = {name: _images(values) for name, values in cases.items()}
     trains[f"drawn from {low} to {high}"] = torch.from_numpy(drawn).to(torch.uint8)
@@ -130,7 +130,7 @@ def train_within(answer: Probe, rng: np.random.Generator) -> None:
     """
     tasks = [_task(rng) for _ in range(2)]
     torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
-    with benchmark.set_torch_threads(1):
+    with one_thread():
         net, used = _on_time(answer, [t[:2] for t in tasks], 10 ** float(rng.uniform(-0.5, 0.5)))
         unseen, truth = tasks[-1][2:]
         judge_alone(net, models.normalise(unseen[:8]))

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import benchmark
 
 from course_utils import data, measure, models, training
 from course_utils.checks.accept import apart, close, number, said
 from course_utils.checks.ch02 import judge_alone, turning
+from course_utils.checks.clock import one_thread
 from course_utils.exercises import Probe, Wrong, exercise
 
 
@@ -137,6 +137,10 @@ def _judge_gradient(answer: Probe, case: tuple, where: str) -> None:
     value = answer.answer(student, teacher, torch.tensor(y), T, alpha)
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         raise Wrong("the loss has no graph: the student could not learn from it.")
+    if not (teacher.requires_grad and teacher.is_leaf):
+        raise Wrong(
+            "your code changed the teacher's logits: detach a copy, not the caller's tensor."
+        )
     value.sum().backward()
     if teacher.grad is not None and not bool((teacher.grad == 0).all()):
         raise Wrong(
@@ -202,7 +206,7 @@ def distil(answer: Probe, rng: np.random.Generator) -> None:
     # All to the class that lies the same way off: whoever believes them stays far below the bar.
     noisy[wrong] = (noisy[wrong] + int(rng.integers(1, 10))) % 10
     torch.manual_seed(int(rng.integers(2**31)))  # for an answer that draws from torch
-    with benchmark.set_torch_threads(1):  # the same sums, however many cores are free
+    with one_thread():  # the same sums, however many cores are free
         teacher = torch.cat([_teacher(block) for block in blocks])[order][:, names.argsort()]
         small, _, large = (measure.parameters(models.mini_resnet(w, seed=0)) for w in (6, 7, 8))
         some, alike = order[:FEW], float(teacher.argmax(1).eq(noisy).float().mean())

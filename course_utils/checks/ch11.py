@@ -92,6 +92,8 @@ class _Runtime:
                 y.reshape(-1)[-1] = np.inf
             case "one number of the last row is too large" | "rounding":
                 y[-1, 0] += np.float32(self.size)
+            case "one number of the first row is too large":
+                y[0, -1] += np.float32(self.size)
             case "one number of the last row is too small":
                 y[-1, -1] -= np.float32(self.size)
         return y
@@ -112,6 +114,7 @@ _FAULTS = [
     ("uses the first number of each input alone", 0.0, 1e-4, [1], 1),
     ("one number of the last row is too large", 0.01, 1e-3, [3], 3),
     ("one number of the last row is too small", 0.01, 1e-3, [3], 3),
+    ("one number of the first row is too large", 0.01, 1e-3, [2], 2),
     ("one number of the last row is too large", 0.01, 0.02, [3], None),
     ("one number of the last row is too small", 0.01, 0.02, [1, 3], None),
     ("one number of the last row is too large", 0.01, 0.005, [3, 1], 3),
@@ -131,6 +134,11 @@ def first_bad_batch(answer: Probe, rng: np.random.Generator) -> None:
     # All numbers of this model are near 1,000: a tolerance that grows with them finds nothing.
     large, shape = _linear(shapes[0], 1000.0), shapes[0]
     _judge(answer, large, shape, "one number of the last row is too small", 0.01, 4e-3, [2], 2)
+    silent = _linear(shape, 0.0)
+    for parameter in silent.parameters():
+        parameter.detach().zero_()  # NaN as 0 would be the right answer
+    for fault in ("NaN in the last place", "infinity in the last place"):
+        _judge(answer, silent, shape, fault, 0.0, 1e-4, [2], 2)
     exactly = ("one number of the last row is too large", 0.5, 0.5, [2, 1], None)
     _judge(answer, _Sign(), shape, *exactly)
 
@@ -170,6 +178,11 @@ _FIXED = [
 _RARE = [_config("rare", 8, [4.0] * 299 + [90.0], 0.95), _config("safe", 1, [4.0] * 300, 0.95)]
 _OFTEN = [_config("often", 8, [4.0] * 296 + [90.0] * 4, 0.95), *_RARE[1:]]  # 1.3%: p98 is 4 ms
 _SLOW = [_config("slow", 8, [9.0] * 200, 0.95), _config("quick", 4, [3.0] * 200, 0.95)]
+_BETWEEN = [_config("between", 4, [4.0] * 197 + [5.0, 6.0, 7.0], 0.95)]  # p99 is 5.01 ms
+_FIRST = [
+    _config("a slow start", 1, [100.0] + [1.0] * 299, 0.95),
+    _config("even", 1, [1.2] * 300, 1.0),
+]
 _CALLS = [_config("many", 4, [3.0] * 400, 0.95), _config("few", 4, [4.0] * 200, 0.95)]
 _MIDDLE = [  # the median says "tail", and so does the mean of batch / time
     _config("tail", 2, [1.0] * 120 + [9.0] * 80, 0.95),
@@ -191,6 +204,8 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
         (_OFTEN, 10.0, 0.9),
         (_SLOW, 10.0, 0.9),
         (_CALLS, 10.0, 0.9),
+        (_BETWEEN, 5.5, 0.9),
+        (_FIRST, 10.0, 0.9),
         (_MIDDLE, 10.0, 0.9),
         ([_config("one call", 1, [2.0], 0.9)], 2.0, 0.9),
         ([], 1.0, 0.0),

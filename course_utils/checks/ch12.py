@@ -20,6 +20,8 @@ _GRAPHS = [
     [*_CHAIN, ("MaxPool", ["r"], "m"), ("Conv", ["x", "w2"], "c"), ("Add", ["c", "m"], "s")],
     [_CHAIN[0], ("Conv", ["x", "w2"], "c"), ("Add", ["a", "c"], "s")],  # a Conv makes both
     [("Relu", ["x"], "r"), ("MaxPool", ["x"], "m"), ("Add", ["r", "m"], "s")],  # and neither
+    [("Relu", ["x"], "r"), ("Gemm", ["x", "w", "b"], "g"), ("Add", ["r", "g"], "s")],
+    [("Relu", ["x"], "r"), ("Gemm", ["x", "w", "b"], "g"), ("Add", ["g", "r"], "s")],
     # The Add comes first, then the Conv that reads one of its inputs.
     [
         *[("Conv", ["x", "w1"], "a"), ("Relu", ["x"], "r"), ("Add", ["a", "r"], "s")],
@@ -212,6 +214,7 @@ _DUMPS = [  # the layers, the faults, and what the odd layer is
     ([_layer("Convolution", _POOL, ["x FP16"], "y FP16", "conv_p")], {}, "it is a pooling layer"),
     (_after_conv(["c INT8"], "relu_b"), {"L": "fusion"}, "it is a ReLU on conv_a's output"),
     (_after_conv(["c INT8"], "relu_b", name="PWN(pool_b)"), {"PWN(pool_b)": "fusion"}, "a ReLU"),
+    (_after_conv(["c INT8"], "relu_b", "ElementWise"), {"L": "fusion"}, "its nodes tell"),
     (_after_conv(["c INT8"], "add_b relu_b"), {"L": "fusion"}, "both of its nodes count"),
     (_after_conv(["c INT8"], "relu_b sigmoid_b"), {}, "it holds a sigmoid, too"),
     (_after_conv(["c INT8"], "sigmoid_b relu_b"), {}, "it holds a sigmoid, too"),

@@ -47,10 +47,23 @@ def told_to(answer: object, clock: Clock) -> Iterator[None]:
     known = {id(real): fakes[name] for name, real in _REAL.items()} | {
         id(time.sleep): fakes["sleep"]
     }
-    space = getattr(answer, "__globals__", {})
+    function = getattr(answer, "func", answer)  # of a functools.partial, of a called object
+    function = function if hasattr(function, "__globals__") else type(function).__call__
+    space = getattr(function, "__globals__", {})
     named = {name: known[id(value)] for name, value in space.items() if id(value) in known}
     with mock.patch.multiple(time, **fakes), mock.patch.dict(space, named):
         yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread: the same sums, however many cores are free."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 aten = torch.ops.aten

@@ -1011,10 +1011,11 @@ def one_cycle(step, total, max_lr, warmup):
 # %% [markdown]
 # ## Exercise C · an accuracy within a budget of seconds
 # Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns
-# a network in eval mode for normalised images (`models.normalise`). It may take `seconds` and not
-# more, nor less than three quarters of it: about 100 steps of `models.mini_resnet(8)` with 64
-# images. The classes have new numbers, and all images are turned or mirrored alike, the unseen ones
-# too, so that only what you train on them counts.
+# a network in eval mode for normalised images (`models.normalise`). It may take `seconds` and
+# finish the step that is under way when they are over, and not less than three quarters of them:
+# about 100 steps of `models.mini_resnet(8)` with 64 images. The classes have new numbers, and all
+# images are turned or mirrored alike, the unseen ones too, so that only what you train on them
+# counts.
 #
 # So that a busy machine cannot fail you, the clocks that your function reads (`time.perf_counter`
 # and its like) advance with the work that torch does in it, not with the wall clock; the machine

@@ -214,11 +214,6 @@ def every_twenty(images, labels, seconds):
     return _train(images, labels, 300, _clock(seconds), every=20)
 
 
-@wrong("02.C", "read only: stops only when the time is over, the last step is too late")
-def no_margin(images, labels, seconds):
-    return _train(images, labels, 300, _clock(seconds, 1.0))
-
-
 @wrong("02.C", "read only: left in train mode")
 def train_mode(images, labels, seconds):
     return _train(images, labels, 300, _clock(seconds, 0.85)).train()

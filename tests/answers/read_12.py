@@ -237,7 +237,7 @@ def first_and_last(trace, seconds):
 
 def _faults(
     text, *, kind=lambda k: "Convolution" in k, int8=lambda t: "int8" in t.lower(), every=False,
-    names=("relu", "add"), quantifier=all, readers=True, empty=False, made=None, fusion=True,
+    names=("relu", "add"), quantifier=all, readers=True, empty=False, fusion=True,
     precision=True, where="Inputs", first_only=False,
 ):  # fmt: skip
     layers = json.loads(text)["Layers"]
@@ -346,9 +346,9 @@ def must_stand_before(text):
     made, kept = set(), {}
     for layer in layers:
         name = layer["Name"]
-        if found.get(name) == "precision" or any(t["Name"] in made for t in layer["Inputs"]):
-            if name in found:
-                kept[name] = found[name]
+        behind = any(t["Name"] in made for t in layer["Inputs"])
+        if name in found and (behind or found[name] == "precision"):
+            kept[name] = found[name]
         if "Convolution" in layer["LayerType"]:
             made |= {t["Name"] for t in layer["Outputs"]}
     return kept
