@@ -33,3 +33,9 @@ def test_a_verdict_that_is_decided_in_advance_is_found_out(monkeypatch):
 def test_what_leads_to_the_verdict_is_run_and_nothing_else():
     (kept, _), *_ = planted.lines("02.warmup_helps", {"results"})
     assert [planted.ast.unparse(s).split(" = ")[0] for s in kept] == ["warm"]
+
+
+@pytest.mark.settled
+def test_every_claim_has_both_proofs():
+    lacking = sorted(set(ALL) - set(PROVEN))
+    assert not lacking, f"no estimand, can_hold or can_fail: {lacking}"

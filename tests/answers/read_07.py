@@ -329,9 +329,23 @@ class TwoAtLeast(_Scaler):
 
 
 def _alive(
-    model, batches, optimizer, loss_of, *, scale=1024.0, find=True, once=False, autocast=True,
-    check=True, unscale=True, grow=0, halve_always=False, clip=None, tries=30, top=2.0**40,
-):  # fmt: skip
+    model,
+    batches,
+    optimizer,
+    loss_of,
+    *,
+    scale=1024.0,
+    find=True,
+    once=False,
+    autocast=True,
+    check=True,
+    unscale=True,
+    grow=0,
+    halve_always=False,
+    clip=None,
+    tries=30,
+    top=2.0**40,
+):
     """A loop with its switches; as it stands it searches a scale for each batch."""
     calm = 0
     for x, y in batches:

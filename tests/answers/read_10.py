@@ -109,9 +109,21 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _fold(
-    model, *, alone=True, once=True, norm_once=True, stats=True, train=True, deep=True,
-    convs=_CONVS, norms=_NORMS, most=None, through=(), params=True, erase=True,
-):  # fmt: skip
+    model,
+    *,
+    alone=True,
+    once=True,
+    norm_once=True,
+    stats=True,
+    train=True,
+    deep=True,
+    convs=_CONVS,
+    norms=_NORMS,
+    most=None,
+    through=(),
+    params=True,
+    erase=True,
+):
     """A fold with its rules as switches."""
     if train and (model.training or any(m.training for m in model.modules())):
         raise ValueError("only in eval mode")

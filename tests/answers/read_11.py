@@ -84,10 +84,23 @@ def what_is_left(before, after):
 
 
 def _first(
-    model, run, shape, batches, tolerance, *, images=None, raised=True, shaped=True, finite=True,
-    limit=lambda gap, tolerance: float(gap.max(initial=0)) > tolerance, default=None, rng=None,
-    dtype=np.float32, signed=True, look=lambda a: a,
-):  # fmt: skip
+    model,
+    run,
+    shape,
+    batches,
+    tolerance,
+    *,
+    images=None,
+    raised=True,
+    shaped=True,
+    finite=True,
+    limit=lambda gap, tolerance: float(gap.max(initial=0)) > tolerance,
+    default=None,
+    rng=None,
+    dtype=np.float32,
+    signed=True,
+    look=lambda a: a,
+):
     rng = rng or np.random.default_rng(0)
     for n in batches:
         x = images(n) if images else rng.standard_normal((n, *shape)).astype(dtype)
@@ -117,7 +130,9 @@ def same_images(model, run, shape, batches, tolerance):
 
 @wrong("11.B", "read only: images of zeros")
 def zeros(model, run, shape, batches, tolerance):
-    black = lambda n: np.zeros((n, *shape), np.float32)  # noqa: E731
+    def black(n):
+        return np.zeros((n, *shape), np.float32)
+
     return _first(model, run, shape, batches, tolerance, images=black)
 
 
@@ -162,7 +177,9 @@ def nan_is_near(model, run, shape, batches, tolerance):
 
 @wrong("11.B", "read only: NaN and infinity count as 0")
 def nan_as_zero(model, run, shape, batches, tolerance):
-    cleaned = lambda a: np.nan_to_num(a, nan=0.0, posinf=0.0, neginf=0.0)  # noqa: E731
+    def cleaned(a):
+        return np.nan_to_num(a, nan=0.0, posinf=0.0, neginf=0.0)
+
     return _first(model, run, shape, batches, tolerance, finite=False, look=cleaned)
 
 
@@ -184,19 +201,25 @@ def flat(model, run, shape, batches, tolerance):
 
 @wrong("11.B", "read only: the mean difference")
 def mean_difference(model, run, shape, batches, tolerance):
-    mean = lambda gap, tolerance: gap.mean() > tolerance  # noqa: E731
+    def mean(gap, tolerance):
+        return gap.mean() > tolerance
+
     return _first(model, run, shape, batches, tolerance, limit=mean)
 
 
 @wrong("11.B", "read only: the difference of the first image only")
 def first_image(model, run, shape, batches, tolerance):
-    first = lambda gap, tolerance: gap[0].max() > tolerance  # noqa: E731
+    def first(gap, tolerance):
+        return gap[0].max() > tolerance
+
     return _first(model, run, shape, batches, tolerance, limit=first)
 
 
 @wrong("11.B", "read only: the last image only")
 def last_image(model, run, shape, batches, tolerance):
-    last = lambda gap, tolerance: gap[-1].max() > tolerance  # noqa: E731
+    def last(gap, tolerance):
+        return gap[-1].max() > tolerance
+
     return _first(model, run, shape, batches, tolerance, limit=last)
 
 
@@ -328,7 +351,9 @@ def median(configs, slo, floor):
 
 @wrong("11.C", "read only: the mean of the rates instead of the rate of the mean")
 def mean_of_rates(configs, slo, floor):
-    rates = lambda c: np.mean(c["batch"] / np.array(c["milliseconds"]))  # noqa: E731
+    def rates(c):
+        return np.mean(c["batch"] / np.array(c["milliseconds"]))
+
     return _choose(configs, slo, floor, key=rates)
 
 
@@ -362,7 +387,9 @@ def whole_config(configs, slo, floor):
 
 @wrong("11.C", "read only: sorts the measured times, and takes the upper of two for p99")
 def upper_of_two(configs, slo, floor):
-    upper = lambda c: np.percentile(c["milliseconds"], 99, method="higher")  # noqa: E731
+    def upper(c):
+        return np.percentile(c["milliseconds"], 99, method="higher")
+
     return _choose(configs, slo, floor, tail=upper)
 
 

@@ -8,9 +8,18 @@ from answers import wrong
 
 
 def _pairs(
-    nodes, *, ops=("Conv", "Gemm"), bias=False, add="rule", repeat=False, makers=("Conv", "Gemm"),
-    data=True, weight=True, either=0, look_ahead=True,
-):  # fmt: skip
+    nodes,
+    *,
+    ops=("Conv", "Gemm"),
+    bias=False,
+    add="rule",
+    repeat=False,
+    makers=("Conv", "Gemm"),
+    data=True,
+    weight=True,
+    either=0,
+    look_ahead=True,
+):
     """The rules with switches."""
     chosen = []
     for op, inputs, _ in nodes:
@@ -236,10 +245,20 @@ def first_and_last(trace, seconds):
 
 
 def _faults(
-    text, *, kind=lambda k: "Convolution" in k, int8=lambda t: "int8" in t.lower(), every=False,
-    names=("relu", "add"), quantifier=all, readers=True, empty=False, fusion=True,
-    precision=True, where="Inputs", first_only=False,
-):  # fmt: skip
+    text,
+    *,
+    kind=lambda k: "Convolution" in k,
+    int8=lambda t: "int8" in t.lower(),
+    every=False,
+    names=("relu", "add"),
+    quantifier=all,
+    readers=True,
+    empty=False,
+    fusion=True,
+    precision=True,
+    where="Inputs",
+    first_only=False,
+):
     layers = json.loads(text)["Layers"]
     makers = {t["Name"] for layer in layers if kind(layer["LayerType"]) for t in layer["Outputs"]}
     count = {}

@@ -75,9 +75,19 @@ def half_width(layers, heads, kv_heads, width, length, batch, bits):
 
 
 def _attend(
-    q, k, v, past, *, scale=True, mask="right", heads="right", shift=True, keep="right",
-    clamp=None, dtype=None,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    past,
+    *,
+    scale=True,
+    mask="right",
+    heads="right",
+    shift=True,
+    keep="right",
+    clamp=None,
+    dtype=None,
+):
     if past is not None:
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
     h, g = q.shape[1], k.shape[1]

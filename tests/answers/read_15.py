@@ -256,7 +256,9 @@ def _choose(candidates, brief, *, fits=None, key=lambda c: c["kb"], policy=_poli
 
 @wrong("15.C", "read only: the size is not looked at")
 def no_size(candidates, brief):
-    fits = lambda c: c["right"] >= brief["right"]  # noqa: E731
+    def fits(c):
+        return c["right"] >= brief["right"]
+
     return _choose(candidates, brief, fits=fits, key=lambda c: -c["kb"])
 
 
@@ -267,7 +269,9 @@ def no_accuracy(candidates, brief):
 
 @wrong("15.C", "read only: size and accuracy just at their limits are left")
 def strict_limits(candidates, brief):
-    fits = lambda c: c["kb"] < brief["kb"] and c["right"] > brief["right"]  # noqa: E731
+    def fits(c):
+        return c["kb"] < brief["kb"] and c["right"] > brief["right"]
+
     return _choose(candidates, brief, fits=fits)
 
 
