@@ -22,6 +22,7 @@ def kv_bytes(answer: Probe, rng: np.random.Generator) -> None:
         (2, 4, 2, 32, 10, 1, 16),
         (1, 2, 2, 16, 3, 2, 4),
         (1, 3, 1, 6, 5, 1, 3),
+        (2, 4, 2, 10, 3, 1, 8),  # a head has 10 // 4 numbers
     ]
     for _ in range(8):
         kv, group, d = int(rng.integers(1, 5)), int(rng.integers(1, 5)), 2 * int(rng.integers(2, 9))
@@ -60,6 +61,7 @@ def cached_attention(answer: Probe, rng: np.random.Generator) -> None:
     for kv, group, pieces in cases:
         _judge_pieces(answer, rng, kv, group, pieces)
     _judge_pieces(answer, rng, 2, 2, [2, 2], size=50.0)
+    _judge_pieces(answer, rng, 1, 2, [30, 40, 1, 30])
     _judge_pieces(answer, rng, 2, 2, [2, 2], dtype=torch.float32)
 
 
@@ -89,7 +91,7 @@ def _judge_pieces(
         if not isinstance(out, torch.Tensor) or out.shape != given[0].shape:
             shape = tuple(given[0].shape)
             raise Wrong(f"{where}: out must have q's shape {shape}; you returned {said(out)}.")
-        # Softmax and products of at most 20 numbers of size 1: fp32 is off by some 1e-6.
+        # Softmax and products of at most 100 numbers of size 1: fp32 is off by some 1e-6.
         apart_by = (out.double() - want[:, :, piece].double()).abs().amax((0, 1, 3))
         if not bool((apart_by < 3e-5).all()):
             first = start + int((~(apart_by < 3e-5)).nonzero()[0])

@@ -77,6 +77,7 @@ def front(answer: Probe, rng: np.random.Generator) -> None:
             ("high", 3, 0.9),
         ],  # below the line, and on the front
         [("slow", 9, 0.9), ("bad", 1, 0.1)],
+        [("a", 1.0, 0.900), ("b", 1.005, 0.905)],  # a little is a difference
         [("only", 3, 0.5)],
         [("nothing right", 1, 0.0), ("something", 2, 0.1)],
         [],

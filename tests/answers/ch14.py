@@ -13,12 +13,12 @@ from answers import right, wrong
 
 @right("14.A", "a fraction")
 def in_fractions(layers, heads, kv_heads, width, length, batch, bits):
-    return Fraction(2 * layers * kv_heads * width * length * batch * bits, 8 * heads)
+    return Fraction(2 * layers * kv_heads * (width // heads) * length * batch * bits, 8)
 
 
 @right("14.A", "NumPy, in float32")
 def in_numpy(layers, heads, kv_heads, width, length, batch, bits):
-    factors = [2, layers, kv_heads, width / heads, length, batch, bits / 8]
+    factors = [2, layers, kv_heads, width // heads, length, batch, bits / 8]
     return np.prod(np.array(factors, dtype=np.float32))
 
 

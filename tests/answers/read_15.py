@@ -82,11 +82,6 @@ def at_its_limit(requirements):
     return _binding(requirements, _share, nan=1.0)
 
 
-@wrong("15.A", "read only: a list, not a tuple")
-def a_list(requirements):
-    return list(_binding(requirements, _share))
-
-
 @wrong("15.A", "read only: in whole percent")
 def whole_percent(requirements):
     name, share = _binding(requirements, _share)
