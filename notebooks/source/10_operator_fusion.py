@@ -1050,11 +1050,11 @@ def fold_legal(model):
 # ## Exercise C · predict, then cut
 # A kernel can hold only so much: a compiler fuses at most `limit` operations into one. Operation
 # $i$ of a chain reads tensor $i$ and writes tensor $i + 1$; `sizes` has their bytes, one more than
-# there are operations. A fused group reads its first tensor and writes its last; the others stay
-# inside. Write `cuts(sizes, limit)` that returns `(lengths, gain)`: the lengths of the groups in
-# order, with as few bytes moved as possible, and the predicted gain, bytes of one kernel an
-# operation divided by bytes of your groups. For `sizes = [4, 8, 1, 4]` and a limit of 2 a right
-# answer is `([2, 1], 2.6)`: 26 bytes against 10.
+# there are operations, of which there is one at least. A fused group reads its first tensor and
+# writes its last; the others stay inside. Write `cuts(sizes, limit)` that returns `(lengths,
+# gain)`: the lengths of the groups in order, with as few bytes moved as possible, and the predicted
+# gain, bytes of one kernel an operation divided by bytes of your groups. For `sizes = [4, 8, 1, 4]`
+# and a limit of 2 a right answer is `([2, 1], 2.6)`: 26 bytes against 10.
 
 
 # %% tags=["exercise"]

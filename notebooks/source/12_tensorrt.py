@@ -1467,9 +1467,9 @@ for layer in trt.layers(DUMP):
 #
 # - `"precision"`: a layer whose `LayerType` contains `Convolution` and whose *first input* is not
 #   INT8, in whatever case the type is written;
-# - `"fusion"`: a layer that is no convolution, that has ONNX nodes (in `Metadata`) which *all*
-#   begin with `relu` or `add`, and one of whose inputs is a convolution's output that **no other**
-#   layer reads. The convolution could have taken it in.
+# - `"fusion"`: a layer that is no convolution, that has ONNX nodes (in `Metadata`, which may be
+#   empty) which *all* begin with `relu` or `add`, and one of whose inputs is a convolution's output
+#   that **no other** layer reads. The convolution could have taken it in.
 #
 # Reformat and pooling layers are no faults, and layers stand in any order. For `DUMP` the right
 # answer is `{"PWN(relu2)": "fusion", "conv3": "precision"}`.

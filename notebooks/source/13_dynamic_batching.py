@@ -1740,12 +1740,12 @@ async def collect(get, max_batch, max_wait):
 
 # %% [markdown]
 # ## Exercise C · a batch size and a wait for a promise
-# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays 1,000 requests with your
-# policy and returns `(p99_ms, work)`: the tail, and the share of the time the machine computes.
-# Every call draws new arrivals, and new times of the machine. Return `(max_batch, wait_ms)`,
-# `max_batch` from 1 to 64 and `wait_ms` from 0 to 100, such that p99 is **at most `promise` ms on
-# arrivals you have not seen**, and the work at most 1.4 times the least that is possible so. You
-# have 150 calls. Return `None` if no policy keeps the promise.
+# Write `choose(simulate, promise)`. `simulate(max_batch, wait_ms)` plays 1,000 requests with
+# exercise B's loop and returns `(p99_ms, work)`: the tail, and the share of the time the machine
+# computes. Every call draws new arrivals, and new times of the machine. Return `(max_batch,
+# wait_ms)`, `max_batch` from 1 to 64 and `wait_ms` from 0 to 100, such that p99 is **at most
+# `promise` ms on arrivals you have not seen**, and the work at most 1.4 times the least that is
+# possible so. You have 150 calls. Return `None` if no policy keeps the promise.
 #
 # `check` brings ten services (this exercise's own, 2026). Some machines are quick; some take 20 ms
 # for a batch of one; some can do 8 or 32 at once, and above that each request costs as much as a

@@ -980,11 +980,12 @@ def front(points):
 # Now without a machine to try on: from a table. Write `choose(candidates, brief)`. A candidate is a
 # dict with `name`, `fixed_ms` and `image_ms` (a call takes $a + c\,n$ for $n$ images, one call at a
 # time), `kb`, and `right`, the *lower end* of its accuracy's interval. The brief is a dict with
-# `rate` (orders a second, Poisson), `images` (the images of each order, always the same number),
-# `p99_ms`, `kb` and `right`. Return `(name, max_batch, max_wait_ms)` of a deployment that meets all
-# four, with the smallest file among those that can; or `None` if none can. The check simulates your
-# deployment on arrivals that it draws. A candidate that it expects you to take meets the latency
-# with room to spare, and one that it expects you to leave is beyond it by far.
+# `rate` (orders a second, Poisson), `images` (the images of each order, always the same number; an
+# order is never split, and `max_batch` counts orders), `p99_ms`, `kb` and `right`. Return `(name,
+# max_batch, max_wait_ms)` of a deployment that meets all four, with the smallest file among those
+# that can; or `None` if none can. The check simulates your deployment on arrivals that it draws. A
+# candidate that it expects you to take meets the latency with room to spare, and one that it
+# expects you to leave is beyond it by far.
 
 
 # %% tags=["exercise"]

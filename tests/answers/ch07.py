@@ -124,6 +124,56 @@ class Wrapped:
         self.inner.update()
 
 
+@right("07.B", "new gradients in place of changed ones, a scale that is a 0-d tensor")
+class Replaced(Scaler):
+    def __init__(self, scale, growth, backoff, interval):
+        super().__init__(torch.tensor(float(scale)), growth, backoff, interval)
+
+    def unscale(self, optimizer):
+        if id(optimizer) in self.finite:
+            raise RuntimeError("unscaled already")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = None if p.grad is None else p.grad / self.scale
+        self.finite[id(optimizer)] = self.is_finite(
+            [p.grad for p in parameters if p.grad is not None]
+        )
+
+
+@right("07.B", "two sets, and a count that runs down")
+class Sets:
+    def __init__(self, scale, growth, backoff, interval):
+        self.scale, self.factors, self.interval = np.float64(scale), (backoff, growth), interval
+        self.seen, self.bad, self.left = set(), set(), interval
+
+    def scaled(self, loss):
+        return float(self.scale) * loss
+
+    def unscale(self, optimizer):
+        if optimizer in self.seen:
+            raise RuntimeError("a second time")
+        self.seen.add(optimizer)
+        for parameter in (p for g in optimizer.param_groups for p in g["params"]):
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / float(self.scale))
+                if not np.isfinite(parameter.grad.numpy()).all():
+                    self.bad.add(optimizer)
+
+    def step(self, optimizer):
+        if optimizer not in self.seen:
+            self.unscale(optimizer)
+        if optimizer in self.bad:
+            return 0
+        optimizer.step()
+        return 1
+
+    def update(self):
+        self.left = self.interval if self.bad else self.left - 1
+        if self.bad or not self.left:
+            self.scale, self.left = self.scale * self.factors[not self.bad], self.interval
+        self.seen, self.bad = set(), set()
+
+
 @wrong("07.B", "growth and back-off of 2 and a half, whatever is given")
 class HardCoded(Scaler):
     def __init__(self, scale, growth, backoff, interval):
