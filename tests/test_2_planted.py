@@ -1,5 +1,7 @@
 """Every claim can hold and can fail, by the chapter's own lines on planted data."""
 
+import ast
+
 import planted
 import pytest
 
@@ -19,14 +21,21 @@ def test_it_can_hold_and_it_can_fail(claim_id):
         assert right >= planted.NEEDED, f"{text}: {due!r} in {right} of {planted.TRIES}"
 
 
+def exchanged(monkeypatch, argument: str) -> None:
+    """The chapter's verdict on channels_last gets another argument."""
+    call = ast.parse(f'claims.verdict("02.channels_last_is_faster", {argument})', mode="eval").body
+    monkeypatch.setattr(planted, "lines", lambda *_: [([], call)])
+
+
 @pytest.mark.settled
 def test_a_verdict_that_is_decided_in_advance_is_found_out(monkeypatch):
-    """The chapter's argument exchanged for a constant: it holds whatever is planted."""
-    (kept, call), *_ = planted.lines("02.channels_last_is_faster", {"cheaper"})
-    call.args[1] = planted.ast.parse("2.0").body[0].value
-    monkeypatch.setattr(planted, "lines", lambda *_: [(kept, call)])
+    """It holds whatever is planted; and one that reads nothing of the data is refused."""
     slower = 'cheaper={"channels_last": across(0.8)}'
-    assert planted.judge("02.channels_last_is_faster", slower) == claims.HOLDS
+    exchanged(monkeypatch, 'max(cheaper["channels_last"].ratio, 2.0)')
+    assert planted.share("02.channels_last_is_faster", slower, claims.FAILS) == 0
+    exchanged(monkeypatch, "2.0")
+    with pytest.raises(LookupError, match="no line that leads to the verdict reads"):
+        planted.judge("02.channels_last_is_faster", slower)
 
 
 @pytest.mark.settled
