@@ -20,7 +20,8 @@ import os
 import signal
 import symtable
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,6 +102,16 @@ def images(before: float, after: float, n: int = 1000) -> tuple[list[bool], list
 def both(first: str, second: str, before: float, after: float, n: int = 1000) -> dict:
     """`images` as two tensors of these names: `**both("before", "after", 88, 87)`."""
     return dict(zip((first, second), map(torch.tensor, images(before, after, n)), strict=True))
+
+
+def instead(**functions: Callable) -> SimpleNamespace:
+    """The package's `measure` with some of its functions exchanged: `measure=instead(across=…)`."""
+    return SimpleNamespace(**(vars(measure) | functions))
+
+
+def file(size: float) -> SimpleNamespace:
+    """A file of so many bytes, as pathlib would show it."""
+    return SimpleNamespace(stat=lambda: SimpleNamespace(st_size=size), unlink=lambda **_: None)
 
 
 # --- The chapter's own lines ------------------------------------------------------------------
@@ -259,7 +270,9 @@ _MODULES = {
     "training": training,
     "SimpleNamespace": SimpleNamespace,
     "Counter": collections.Counter,
+    "contextlib": contextlib,
     "itertools": itertools,
+    "Path": Path,
     "os": os,
     "sys": sys,
     "SMOKE": False,

@@ -232,6 +232,7 @@ _TABLES = [  # drop, cost, budget
     ([[0, 1.0, 3.0], [0, 2.0]], [[1.75, 1.5, 0.5], [1.75, 0.75]], 2.25),
     ([[0, 1.04, 0.96]], [[9, 3, 4]], 5),  # and so would tenths of points
     ([[0, 1.0], [0.5, -3.0]], [[5, 2], [5, 8]], 10),  # a loss that a later gain makes good
+    ([[1, 1, 0]] * 6, [[1, 1, 1]] * 6, 6),  # the last of 729 combinations
     # From what a greedy search finds here, no exchange of one or two options leads to the best.
     ([[0, 1, 3], [0, 2, 7], [0, 1, 4]], [[6, 4, 7], [4, 1, 8], [8, 8, 1]], 14),
     ([[0, 5, -1], [0, 0, 8], [0, 6, 5]], [[5, 4, 7], [7, 6, 2], [4, 1, 7]], 13),

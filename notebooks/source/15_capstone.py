@@ -802,7 +802,7 @@ if serves:
             for name in np.random.default_rng().permutation(list(running)):
                 pieces[name].append(capacity(running[name].url, SECONDS / 2.5))
     more = measure.median_interval(np.divide(pieces["reduced"], pieces["shipped"]))
-    share = measure.Interval(*(v / both.ratio for v in (more.value, more.low, more.high)))
+    share = measure.derive(lambda served, model: served / model, more, both.interval)
     print(f"the model {both.ratio:.1f}x, the service {more.value:.1f}x")
 claims.verdict(
     "15.service_gains_what_the_model_gains", share if serves else machine.can("package:mosec")
