@@ -1,7 +1,6 @@
 """Checks of chapter 02, Training recipe."""
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from course_utils import data, models, training
 from course_utils.checks.accept import apart, close, number, said
 from course_utils.checks.clock import Clock, Work, one_thread, told_to
+from course_utils.checks.trained import judge_alone, turning
 from course_utils.exercises import Probe, Wrong, exercise
 
 
@@ -158,14 +158,6 @@ def _task(rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     )
 
 
-def turning(rng: np.random.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One of the eight ways to turn or mirror images, drawn: the same for all that it gets."""
-    quarters, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-    return lambda images: torch.rot90(
-        images.flip(-1) if mirrored else images, quarters, (-2, -1)
-    ).contiguous()
-
-
 @functools.cache
 def _split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return data.fashion_mnist(name)
@@ -231,22 +223,6 @@ def _on_time(
                 " neighbours. Call eval()."
             )
     return net, took / STEPS
-
-
-def judge_alone(net: nn.Module, x: torch.Tensor) -> None:
-    """Wrong unless each image's ten logits are the same alone and in company."""
-    with torch.no_grad():
-        together = net(x)
-        alone = torch.cat([net(x[i : i + 1]) for i in range(len(x))])
-    if not isinstance(together, torch.Tensor) or tuple(together.shape) != (len(x), 10):
-        raise Wrong(
-            f"for {len(x)} images logits of shape ({len(x)}, 10) are due, not {said(together)}."
-        )
-    if not torch.allclose(together, alone, atol=1e-3, rtol=1e-3):
-        raise Wrong(
-            "an image alone gets other logits than the same image among eight: in eval mode it must"
-            " not depend on its neighbours."
-        )
 
 
 def _seconds_a_step(images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -11,8 +11,8 @@ from torch import nn
 
 from course_utils import data, measure, models, training
 from course_utils.checks.accept import apart, close, number, said
-from course_utils.checks.ch02 import judge_alone, turning
 from course_utils.checks.clock import one_thread
+from course_utils.checks.trained import judge_alone, turning
 from course_utils.exercises import Probe, Wrong, exercise
 
 

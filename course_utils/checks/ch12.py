@@ -110,6 +110,7 @@ def choose_shapes(answer: Probe, rng: np.random.Generator) -> None:
         ([2, 9, 9, 9], lambda n, tuned: n * abs(n - tuned)),  # the largest is the best
         ([9, 2, 2, 2], lambda n, tuned: n * abs(n - tuned)),  # the smallest, and the trace unsorted
         ([1, 5], lambda n, tuned: (n - tuned) ** 2),  # 3 is best, and nobody sent 3
+        ([1, 1, 1, 1, 9], lambda n, tuned: (n - tuned) ** 2),  # 3 again: 1 counts four times
         ([2, 4], lambda n, tuned: 10 - tuned),  # beyond the trace it would be faster still
         ([2, 4], lambda n, tuned: 10 + tuned),  # and here below it
         ([3, 6], lambda n, tuned: {3: 5, 4: 9, 5: 2, 6: 5}.get(tuned, 0)),  # two valleys

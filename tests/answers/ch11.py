@@ -100,93 +100,46 @@ def in_torch(model, run, shape, batches, tolerance):
     return next((batch for batch in batches if bad(batch)), None)
 
 
-@wrong("11.B", "NaN is not greater than the tolerance")
-def blind_to_nan(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        if got.shape != want.shape or (np.abs(got - want) > tolerance).any():
-            return batch
-    return None
+def _first_bad(differs, draw=torch.randn, same_shape=True):
+    """The right loop, with another comparison, or with other inputs."""
 
-
-@wrong("11.B", "inputs of zeros")
-def with_zeros_as_inputs(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch, torch.zeros)
-        except Exception:
-            return batch
-        if got.shape != want.shape or not (np.abs(got - want) <= tolerance).all():
-            return batch
-    return None
-
-
-@wrong("11.B", "one input, repeated over the batch")
-def repeated(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(
-                model, run, shape, batch, lambda n, *s: torch.randn(1, *s).repeat(n, *[1] * len(s))
-            )
-        except Exception:
-            return batch
-        if got.shape != want.shape or not (np.abs(got - want) <= tolerance).all():
-            return batch
-    return None
-
-
-@wrong("11.B", "a relative tolerance beside the absolute one")
-def relative_too(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        if got.shape != want.shape or not np.allclose(got, want, atol=tolerance):
-            return batch
-    return None
-
-
-@wrong("11.B", "shapes that broadcast are compared")
-def broadcast(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        try:
-            if not (np.abs(got - want) <= tolerance).all():
+    def first_bad_batch(model, run, shape, batches, tolerance):
+        for batch in batches:
+            try:
+                want, got = _outputs(model, run, shape, batch, draw)
+                if (same_shape and got.shape != want.shape) or differs(got, want, tolerance):
+                    return batch
+            except Exception:
                 return batch
-        except ValueError:
-            return batch
-    return None
+        return None
+
+    return first_bad_batch
 
 
-@wrong("11.B", "the mean difference")
-def mean_difference(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        if got.shape != want.shape or not np.abs(got - want).mean() <= tolerance:
-            return batch
-    return None
+def _far(got, want, tolerance):
+    return not (np.abs(got - want) <= tolerance).all()
 
 
-@wrong("11.B", "a signed difference")
-def signed(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        if got.shape != want.shape or not ((got - want) <= tolerance).all():
-            return batch
-    return None
+def _one_repeated(batch, *shape):
+    return torch.randn(1, *shape).expand(batch, *shape).contiguous()
+
+
+wrong("11.B", "NaN is not greater than the tolerance")(
+    _first_bad(lambda got, want, t: (np.abs(got - want) > t).any())
+)
+wrong("11.B", "inputs of zeros")(_first_bad(_far, draw=torch.zeros))
+wrong("11.B", "one input, repeated over the batch")(_first_bad(_far, draw=_one_repeated))
+wrong("11.B", "a relative tolerance beside the absolute one")(
+    _first_bad(lambda got, want, t: not np.allclose(got, want, atol=t))
+)
+wrong("11.B", "shapes that broadcast are compared")(_first_bad(_far, same_shape=False))
+wrong("11.B", "the mean difference")(
+    _first_bad(lambda got, want, t: not np.abs(got - want).mean() <= t)
+)
+wrong("11.B", "a signed difference")(_first_bad(lambda got, want, t: not (got - want <= t).all()))
+wrong("11.B", "the classes agree")(
+    _first_bad(lambda got, want, t: not (got.argmax(-1) == want.argmax(-1)).all())
+)
 
 
 @wrong("11.B", "the smallest bad batch in place of the first")
@@ -200,18 +153,6 @@ def unprotected(model, run, shape, batches, tolerance):
     for batch in batches:
         want, got = _outputs(model, run, shape, batch)
         if got.shape != want.shape or not (np.abs(got - want) <= tolerance).all():
-            return batch
-    return None
-
-
-@wrong("11.B", "the classes agree")
-def same_class(model, run, shape, batches, tolerance):
-    for batch in batches:
-        try:
-            want, got = _outputs(model, run, shape, batch)
-        except Exception:
-            return batch
-        if got.shape != want.shape or not (got.argmax(-1) == want.argmax(-1)).all():
             return batch
     return None
 
