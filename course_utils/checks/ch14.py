@@ -83,6 +83,9 @@ def _judge_pieces(
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     where = f"{kv * group} query heads, {kv} key heads, pieces of {pieces} tokens"
     where += f", numbers of about {size:g}" if size != 1 else ""
+    # Softmax and products of at most 100 numbers of size 1: fp32 is off by some 1e-6; by 1e-3 where
+    # scores are in the ten thousands.
+    allowed = 3e-5 if size == 1 else 2e-2
     past, start = None, 0
     for n in pieces:
         piece = slice(start, start + n)
@@ -91,10 +94,9 @@ def _judge_pieces(
         if not isinstance(out, torch.Tensor) or out.shape != given[0].shape:
             shape = tuple(given[0].shape)
             raise Wrong(f"{where}: out must have q's shape {shape}; you returned {said(out)}.")
-        # Softmax and products of at most 100 numbers of size 1: fp32 is off by some 1e-6.
         apart_by = (out.double() - want[:, :, piece].double()).abs().amax((0, 1, 3))
-        if not bool((apart_by < 3e-5).all()):
-            first = start + int((~(apart_by < 3e-5)).nonzero()[0])
+        if not bool((apart_by < allowed).all()):
+            first = start + int((~(apart_by < allowed)).nonzero()[0])
             raise Wrong(
                 f"{where}: position {first} differs from attention over the whole by"
                 f" {float(apart_by.max()):.2g}. Which keys may it see, and which key head is its"
