@@ -141,6 +141,8 @@ _PLANS = [  # options, budget
     ([[(8, 0.0), (4, 0.1)], [(8, 0.0), (4, 0.9)]], 12),
     ([[(8, 0.13), (4, 0.11)]], 8),  # fewer bits, less loss: measured on few tokens
     ([[(8, 0.0), (4, -0.02)], [(8, 0.0), (4, 0.01)]], 12),
+    ([[(8, -0.5), (4, -0.02)]], 8),  # losses below 0 are not all alike
+    ([[(8, -0.02), (4, -0.5)]], 8),
     ([[(9, 0.0)], [(9, 0.0), (2, 5.0), (1, 6.0)]], 11),  # one option alone
     # By loss a byte the first part gives up bits first; then the second must, too.
     ([[(10, 0.0), (9, 0.01)], [(10, 0.0), (4, 1.0)]], 14),
