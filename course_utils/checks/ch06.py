@@ -174,12 +174,9 @@ _NETWORKS = [
     ),
     # One step of a saves most of all; it takes nearly all the accuracy there is to spend.
     (
-        {"a": 10_000, "b": 9_000, "c": 9_000},
-        {
-            **{("a", 4): 0.0290, ("a", 3): 0.3, ("a", 2): 0.3},
-            **{("b", 4): 0.0010, ("b", 3): 0.0020, ("b", 2): 0.0030},
-            **{("c", 4): 0.0010, ("c", 3): 0.0020, ("c", 2): 0.0030},
-        },
+        {"a": 20_000} | dict.fromkeys("bcd", 9_000),
+        {("a", 4): 0.0295, ("a", 3): 0.3, ("a", 2): 0.3}
+        | {(n, b): c for n in "bcd" for b, c in ((4, 0.0010), (3, 0.0020), (2, 0.0030))},
         0.845,
     ),
     # b's step saves most bits a weight for what it costs, and b is small.

@@ -78,6 +78,8 @@ _PLANS = [  # (what it is, growth interval, [(what each optimizer meets, whether
         3,
         [("inf", "good", True), ("good", "nan", True), *_GOOD],
     ),
+    # Every second clip is by value, after which nothing is infinite any more.
+    ("an infinity that a clip hides", 3, [_GOOD[0], ("inf", "good", True), *_GOOD]),
     ("a gradient that is None", 1, [("none", "good", False), ("good", "inf", False)]),
     ("an infinity in the last group alone", 2, [("last", "good", False), *_GOOD]),
     ("infinities that add up to NaN", 2, [("inf and -inf", "good", True)]),

@@ -1019,7 +1019,7 @@ def one_cycle(step, total, max_lr, warmup):
 #
 # So that a busy machine cannot fail you, the clocks that your function reads (`time.perf_counter`
 # and its like) advance with the work that torch does in it, not with the wall clock; the machine
-# they pretend may be ten times as slow as yours, or as fast. A right answer gets 75 of 100 unseen
+# they pretend may be ten times as slow as yours, or as fast. A right answer gets 72 of 100 unseen
 # images right, and is on time, too, when `seconds` is ten steps long or one.
 
 
