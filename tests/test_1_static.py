@@ -15,7 +15,7 @@ import pytest
 from conftest import CHAPTERS, names
 
 from course_utils import ROOT, claims, data
-from course_utils.course import shape
+from course_utils.course import pace, shape
 
 pytestmark = pytest.mark.settled  # files do not change between rounds
 TRACKED = subprocess.run(
@@ -35,11 +35,16 @@ def test_notebooks_are_what_their_sources_build_and_were_executed_by_them():
     assert found == {}
 
 
-def test_sizes_are_printed_not_judged(capsys):
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=names(CHAPTERS))
+def test_a_chapter_keeps_its_pace(chapter):
+    assert pace.complaints(chapter) == []
+
+
+def test_sizes_and_minutes_are_printed(capsys):
     with capsys.disabled():
         print()
         for chapter in CHAPTERS:
-            print("   ", shape.sizes(chapter))
+            print("   ", pace.told(chapter))
 
 
 def test_every_claim_belongs_to_a_chapter_and_is_complete():

@@ -54,7 +54,7 @@ def test_changed_prose_alone_is_found_too(chapter):
 
 
 def test_a_changed_claim_makes_the_outputs_stale(chapter):
-    edit(chapter.claims_file, "band = [1.5, inf]", "band = [1.1, inf]")
+    edit(chapter.claims_file, "band = [0.7, 1.3]", "band = [1.1, inf]")
     assert any("stale" in c for c in shape.notebook_complaints(chapter))
 
 

@@ -50,9 +50,13 @@ def told_to(answer: object, clock: Clock) -> Iterator[None]:
     function = getattr(answer, "func", answer)  # of a functools.partial, of a called object
     function = function if hasattr(function, "__globals__") else type(function).__call__
     space = getattr(function, "__globals__", {})
-    named = {name: known[id(value)] for name, value in space.items() if id(value) in known}
-    with mock.patch.multiple(time, **fakes), mock.patch.dict(space, named):
-        yield
+    named = {name: value for name, value in space.items() if id(value) in known}
+    with mock.patch.multiple(time, **fakes):
+        space.update({name: known[id(value)] for name, value in named.items()})
+        try:
+            yield
+        finally:
+            space.update(named)  # these alone: what the answer has set for itself stays
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """What every chapter must have, checked on its source and on its built notebook: fast, nothing is
 executed.
 
-Each check returns a list of complaints; an empty list is a pass. Sizes are printed by `sizes`, not
-judged.
+Each check returns a list of complaints; an empty list is a pass. Sizes and minutes: `pace`.
 """
 
 import ast
@@ -232,17 +231,3 @@ def _no_alt(output: NotebookNode) -> bool:
     return "image/png" in output.get("data", {}) and not output.get("metadata", {}).get(
         "image/png", {}
     ).get("alt")
-
-
-def sizes(chapter: Chapter) -> str:
-    code = [
-        c.source
-        for c in build.cells(chapter)
-        if c.cell_type == "code" and not {"wrong", "solution"} & set(build.tags(c))
-    ]
-    lines = sorted(len(c.splitlines()) for c in code)
-    size = chapter.learner.stat().st_size / 1e3 if chapter.learner.is_file() else 0
-    return (
-        f"{chapter.name}: {len(code)} code cells, median {lines[len(lines) // 2]} lines, longest"
-        f" {lines[-1]}; notebook {size:.0f} kB"
-    )

@@ -17,7 +17,6 @@ second or two a process for a ResNet-50, three for a compiled network (from the 
 
 import atexit
 import contextlib
-import importlib
 import os
 import pickle
 import random
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 
 from course_utils import ROOT
-from course_utils.measure import travel
+from course_utils.measure import preload, travel
 from course_utils.measure.arms import (
     Arm,
     MeasurementError,
@@ -333,15 +332,21 @@ def serve() -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print must not be taken for an answer
-    job = None
+    job, forked = None, 0
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             message = _read(requests)
-            if message == "go":
-                _write(answers, _forked(job) if FORKS else _answer(job))
-            else:
-                job = message
+            if message != "go":
+                job, forked = message, 0
                 _prepare(job)
+            elif FORKS:
+                answer, imported = _forked(job)
+                _write(answers, answer)
+                if not forked:
+                    preload.load(imported)
+                forked += 1
+            else:
+                _write(answers, _answer(job))
 
 
 def _prepare(job: Job) -> None:
@@ -352,9 +357,7 @@ def _prepare(job: Job) -> None:
     with Path(job.arms).open("rb") as file:
         names = travel.modules(file)
     release()
-    for name in names:
-        with contextlib.suppress(Exception):  # the child will say what is missing
-            importlib.import_module(name)
+    preload.load(names)
 
 
 def _answer(job: Job) -> tuple[str, object]:
@@ -366,25 +369,27 @@ def _answer(job: Job) -> tuple[str, object]:
         return "error", traceback.format_exc()[-3000:]
 
 
-def _forked(job: Job) -> tuple[str, object]:
+def _forked(job: Job) -> tuple[tuple[str, object], list[str]]:
+    """The answer of a fresh process, and what it had to import."""
     read, write = os.pipe()
+    before = list(sys.modules)
     pid = os.fork()
     if pid == 0:
         signal.alarm(int(job.timeout) + 1)  # should everybody else be gone, the child ends, too
         with os.fdopen(write, "wb") as pipe:
-            _write(pipe, _answer(job))
+            _write(pipe, (_answer(job), preload.imported_since(before)))
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         try:
-            answer = _read(pipe)
+            answer, imported = _read(pipe)
         except EOFError:
-            answer = None
+            answer, imported = None, []
     status = os.waitpid(pid, 0)[1]
     if answer is None:
         code = os.waitstatus_to_exitcode(status)
-        return "error", f"it ended with {code} (a negative number is a signal) and said nothing."
-    return answer
+        answer = "error", f"it ended with {code} (a negative number is a signal) and said nothing."
+    return answer, imported
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 #
 # After this chapter you can: *time* a network so that the number survives a second run · *give* a
 # speed-up with its uncertainty · *say* "no difference" and "inconclusive" where they are due ·
-# *place* a layer on your machine's roofline · *predict* how much the whole gains when a part gets
-# faster.
+# *place* a layer on your machine's roofline and find out why it lies where it does · *predict* how
+# much the whole gains when a part gets faster.
 #
-# 85 minutes · before this: Python, and one network trained · runs on any CPU
+# 90 minutes · before this: Python, and one network trained · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -18,14 +18,15 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 # %% tags=["nbval-ignore-output"]
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from course_utils import claims, exercises, machine, measure, models, plots
+from course_utils import claims, exercises, machine, measure, models, plots, scratch
 
-SECONDS = {"smoke": 0.15, "fast": 2.0, "full": 8.0}[PROFILE]  # for one comparison
+SECONDS = {"smoke": 0.15, "fast": 1.5, "full": 8.0}[PROFILE]  # for one comparison
 CALLS = {"smoke": 60, "fast": 400, "full": 2000}[PROFILE]
 machine.card()
 
@@ -36,8 +37,8 @@ machine.card()
 # %% [markdown]
 # ## Predict
 # Below, you time one inference of a small network. Then you time it again: the same network, the
-# same input, the same second. By what factor can the slower of the two differ from the faster one?
-# Write your guess as a number such as 1.05.
+# same input, the same second. Do that for two hundred pairs. In the worst pair, by what factor does
+# the slower call differ from the faster one? Write your guess as a number such as 1.05.
 
 # %%
 my_guess = ...
@@ -74,10 +75,7 @@ plots.lines(
     ylabel="milliseconds",
     logy=True,
     title=f"The first call takes {first_calls[0] / warm:.1f} times as long as a warm one",
-    alt=(
-        "Time of the first twenty calls: the first one is the highest, the others lie close"
-        " together."
-    ),
+    alt="Time of the first twenty calls, the first one beside the others.",
 )
 
 # %% [markdown]
@@ -90,16 +88,14 @@ plots.lines(
 
 # %% tags=["nbval-ignore-output"]
 warm_calls = np.array([milliseconds(inference) for _ in range(CALLS)])
-pairs = (
-    warm_calls[1::2] / warm_calls[: len(warm_calls) // 2 * 2 : 2]
-)  # each call against the one before it
-factor = np.maximum(pairs, 1 / pairs)
-exercises.reveal("01.twice", float(factor.max()), "times")
+old, new = warm_calls[0::2], warm_calls[1::2]  # "I ran the old one, then the new one"
+pairs = new / old
+worst = float(np.maximum(pairs, 1 / pairs).max())
+exercises.reveal("01.twice", worst, "times")
 
 # %% [markdown]
 # That was the worst pair. How common are bad ones? Each pair of neighbouring calls is a speed test
-# that somebody might have published: "I ran the old one, then the new one". Here the old and the
-# new one are the same.
+# that somebody might have published. Here the old and the new one are the same.
 
 # %% tags=["nbval-ignore-output"]
 outside = float(np.mean((pairs < 0.97) | (pairs > 1.03)))
@@ -118,10 +114,9 @@ plots.show(
 
 # %% [markdown]
 # The grey band is where every bar should stand, because nothing changed between the two calls. What
-# lies outside it would have been reported as a gain or a loss. The bars at the edges collect
-# everything beyond.
+# lies outside it would have been reported as a gain or a loss.
 #
-# Three remedies, in the order in which they help:
+# Three remedies:
 # 1. **Repeat**, and take the median. One slow call in ten moves the mean; it leaves the median
 #    where it is.
 # 2. **Interleave.** Time A, B, A, B …, not all A and then all B. Whatever slows the machine for a
@@ -141,7 +136,7 @@ def ratios(baseline, candidate, rounds):
 
 
 # %% tags=["nbval-ignore-output"]
-same = ratios(inference, inference, CALLS // 4)
+same = ratios(inference, inference, CALLS // 2)
 print(f"median of {len(same)} ratios: {np.median(same):.3f}")
 print(f"smallest and largest single ratio: {same.min():.2f} and {same.max():.2f}")
 
@@ -153,9 +148,7 @@ print(f"smallest and largest single ratio: {same.min():.2f} and {same.max():.2f}
 
 # %%
 def interval(series, blocks=12):
-    """Where the true median lies, with 95% confidence or better: the second smallest to the second
-    largest block median.
-    """
+    """Where the true median lies: the second smallest to the second largest block median."""
     medians = sorted(np.median(block) for block in np.array_split(series, blocks))
     return medians[1], medians[-2]
 
@@ -168,26 +161,148 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # Why does this work? If the true median were above the second largest of the twelve, then at least
 # eleven blocks would have to lie below it. Each block lies below the true median with probability
 # one half, like a coin. Eleven or more heads in twelve tosses, $(12 + 1) / 2^{12}$, is rare, and so
-# is the other side. No bell curve was assumed.
+# is the other side. No bell curve was assumed (Conover 1999, §3.2): you may be wrong 6 times in
+# 1,000, and 50 in 1,000 is what *95% confidence* allows.
 #
-# Why blocks, and not single rounds? Because neighbours are alike: a core that is busy now is busy a
-# moment later. Ten calls in the same bad moment are one piece of evidence, not ten. A *bootstrap*
-# draws the rounds again and again, with replacement, and looks at how the median varies. It takes
-# the ten for ten, and its intervals come out too narrow. You write one in exercise B, and catch it
-# at that in exercise C.
+# **Blocks remember.** Why blocks, and not single rounds? Because neighbours are alike: a core that
+# is busy now is busy a moment later. Ten rounds in the same bad moment are one piece of evidence,
+# not ten. A block longer than the moment counts as one. A *bootstrap* draws the rounds again and
+# again, with replacement, and looks at how the median varies. It takes the ten for ten. You write
+# one in exercise B, and catch it at that in exercise C.
+#
+# **Stopping has a price.** "Run it until the result is clear" sounds careful. But each look is a
+# chance to be fooled, and you stop at the first one that fools you. Try it on your own noise: play
+# the rounds of your network against itself anew, in a random order of short pieces, so that
+# neighbours stay neighbours. Look after every twelve rounds; stop when the interval leaves 1 out.
+
+
+# %%
+def reshuffled(series, rng, piece=8):
+    """The same noise in another order, with its memory of a few rounds."""
+    starts = rng.integers(0, len(series) - piece, size=len(series) // piece)
+    return np.concatenate([series[i : i + piece] for i in starts])
+
+
+def fooled(series, looks):
+    """Whether one of the looks finds a difference. There is none."""
+    found = (interval(series[:n]) for n in looks)
+    return any(low > 1 or high < 1 for low, high in found)
+
+
+# %% tags=["nbval-ignore-output"]
+rng, tries = np.random.default_rng(0), 1000
+noise = same / np.median(same)  # whatever its median is, now there is no difference
+played = [reshuffled(noise, rng) for _ in range(tries)]
+every_twelve = range(24, len(played[0]) + 1, 12)
+alarms = {
+    "one look, at the end": [fooled(p, [len(p)]) for p in played],
+    "a look every 12 rounds": [fooled(p, every_twelve) for p in played],
+}
+print({name: f"{np.mean(found):.1%} false alarms" for name, found in alarms.items()})
+
+# %% [markdown]
+# The first number is the price of one look, the second of many. The noise is the same: what they
+# differ by, the looks made. The remedy is a plan made beforehand: so many seconds, so many
+# processes, then one look.
+
+# %% [markdown]
+# ## From scratch: the next process
+# An interval speaks of what varied while you measured. Where a network's buffers lie, what the
+# memory allocator kept, which moment the machine had: these are drawn once, when a process starts,
+# and all of its rounds share them (Mytkowicz et al. 2009; Kalibera and Jones 2013). Does your
+# interval hold in the next process?
+#
+# Ask a few. A process can't see a cell of your notebook, so its code must be a file; `%%writefile`
+# writes the cell to one. It compares a convolution with the pair of layers that MobileNets put in
+# its place, which you meet again below, and it also times a ReLU of a large tensor.
+
+# %%
+folder = os.path.relpath(scratch("01"))
+
+# %% tags=["nbval-ignore-output"]
+# %%writefile $folder/opinion.py
+import time
+
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+x, large = torch.randn(8, 32, 28, 28), torch.randn(32, 128, 56, 56)
+standard = nn.Conv2d(32, 32, 3, padding=1)
+separable = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 1))
+
+
+@torch.inference_mode()
+def seconds(layer, x):
+    start = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - start
+
+
+def sample():
+    ratios = [seconds(standard, x) / seconds(separable, x) for _ in range(10)]
+    return {"ratios": ratios, "relu": seconds(torch.relu, large)}
+
+
+# %% [markdown]
+# `measure.turns` starts a program for each arm, calls their `sample` in turn, ends them, and starts
+# anew. Two arms, one difference. A tensor that nobody needs any more goes back to the C library's
+# *memory allocator*. The allocator may keep it for the next one, or hand it to the system, and ask
+# for it again, page by page, at the next call. The course tells it to keep (the row *Allocator* on
+# the card). The second arm leaves it as the system has it.
+
+# %% tags=["nbval-ignore-output"]
+STARTS, SAMPLES = 6, {"smoke": 3, "fast": 12, "full": 60}[PROFILE]
+here = {"PYTHONPATH": str(Path(folder).resolve())}
+arms = {"memory kept": here, "as it comes": here | {"COURSE_ALLOCATOR": "system"}}
+found = measure.turns("from opinion import sample", arms, rounds=SAMPLES, starts=STARTS)
+opinions = {  # (start, round): one speed-up each
+    arm: np.array([s["ratios"] for s in samples]).reshape(STARTS, -1)
+    for arm, samples in found.items()
+}
+medians = {arm: np.median(series, axis=1) for arm, series in opinions.items()}
+
+# %% [markdown]
+# Now the interval *over* processes, by hand. Each process gives one number, its median. With six of
+# them, the true median of all processes lies between the smallest and the largest, unless all six
+# fell on one side of it: $2 / 2^6$, one in thirty-two.
+
+# %% tags=["nbval-ignore-output"]
+rows, hold = {}, 0
+for arm, series in opinions.items():
+    own = [measure.Interval(float(np.median(one)), *interval(one)) for one in series]
+    over = measure.Interval(float(np.median(medians[arm])), medians[arm].min(), medians[arm].max())
+    hold += sum(one.low <= over.value <= one.high for one in own)
+    rows |= {f"{arm}, process {i}": one for i, one in enumerate(own, 1)}
+    rows[f"{arm}, over processes"] = over
+
+# %% tags=["nbval-ignore-output"]
+kept, system = (rows[f"{arm}, over processes"].value for arm in arms)
+plots.intervals(
+    rows,
+    xlabel="speed-up of the separable pair over the 3×3 convolution (x)",
+    title=f"The same layers: {kept:.1f}x or {system:.1f}x; {hold} of {2 * STARTS} intervals hold",
+    alt="Two groups of intervals, one a process, and below each group the interval over processes.",
+)
+
+# %% [markdown]
+# Count the rows of a group that exclude its last one: each was right about its own process, and no
+# guide to the next. The row *over processes* is what you may publish. Then compare the groups.
+# Nobody mentions an allocator in a benchmark. Does it matter?
+
+# %% tags=["nbval-ignore-output"]
+if "mallopt" in machine.card().allocator:
+    change = measure.over_processes((medians["memory kept"] / medians["as it comes"]).tolist())
+else:
+    change = machine.Skip("system", f"the allocator is {machine.card().allocator}.")
+claims.verdict("01.the_allocator_does_not_matter", change)
 
 # %% [markdown]
 # ## Measure: the course's instrument
-# `measure.compare` does these three things and takes the two *arms*, the things that it compares,
-# in random order. It also estimates how long the noise remembers: rounds that resemble their
-# neighbours count as fewer, and the interval grows. What it says holds *within this process*.
-#
-# The next process may disagree. Where a network's buffers lie, what the memory allocator kept,
-# which moment the machine had: these are drawn once, when a process starts, and all of its rounds
-# share them (Mytkowicz et al. 2009; Kalibera and Jones 2013). So `measure.across` copies both arms
-# into twelve fresh processes, takes one ratio from each, and gives the interval over those. A
-# verdict that rests on a comparison says from which of the two it comes. The four answers are the
-# vocabulary of both:
+# `measure.compare(a, b)` does what you did: repeat, interleave in random order, pair, blocks. It
+# says of itself *within this process*. `measure.across(a, b)` copies both *arms*, the things that
+# it compares, into twelve fresh processes, and gives the interval over these. `measure.arm(model,
+# x)` makes an arm that runs in inference mode and tells its conditions. The answers of both:
 #
 # | answer | when |
 # |---|---|
@@ -196,41 +311,23 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 # | *no difference* | all of it lies between the two |
 # | *inconclusive* | none of these: measure longer, or stop claiming |
 #
-# A difference below `3%` counts as none, in both directions, so a better measurement can settle
-# what was open but never turn one answer into another.
+# A comparison of a thing with itself, *A/A*, shows what your instrument can tell apart today.
+# Measure longer until it says *no difference*; three tries are planned, no more.
 
 # %% tags=["nbval-ignore-output"]
-eight, four = measure.arm(model, x, "8 images"), measure.arm(model, x[:4], "4 images")
-look = measure.compare(eight, eight, seconds=SECONDS)
-again = measure.across(eight, eight, seconds=SECONDS)
-smaller_batch = measure.across(eight, four, seconds=SECONDS)
-print(look, again, smaller_batch, sep="\n")
-plots.intervals(
-    {
-        "itself, this process": look.interval,
-        "itself, fresh processes": again.interval,
-        "8 images, 4 images": smaller_batch.interval,
-    },
-    xlabel="speed-up (x)",
-    title=f"The same network: {again.verdict}. Half the images: {smaller_batch.ratio:.2f}x",
-    alt=(
-        "Three intervals: the network against itself around 1, inside one process and over twelve,"
-        " and eight against four images to the right of them."
-    ),
-)
+itself = measure.arm(model, x, "itself")
+for factor in (1, 2, 4):
+    again = measure.across(itself, itself, seconds=factor * SECONDS)
+    print(again)
+    if again.verdict == "no difference":
+        break
 
 # %% [markdown]
-# The first two intervals should contain 1. The second one is usually the wider: it also holds what
-# differs from process to process. The third answers a question that is worth asking: does half of
-# the images take half of the time? If it lies below 2, it does not. Some of the time does not
-# depend on the batch.
-#
-# How do you know that the instrument itself is right on your machine? Run `course selftest` in a
-# terminal when nothing else runs. In two minutes it compares two equal arms, a known ratio, and the
-# intervals of ten programs started one after the other, inside one process and over several. What
-# it found stands on the machine card of every chapter from then on.
-#
-# ## Measure: four ways to time the wrong thing
+# If it never became *no difference*, the machine is too busy today for a difference of a few
+# percent, and you know it before you claim one.
+
+# %% [markdown]
+# ## Measure: three ways to time the wrong thing
 # **Threads.** `torch.utils.benchmark.Timer` uses *one* thread unless you say otherwise; your
 # program uses all of them.
 
@@ -238,127 +335,39 @@ plots.intervals(
 from torch.utils import benchmark
 
 big = torch.randn(64, 1, 28, 28)
-per_threads = {}
 for threads in sorted({1, machine.usable_cores()}):
     timer = benchmark.Timer("model(x)", globals={"model": model, "x": big}, num_threads=threads)
-    per_threads[threads] = timer.blocked_autorange(min_run_time=SECONDS / 4).median
-print({f"{threads} thread(s)": measure.pretty(seconds) for threads, seconds in per_threads.items()})
+    took = timer.blocked_autorange(min_run_time=SECONDS / 4).median
+    print(f"{threads} thread(s): {measure.pretty(took)}")
 print("Timer without num_threads:", benchmark.Timer("0").timeit(1).num_threads, "thread")
 
 # %% [markdown]
-# Two people who compare "my time" with "your time" without saying the threads compare their
-# settings. A comparison in this course states them, and refuses two arms that differ in them. Where
-# it knows them, it also states the batch, the type of the numbers (*dtype*) and their order in
-# memory (*memory format*, [chapter 2](02_training_recipe.ipynb)).
+# A comparison in this course states the threads, and refuses two arms that differ in them. Where it
+# knows them, it also states the batch, the type of the numbers (*dtype*) and their order in memory
+# (*memory format*).
 #
-# **Dead code.** The work was done before the clock started.
+# **Dead code, lazy code.** The work was done before the clock started; or the call returns a
+# promise at once, and the work happens later, or never. The instrument refuses all three.
 
 # %% tags=["nbval-ignore-output"]
-result = inference()
-with exercises.fails(measure.MeasurementError):
-    measure.compare(inference, lambda: result)
-
-# %% [markdown]
-# **Lazy and asynchronous work.** The call returns a promise at once, and the work happens later, or
-# never.
-
-# %%
 from concurrent.futures import ThreadPoolExecutor
 
+result = inference()
 with ThreadPoolExecutor(1) as pool:
-    with exercises.fails(measure.MeasurementError):
-        measure.compare(inference, lambda: pool.submit(inference))
-    with exercises.fails(measure.MeasurementError):
-        measure.compare(inference, lambda: (model(image) for image in x.split(1)))
-
-# %% [markdown]
-# A GPU is asynchronous throughout: `model(x)` returns as soon as the work is queued. The clock must
-# wait for the device, which `torch.utils.benchmark` and `measure.compare` do. If you have a GPU,
-# the next cell shows the trap.
-
-# %% tags=["nbval-ignore-output"]
-if machine.can("gpu"):
-    a = torch.randn(4096, 4096, device="cuda")
-    a @ a
-    queued = milliseconds(lambda: a @ a)
-    finished = milliseconds(lambda: (a @ a, torch.cuda.synchronize()))
-    print(f"queued after {queued:.3f} ms, finished after {finished:.3f} ms")
-else:
-    print(machine.skip("gpu", "asynchronous timing on a GPU"))
-
-# %% [markdown]
-# **The mean.** Imagine a small service. Nineteen requests of twenty carry one image, the twentieth
-# carries sixteen. Somebody times a thousand requests in one loop and divides by a thousand.
-
-# %% tags=["nbval-ignore-output"]
-one, sixteen = torch.randn(1, 1, 28, 28), torch.randn(16, 1, 28, 28)
-sizes = np.random.default_rng(0).random(12 * max(CALLS // 4, 40)) < 1 / 20
-with torch.inference_mode():
-    waits = np.array([milliseconds(lambda: model(sixteen if many else one)) for many in sizes])
-blocks = [np.percentile(part, 99) / part.mean() for part in np.array_split(waits, 12)]
-tail = measure.median_interval(blocks)
-shares = np.linspace(0, 100, 400)
-plots.lines(
-    shares,
-    {"single requests": np.percentile(waits, shares)},
-    xlabel="share of requests answered within (percent)",
-    ylabel="milliseconds",
-    reference=(float(waits.mean()), "mean"),
-    title=f"One user in a hundred waits {tail.value:.1f} times the mean",
-    alt=(
-        "Waiting time against the share of requests: flat, then a steep rise at the right; the mean"
-        " lies in between."
-    ),
-)
-
-# %% tags=["nbval-ignore-output"]
-claims.verdict("01.mean_hides_the_tail", tail)
-
-# %% [markdown]
-# The curve has two floors, one for each kind of request, and the mean lies where almost nobody
-# waits. Write p50 for what half of the requests stay under and p99 for what all but one in a
-# hundred stay under. A promise to users is made with p99, a bill for machines with the mean.
-
-# %% [markdown]
-# ## Measure: latency and throughput are two questions
-# *Latency* is how long one answer takes. *Throughput* is how many images a second come out. A
-# bigger batch trades one for the other.
-
-# %% tags=["nbval-ignore-output"]
-batches = [1, 2, 4, 8, 16, 32, 64]
-speed, wait = [], []
-for size in batches:
-    images = torch.randn(size, 1, 28, 28)
-    took = measure.latency(measure.arm(model, images), seconds=SECONDS / 6).median
-    wait.append(1e3 * took.value)
-    speed.append(measure.Interval(size / took.value, size / took.high, size / took.low))
-gain = speed[-1].value / speed[0].value
-plots.lines(
-    wait,
-    {"batch 1 (left) to 64 (right)": speed},
-    xlabel="latency of one batch (ms)",
-    ylabel="images a second",
-    logx=True,
-    title=(
-        f"Batch 64 gives {gain:.1f} times the throughput at {wait[-1] / wait[0]:.0f} times the"
-        " latency"
-    ),
-    alt="Throughput against latency for batches from 1 to 64: steep at first, then flat.",
-)
-
-# %% [markdown]
-# Along the steep stretch a larger batch is nearly free: the fixed cost of a call is shared by more
-# images. Where the curve is flat or falls, more images only mean more waiting. A flat piece on the
-# far left, if yours has one, is a library that changes its kernel between one image and two.
-# Chapter 13 builds a server that sits at the bend on purpose.
+    for cheat in (
+        lambda: result,
+        lambda: pool.submit(inference),
+        lambda: (model(image) for image in x.split(1)),
+    ):
+        with exercises.fails(measure.MeasurementError):
+            measure.compare(inference, cheat)
 
 # %% [markdown]
 # ## Explain: what a network costs
-# Time is what you feel. Four other numbers explain it: the *multiply–accumulates* (MACs, one
-# multiplication and one addition each), the *parameters*, the *bytes* of the saved file, and the
-# *peak memory* while it runs. One convolution shows how MACs are counted. Its output has $C_{out}$
-# channels of $H$ by $W$ numbers. Each of these $C_{out}·H·W$ outputs needs $C_{in}·k·k$ MACs: one
-# for each of the $k$ by $k$ weights over each of the $C_{in}$ input channels.
+# Time is what you feel. Other numbers explain it: the *multiply–accumulates* (MACs, one
+# multiplication and one addition each) and the *bytes* that move. One convolution shows how MACs
+# are counted. Each of its $C_{out}·H·W$ outputs needs $C_{in}·k·k$ of them: one for each of the $k$
+# by $k$ weights over each of the $C_{in}$ input channels.
 
 # %%
 conv = nn.Conv2d(32, 64, 3, padding=1, bias=False)
@@ -366,42 +375,17 @@ by_hand = 64 * 28 * 28 * (32 * 3 * 3)
 by_tool = measure.macs(conv, torch.zeros(1, 32, 28, 28))
 by_hand, by_tool
 
-# %% tags=["nbval-ignore-output"]
-from torchvision.models import mobilenet_v3_small, resnet18
-
-image = torch.randn(1, 3, 224, 224)
-networks = {
-    "mini-ResNet 32": (model, x[:1]),
-    "ResNet-18": (resnet18().eval(), image),
-    "MobileNetV3-small": (mobilenet_v3_small().eval(), image),
-}
-print(f"{'':18} {'million MACs':>12} {'parameters':>11} {'file MB':>8} {'peak MB':>8} {'p50':>8}")
-for name, (net, example) in networks.items():
-    call = measure.arm(net, example)
-    took = measure.latency(call, seconds=SECONDS / 2)
-    print(
-        f"{name:18} {measure.macs(net, example) / 1e6:12.1f} {measure.parameters(net):11,}", end=""
-    )
-    print(
-        f" {measure.saved_bytes(net) / 1e6:8.2f} {measure.peak_memory(call.call) / 1e6:8.1f}"
-        f" {measure.pretty(took.p50):>8}"
-    )
-
 # %% [markdown]
-# Compare the last two rows. MobileNetV3-small needs a small fraction of ResNet-18's MACs. Divide
-# the MACs, then divide the times: the second ratio is much smaller. A floating-point operation
-# (FLOP) is an addition or a multiplication, so a MAC is two. The claim behind "fewer FLOPs, so it
-# is faster" deserves a clean test: one layer, replaced by the one MobileNets are made of. A 3×3
-# convolution is split into a *depthwise* one, which looks at each channel alone, and a 1×1
-# *pointwise* one, which mixes channels.
+# A floating-point operation (FLOP) is an addition or a multiplication, so a MAC is two. "Fewer
+# FLOPs, so it is faster" deserves a clean test: the 3×3 convolution, and the pair in its place. A
+# *depthwise* convolution looks at each channel alone, a 1×1 *pointwise* one mixes channels.
 
 # %% tags=["nbval-ignore-output"]
 channels = 128
 standard = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-separable = nn.Sequential(
-    nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-    nn.Conv2d(channels, channels, 1, bias=False),
-)
+depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+separable = nn.Sequential(depthwise, pointwise)
 features = torch.randn(8, channels, 28, 28)
 mac_ratio = measure.macs(standard, features) / measure.macs(separable, features)
 split = measure.across(
@@ -418,8 +402,7 @@ claims.verdict("01.fewer_macs_proportionally_faster", share_kept)
 # *arithmetic intensity*. A machine can compute only so fast (in GFLOP/s, billions of operations a
 # second), and it can fetch bytes only so fast (in GB/s). At low intensity the arithmetic units wait
 # for memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman and Patterson
-# 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is. They meet at the
-# *ridge*.
+# 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is.
 
 # %% tags=["nbval-ignore-output"]
 roof = measure.roofline()
@@ -428,64 +411,91 @@ print(f"below {roof.ridge:.1f} operations a byte, memory is the limit")
 
 
 # %%
-def operations_a_byte(layer, x):
-    """Arithmetic intensity of a layer in fp32, if input, weights and output each move once."""
+def operations_and_bytes(layer, x):
+    """In fp32, if input, weights and output each move once."""
     y = layer(x)
     moved = 4 * (x.numel() + y.numel() + sum(p.numel() for p in layer.parameters()))
-    operations = (
-        2 * measure.macs(layer, x) or y.numel()
-    )  # ReLU: one operation a number, which MAC counters leave out
-    return operations / moved, operations
+    relu = y.numel()  # one operation a number, which MAC counters leave out
+    return 2 * measure.macs(layer, x) or relu, moved
 
 
 # %% tags=["nbval-ignore-output"]
 layers = {
     "3×3 convolution": (standard, features),
-    "depthwise 3×3": (separable[0], features),
-    "pointwise 1×1": (separable[1], features),
+    "depthwise 3×3": (depthwise, features),
+    "pointwise 1×1": (pointwise, features),
     "ReLU": (nn.ReLU(), torch.randn(32, channels, 56, 56)),
     "linear, batch 1": (nn.Linear(2048, 2048), torch.randn(1, 2048)),
     "linear, batch 256": (nn.Linear(2048, 2048), torch.randn(256, 2048)),
 }
 placed = {}
 for name, (layer, example) in layers.items():
-    intensity, operations = operations_a_byte(layer, example)
+    operations, moved = operations_and_bytes(layer, example)
     seconds = measure.latency(measure.arm(layer, example), seconds=SECONDS / 8).p50
-    placed[name] = (intensity, operations / seconds / 1e9)
+    placed[name] = (operations / moved, operations / seconds / 1e9)
 
 # %% tags=["nbval-ignore-output"]
+under = {name: speed / roof.bound(i) for name, (i, speed) in placed.items()}
 figure, ax = plots.axes(
     "operations a byte",
     "GFLOP/s",
-    title=f"Below {roof.ridge:.0f} operations a byte, memory decides",
+    title=f"{min(under, key=under.get)}: {min(under.values()):.0%} of what the roofline allows",
     height=4.2,
 )
 line = np.geomspace(0.05, 400, 200)
 ax.loglog(line, [roof.bound(i) for i in line], color="0.3", label="roofline, measured here")
-for i, (name, (intensity, speed_here)) in enumerate(placed.items()):
-    ax.plot(
-        intensity, speed_here, plots.MARKERS[i], color=plots.COLOURS[i], label=name, markersize=8
-    )
+for i, (name, point) in enumerate(placed.items()):
+    ax.plot(*point, plots.MARKERS[i], color=plots.COLOURS[i], label=name, markersize=8)
 ax.legend(fontsize=8, loc="lower right")
-plots.show(
-    figure,
-    "Roofline of this machine with six layers: ReLU, depthwise and batch-1 linear at the left under"
-    " the slope.",
-)
+plots.show(figure, "Roofline of this machine with six layers below or near it.")
 
 # %% [markdown]
-# Read it from left to right. ReLU does one operation for eight bytes: no arithmetic trick can make
-# it fast, only moving fewer bytes (chapter 10). The linear layer at batch 1 reads every weight for
-# a single use; at batch 256 the same weights serve 256 rows and the point climbs. The depthwise
-# convolution does nine MACs for each number it reads, so it sits low. Its few MACs are slow MACs. A
-# point above the slope is no error: its data came from a cache, not from memory.
+# The roofline says what a layer *could* reach, not what it reaches. A point on the line needs no
+# other explanation: on the slope only fewer bytes help, on the roof only fewer operations. A point
+# above the slope is no error: its data came from a cache, not from memory. A point *below* asks for
+# one, and "memory is slow" is not it: the line already allows for that.
+#
+# **ReLU** makes a new tensor at every call. In the figure it found memory that the process had
+# kept. What it takes where the allocator gives it back each time, the second arm above has
+# measured:
+
+# %% tags=["nbval-ignore-output"]
+relu = {arm: float(np.median([s["relu"] for s in samples])) for arm, samples in found.items()}
+print({arm: measure.pretty(seconds) for arm, seconds in relu.items()}, "with one thread")
+
+# %% [markdown]
+# The same arithmetic, the same bytes. What is added is the system's work: it hands out each page of
+# memory anew, filled with zeros. In a roofline the point would drop by that factor.
+#
+# **The depthwise layer** is often called memory-bound. If it were, it would take about as long as a
+# copy of its bytes. That can be measured. And it can be asked of another kernel: in *channels_last*
+# the channels of one pixel lie side by side in memory, and torch calls other code.
+
+# %% tags=["nbval-ignore-output"]
+target = torch.empty_like(features)
+copy = measure.Arm(lambda: target.copy_(features), "a copy of its bytes")
+copied = measure.across(measure.arm(depthwise, features, "depthwise"), copy, seconds=SECONDS)
+last = features.to(memory_format=torch.channels_last)
+turned = measure.across(
+    measure.arm(depthwise, features, "contiguous"),
+    measure.arm(depthwise, last, "channels_last"),
+    seconds=SECONDS,
+)
+print(copied, turned, sep="\n")
+claims.verdict("01.depthwise_waits_for_memory", copied)
+
+# %% [markdown]
+# If the copy is many times faster, memory could have delivered the layer's data in that time: what
+# keeps the layer busy is its kernel. A kernel is software, and another one may be better; the
+# second line says whether torch has one. Few MACs are no promise, because a kernel may be bad at
+# them.
 
 # %% [markdown]
 # ## Explain: Amdahl's law
 # A step of your program gets $S$ times faster, but it is only a share $p$ of the time. The rest
-# stays: $T_{new} = (1 - p)\,T + p\,T / S$, so the whole gets faster by $1 / ((1 - p) + p / S)$
-# (Amdahl 1967). A textbook chapter in circulation prints the opposite, $T_{new} = T · S$. Test
-# both: two steps in a row, the second replaced by a faster one.
+# stays, so the whole gets faster by $1 / ((1 - p) + p / S)$ (Amdahl 1967). (A textbook in
+# circulation prints $T_{new} = T · S$: the faster the part, the slower the whole.) Two steps in a
+# row, the second replaced by a faster one:
 
 # %%
 step_one = models.mini_resnet(24, seed=1).eval()  # stays
@@ -504,129 +514,42 @@ def after():
 
 
 # %% tags=["nbval-ignore-output"]
-part = measure.across(
-    measure.arm(step_two, batch, "old part"),
-    measure.arm(faster_two, batch, "new part"),
-    seconds=SECONDS,
-)
-alone = measure.across(
-    measure.Arm(before, "both"), measure.arm(step_two, batch, "old part"), seconds=SECONDS
-)
-whole = measure.across(before, after, seconds=SECONDS)
+old_part = measure.arm(step_two, batch, "old part")
+new_part = measure.arm(faster_two, batch, "new part")
+part = measure.across(old_part, new_part, seconds=2 * SECONDS)
+alone = measure.across(measure.Arm(before, "both"), old_part, seconds=2 * SECONDS)
+whole = measure.across(before, after, seconds=2 * SECONDS)
 p = measure.derive(lambda a: 1 / a, alone.interval)  # the part's share of the whole
 predicted = measure.derive(lambda p, s: 1 / ((1 - p) + p / s), p, part.interval, unit="x")
 print(f"S = {part.interval}, p = {p}: Amdahl predicts {predicted}, measured {whole.interval}")
 
 # %% tags=["nbval-ignore-output"]
-by_formula = measure.derive(lambda w, s: 1 / (w * s), whole.interval, part.interval)
-claims.verdict("01.acceleration_multiplies_time", by_formula)
-
-# %% tags=["nbval-ignore-output"]
 claims.verdict("01.amdahl", measure.derive(lambda w, p: w / p, whole.interval, predicted))
 
-# %% tags=["nbval-ignore-output"]
-speedups = [1, 2, 4, 8, 16, 32]
-curves = {
-    f"p = {share:.2f}": [1 / ((1 - share) + share / s) for s in speedups]
-    for share in (0.5, p.value, 0.95)
-}
-plots.lines(
-    speedups,
-    curves,
-    xlabel="speed-up of the part, S",
-    ylabel="speed-up of the whole (x)",
-    title=f"With p = {p.value:.2f}, no S makes the whole {1 / (1 - p.value):.1f} times faster",
-    alt="Amdahl's law for three shares: each curve flattens towards one over one minus p.",
-)
+# %% [markdown]
+# However large $S$ becomes, the whole gets at most $1 / (1 - p)$ times faster: the part that stayed
+# is the limit. Before you make something fast, ask what share of the time it has.
 
 # %% [markdown]
-# The middle curve is yours. It flattens: the part that stayed is the limit. Before you make
-# something fast, ask what share of the time it has. A profiler answers that.
-
-# %% [markdown]
-# ## The tool of the field: a profiler finds the slow operator
-# `torch.profiler` records every operator with its time and input shapes. MobileNetV3-small has
-# three kinds of convolution. Which kind takes the time, and which has the MACs?
+# ## The tool of the field: a profiler, a timer, a self-test
+# `torch.profiler` records every operator with its time. Which of MobileNetV3-small's take the most?
 
 # %% tags=["nbval-ignore-output"]
 from torch.profiler import ProfilerActivity, profile
+from torchvision.models import mobilenet_v3_small
 
-mobilenet = networks["MobileNetV3-small"][0]
-with (
-    torch.inference_mode(),
-    profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record,
-):
+mobilenet, image = mobilenet_v3_small().eval(), torch.randn(1, 3, 224, 224)
+with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as record:
     for _ in range(max(CALLS // 50, 3)):
         mobilenet(image)
-by_operator = record.key_averages()
-print(
-    by_operator.table(sort_by="self_cpu_time_total", row_limit=6, max_name_column_width=28).split(
-        "Self CPU time total"
-    )[0]
-)
-
-
-# %%
-def kind(weight_shape):
-    """Of a convolution's weight (outputs, inputs / groups, k, k)."""
-    _, inputs, k, _ = weight_shape
-    return "depthwise" if inputs == 1 and k > 1 else "pointwise" if k == 1 else "standard"
-
-
-macs_of = {}
-for layer in mobilenet.modules():
-    if isinstance(layer, nn.Conv2d):
-        layer.register_forward_hook(
-            lambda conv, _, y: macs_of.update(
-                {conv: (kind(conv.weight.shape), conv.weight[0].numel() * y[0].numel())}
-            )
-        )
-with torch.inference_mode():
-    mobilenet(image)
-{
-    name: sum(m for k, m in macs_of.values() if k == name)
-    for name in ("pointwise", "depthwise", "standard")
-}
-
-# %% tags=["nbval-ignore-output"]
-micros = dict.fromkeys(("pointwise", "depthwise", "standard"), 0.0)
-for event in record.key_averages(group_by_input_shape=True):
-    if event.key == "aten::conv2d":
-        micros[kind(event.input_shapes[1])] += event.cpu_time_total
-total_time, total_macs = sum(micros.values()), sum(m for _, m in macs_of.values())
-per_mac = {
-    name: (
-        micros[name] / total_time / (sum(m for k, m in macs_of.values() if k == name) / total_macs)
-    )
-    for name in micros
-}
-plots.bars(
-    {f"{name}": per_mac[name] for name in per_mac},
-    xlabel="share of convolution time / share of MACs",
-    reference=(1.0, "time in proportion to MACs"),
-    title=(
-        f"A depthwise MAC costs {per_mac['depthwise'] / per_mac['pointwise']:.1f} times a"
-        " pointwise one"
-    ),
-    alt=(
-        "Three bars, one a kind of convolution: its share of the time divided by its share of the"
-        " MACs."
-    ),
-)
+table = record.key_averages().table("self_cpu_time_total", row_limit=6, max_name_column_width=28)
+print(table.split("Self CPU time total")[0])
 
 # %% [markdown]
-# A bar at 1 would mean that time follows MACs. The depthwise bar says what the roofline said, now
-# inside a real network. Your own timing must agree with the field's tool, or one of the two is
-# wrong. MACs are exact, so they must be equal:
-
-# %%
-library = measure.macs(mobilenet, image)
-linear = sum(layer.weight.numel() for layer in mobilenet.modules() if isinstance(layer, nn.Linear))
-assert sum(m for _, m in macs_of.values()) + linear == library
-library
-
-# %% [markdown]
-# Times are not exact. Here is your median beside `Timer`'s, with the same threads:
+# *Self CPU* is the time in the operator itself, without those that it calls: read this column.
+# Convolutions come under several names, one a kernel.
+#
+# Your own timing must agree with the field's timer, or one of the two is wrong:
 
 # %% tags=["nbval-ignore-output"]
 yours = np.median([milliseconds(inference) for _ in range(CALLS)])
@@ -635,25 +558,12 @@ theirs = 1e3 * timer.blocked_autorange(min_run_time=SECONDS / 2).median
 print(f"yours {yours:.3f} ms, Timer {theirs:.3f} ms, ratio {yours / theirs:.2f}")
 
 # %% [markdown]
-# ## Measure: energy
-# Intel and AMD processors count the energy they use (RAPL), and Linux shows the counter on real
-# machines; a virtual machine usually hides it. Does the smaller network also use less?
-
-# %% tags=["nbval-ignore-output"]
-small = models.mini_resnet(16, seed=0).eval()
-joules = [measure.energy(measure.arm(net, x).call, seconds=SECONDS) for net in (model, small)]
-if machine.can("energy"):
-    larger, smaller = joules
-    use = measure.Interval(
-        larger.value / smaller.value, larger.low / smaller.high, larger.high / smaller.low
-    )
-else:
-    use = machine.skip("energy", "joules an inference")
-claims.verdict("01.faster_uses_less_energy", use)
-
-# %% [markdown]
-# Energy is power times time. A network that is twice as fast because it keeps twice the units busy
-# may use as much. If your verdict says *not testable here*, nothing was estimated in its place.
+# And how do you know that the instrument is right *on your machine*? Run `course selftest` in a
+# terminal when nothing else runs. In two minutes it compares two equal arms, a known ratio, and the
+# intervals of ten programs started one after the other. What it found stands on the machine card of
+# every chapter from then on.
+#
+# Energy is another question: `measure.energy` reads the processor's counter where there is one.
 
 # %% [markdown]
 # ## If yours shows no gain
@@ -663,7 +573,7 @@ claims.verdict("01.faster_uses_less_energy", use)
 # |---|---|---|
 # | *inconclusive* | the interval is wide: the machine is busy, or the difference is small | close other programs, give `seconds=10` |
 # | two threads are no faster than one | the layers are too small to share, or the second core is a hyper-thread | batch 1 against batch 64 |
-# | fewer MACs, same time | the layer sits under the roofline's slope | its operations a byte |
+# | fewer MACs, same time | the layer lies under the roofline | its bytes, its page faults, its kernel |
 # | a part is faster, the whole is not | Amdahl: the part's share is small | the profiler's table |
 # | a laptop gets slower from run to run | it heats up and lowers its clock | interleaved ratios, which cancel it |
 # | under a virtual machine or in Colab everything jumps | neighbours share the cores | `clock="cpu"`, one thread |
@@ -681,46 +591,16 @@ def snippet(net, images):
     return time.time() - start
 
 
-old, new = models.mini_resnet(32, seed=5).eval(), models.mini_resnet(32, seed=5).eval()
+twins = [models.mini_resnet(32, seed=5).eval() for _ in range(2)]
 fresh = torch.randn(7, 1, 28, 28)  # a batch size that nothing has warmed up yet
-print(f"“The new network is {snippet(old, fresh) / snippet(new, fresh):.2f} times faster.”")
 print(
-    "Measured:", measure.compare(measure.arm(old, fresh), measure.arm(new, fresh), seconds=SECONDS)
+    f"“The new network is {snippet(twins[0], fresh) / snippet(twins[1], fresh):.2f} times faster.”"
 )
+print("Measured:", measure.compare(*(measure.arm(t, fresh) for t in twins), seconds=SECONDS))
 
 # %% [markdown]
 # The first network paid for the preparation of the shapes; the second one found it done. And
-# `time.time()` is the wall clock of the calendar: it may be set back while you measure, and on some
-# systems it ticks in steps of milliseconds.
-#
-# ## Myth: the counter says how many FLOPs there are
-# Counters count the operators they know. In inference, PyTorch's transformer layer takes a fast
-# path: one *fused* operator, several in a single call, that the counter has never heard of.
-
-# %% tags=["nbval-ignore-output"]
-encoder = nn.TransformerEncoderLayer(
-    d_model=64, nhead=4, dim_feedforward=128, batch_first=True
-).eval()
-tokens = torch.zeros(2, 10, 64)  # (B, T, d_model): 20 tokens
-on_fast_path = measure.macs(encoder, tokens)
-torch.backends.mha.set_fastpath_enabled(False)
-counted = measure.macs(encoder, tokens)
-torch.backends.mha.set_fastpath_enabled(True)
-print(f"counted on the fast path: {on_fast_path:,}; off it: {counted:,}")
-
-# %% [markdown]
-# Nothing warned you. Now by hand: for each of the 20 tokens four projections of 64 by 64 numbers
-# and two layers of 64 by 128, and for each of the two sequences the two attention products, queries
-# with keys and weights with values.
-
-# %% tags=["nbval-ignore-output"]
-projections, mlp, attention = 20 * 4 * 64 * 64, 20 * 2 * 64 * 128, 2 * (2 * 10 * 10 * 64)
-print(f"by hand: {projections:,} + {mlp:,} + {attention:,} = {projections + mlp + attention:,}")
-print(f"the counter off the fast path still misses {projections + mlp + attention - counted:,}")
-
-# %% [markdown]
-# If the last number is not 0, it is the attention products: one more operator this counter does not
-# know. A count is trusted after one layer of each kind has been checked by hand.
+# `time.time()` is the clock of the calendar: it may be set back while you measure.
 
 # %% [markdown]
 # ## Exercise A · the tail
@@ -779,7 +659,7 @@ def p99(latencies):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Ask before anyone runs it: what is the p99 of ten calls? (The slowest. Ten calls can't
+# 5 minutes. Ask before anyone runs it: what is the p99 of ten calls? (The slowest. Ten calls can't
 # show a p99.) NumPy's default interpolates between neighbours and gives 198.01 for the example: a
 # definition must be named.
 
@@ -947,9 +827,9 @@ def decide(ratios):
 
 # %% [markdown]
 # ## Break it
-# Load the other core and watch. Half-way through, a second program starts to compute. Somebody who
-# times all of A first and all of B afterwards sees B "slow down"; somebody who interleaves sees
-# both suffer.
+# Load the machine and watch. Half-way through, other programs start to compute. Somebody who times
+# all of A first and all of B afterwards sees B "slow down"; somebody who interleaves sees both
+# suffer.
 
 # %% tags=["nbval-ignore-output"]
 import subprocess
@@ -962,7 +842,7 @@ load = [subprocess.Popen(burn) for _ in range(machine.usable_cores())]
 try:
     time.sleep(0.5)  # until the others have started
     second = [milliseconds(inference) for _ in range(rounds)]
-    interleaved = measure.compare(inference, lambda: inference(), seconds=SECONDS)
+    interleaved = ratios(inference, inference, 4 * rounds)
 finally:
     for process in load:
         process.kill()
@@ -970,23 +850,95 @@ finally:
 
 # %% tags=["nbval-ignore-output"]
 sequential = np.median(one_after_the_other) / np.median(second)
-plots.intervals(
-    {
-        "all A, then all B": measure.Interval(sequential, sequential, sequential),
-        "A and B interleaved": interleaved.interval,
-    },
-    xlabel="speed-up of a network over itself (x)",
-    title=f"One after the other: {sequential:.2f}x. Interleaved: {interleaved.verdict}",
-    alt=(
-        "The sequential measurement lies beside 1 or further off, the interleaved interval"
-        " includes 1."
-    ),
+low, high = interval(interleaved)
+print(f"all A, then all B: {sequential:.2f}x")
+print(f"A and B in turn:   {np.median(interleaved):.2f}x [{low:.2f}, {high:.2f}]")
+
+# %% [markdown]
+# Nothing about the network changed. The first number is a verdict on the neighbours. The second
+# should have 1 in its interval, and pays for that with its width. If both lie near 1 on your
+# machine, it has cores to spare: start more copies of `burn`.
+
+# %% [markdown]
+# ## Further
+# Four parts, in any order, each on its own.
+#
+# **Your own model.** Put a model of yours and an input in place of `mobilenet` and `image`. Does
+# *channels_last* make it faster here? Guess before you run it. It asks for inputs (B, C, H, W);
+# compare something else if yours are not, for example two batch sizes.
+
+# %% tags=["nbval-ignore-output"]
+import copy as copies
+
+my_model, my_input = mobilenet, image
+as_it_is = measure.arm(my_model, my_input, "as it is")
+last_model = copies.deepcopy(my_model).to(memory_format=torch.channels_last)
+last_input = my_input.to(memory_format=torch.channels_last)
+measure.across(as_it_is, measure.arm(last_model, last_input, "channels_last"), seconds=2 * SECONDS)
+
+# %% [markdown]
+# **The mean.** Imagine a small service. Nineteen requests of twenty carry one image, the twentieth
+# carries sixteen. Somebody times them all in one loop and divides by their number.
+
+# %% tags=["nbval-ignore-output"]
+one, sixteen = torch.randn(1, 1, 28, 28), torch.randn(16, 1, 28, 28)
+many = np.random.default_rng(0).random(2 * CALLS) < 1 / 20
+with torch.inference_mode():
+    waits = np.array([milliseconds(lambda: model(sixteen if m else one)) for m in many])
+tail = {f"p{q}": float(np.percentile(waits, q)) for q in (50, 90, 99)}
+print(f"mean {waits.mean():.2f} ms;", {name: f"{ms:.2f} ms" for name, ms in tail.items()})
+
+# %% [markdown]
+# p50 is what half of the requests stay under, p99 what all but one in a hundred stay under. Look
+# for the mean among them: hardly anybody waits that long. Most wait less, and the one in twenty
+# waits far longer. A promise to users is made with p99, a bill for machines with the mean. (In a
+# large system there is one more reason for a tail: a request that asks a hundred machines waits for
+# the slowest; Dean and Barroso 2013.)
+
+# %% [markdown]
+# **A GPU** is asynchronous throughout: `model(x)` returns as soon as the work is queued. Either
+# wait for the device, as `torch.utils.benchmark` and `measure.compare` do, or let the device write
+# down the time itself, with *events*. And its clock moves with heat and load: a number without the
+# clock rate is half a number. If you have a GPU, the next cell shows all three.
+
+# %% tags=["nbval-ignore-output"]
+if machine.can("gpu"):
+    a = torch.randn(4096, 4096, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    a @ a
+    queued = milliseconds(lambda: a @ a)
+    finished = milliseconds(lambda: (a @ a, torch.cuda.synchronize()))
+    begin.record(), a @ a, end.record()
+    torch.cuda.synchronize()
+    print(
+        f"queued {queued:.3f} ms, finished {finished:.3f} ms, event {begin.elapsed_time(end):.3f}"
+    )
+    print(f"at {torch.cuda.clock_rate()} MHz")
+else:
+    print(machine.skip("gpu", "asynchronous timing on a GPU"))
+
+# %% [markdown]
+# **A counter does not say how many FLOPs there are.** It counts the operators it knows. In
+# inference, PyTorch's transformer layer takes a fast path: one *fused* operator, several in a
+# single call, that the counter has never heard of.
+
+# %% tags=["nbval-ignore-output"]
+encoder = nn.TransformerEncoderLayer(
+    d_model=64, nhead=4, dim_feedforward=128, batch_first=True
+).eval()
+tokens = torch.zeros(2, 10, 64)  # (B, T, d_model): 20 tokens
+on_fast_path = measure.macs(encoder, tokens)
+torch.backends.mha.set_fastpath_enabled(False)
+counted = measure.macs(encoder, tokens)
+torch.backends.mha.set_fastpath_enabled(True)
+linear = 20 * 4 * 64 * 64 + 20 * 2 * 64 * 128  # four projections and two layers, each token
+print(
+    f"on the fast path {on_fast_path:,}; off it {counted:,}; the linear layers by hand {linear:,}"
 )
 
 # %% [markdown]
-# Nothing about the network changed. The first number is a verdict on the neighbours. The second is
-# honest and pays for it with a wider interval. If both lie near 1 on your machine, it has cores to
-# spare: start more copies of `burn`.
+# Nothing warned you. And off the fast path, where is the attention, each token's product with every
+# other one? A count is trusted after one layer of each kind has been checked by hand.
 
 # %% [markdown]
 # ## Exit quiz
@@ -1027,16 +979,20 @@ plots.intervals(
 # they run.</details>
 #
 # **Key points** · warm up, repeat, interleave, pair · a speed-up has an interval, or it is a rumour
-# · *no difference* and *inconclusive* are results · say threads, batch, dtype and memory format ·
-# MACs are not time: the roofline says why · Amdahl: look at the share before you look at the speed.
+# · an interval from one process speaks of that process · look once, when you said you would · *no
+# difference* and *inconclusive* are results · say threads, batch, dtype and memory format · MACs
+# are not time, and a point below the roofline asks for its own reason · Amdahl: look at the share
+# before you look at the speed.
 #
-# **Sources** · G. Amdahl, *Validity of the single processor approach*, 1967 · S. Williams, A.
-# Waterman, D. Patterson, *Roofline*, 2009 · J. Dean, L. Barroso, *The Tail at Scale*, 2013 · N. Ma
-# et al., *ShuffleNet V2*, 2018 · W. Conover, *Practical Nonparametric Statistics*, 1999, §3.2 · the
-# documentation of
+# **Sources** · G. Amdahl, *Validity of the single processor approach*, 1967 · P. Armitage, C.
+# McPherson, B. Rowe, *Repeated significance tests on accumulating data*, 1969 · W. Conover,
+# *Practical Nonparametric Statistics*, 1999, §3.2 · S. Williams, A. Waterman, D. Patterson,
+# *Roofline*, 2009 · T. Mytkowicz et al., *Producing wrong data without doing anything obviously
+# wrong!*, 2009 · T. Kalibera, R. Jones, *Rigorous benchmarking in reasonable time*, 2013 · J. Dean,
+# L. Barroso, *The Tail at Scale*, 2013 · N. Ma et al., *ShuffleNet V2*, 2018 · the documentation of
 # [torch.utils.benchmark](https://docs.pytorch.org/docs/stable/benchmark_utils.html) and
 # [torch.profiler](https://docs.pytorch.org/docs/stable/profiler.html).
 #
-# **For the capstone** your ledger now holds five claims, and you have the instrument for all
+# **For the capstone** your ledger now holds four claims, and you have the instrument for all
 # others. Next: [02 · Training recipe](02_training_recipe.ipynb), where every change must pay for
 # itself in seconds or in accuracy.
