@@ -1,8 +1,10 @@
 """Comparisons over fresh processes: what travels, what is refused, that nothing stays behind."""
 
+import importlib
 import io
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from course_utils import allocator, measure
-from course_utils.measure import fresh, travel
+from course_utils.measure import fresh, preload, travel
 
 
 def travelled(arms: object) -> object:
@@ -37,6 +39,36 @@ def test_each_value_comes_from_a_process_of_its_own(tmp_path, monkeypatch):
     assert result.processes == len(result.ratios) == len(seen) == (12 if fresh.FORKS else 5)
     assert os.getpid() not in seen
     assert result.scope in repr(result)
+
+
+@linux
+def test_what_the_first_process_imports_the_others_find(tmp_path):
+    """`xmlrpc.server` stands for torch's compiler: a library that only the arm itself imports."""
+
+    def work() -> float:
+        with (tmp_path / f"{os.getpid()}").open("a") as file:
+            file.write(f"{'xmlrpc.server' in sys.modules}\n")
+        import xmlrpc.server  # noqa: F401
+
+        return sum(range(20_000))
+
+    measure.across(work, work, **QUICK)
+    found = sorted(p.read_text().split()[0] for p in tmp_path.iterdir())
+    assert found == ["False", *["True"] * 4]
+
+
+def test_libraries_are_told_from_the_readers_own_files(tmp_path, monkeypatch):
+    (tmp_path / "my_own_layers.py").write_text("width = 8", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(sys.modules)
+    importlib.import_module("my_own_layers")
+    monkeypatch.delitem(sys.modules, "tabnanny", raising=False)
+    importlib.import_module("tabnanny")
+    try:
+        assert preload.imported_since(before) == ["tabnanny"]
+    finally:
+        sys.modules.pop("my_own_layers")
+    preload.load(["tabnanny", "there.is.no.such.library"])  # nothing is raised
 
 
 def test_what_a_child_changes_stays_there():

@@ -11,8 +11,9 @@ programs. `course selftest` asks ten programs. Where there is no safe fork (macO
 servers are started and kept instead.
 
 What it costs: two seconds and some 300 MB once a chapter, for the server; then, for each comparison
-of twelve processes, its own seconds and about 1.3 s for unpacking and warming up small networks, a
-second or two a process for a ResNet-50, three for a compiled network (from the compiler's cache).
+of twelve processes, its own seconds and about one more for unpacking and warming up small networks,
+a second a process for a ResNet-50 or a compiled network (from the compiler's cache). What the first
+child has to import, the server imports before it forks the next one (`preload`).
 """
 
 import atexit
