@@ -177,6 +177,9 @@ def lines(
     for axis, is_log in ((ax.xaxis, logx), (ax.yaxis, logy)):
         if is_log:
             plain_log(axis)
+    numbers = np.asarray(x)
+    if not logx and numbers.dtype.kind in "iuf" and (numbers == numbers.round()).all():
+        ax.xaxis.get_major_locator().set_params(integer=True)  # there is no call number 2.5
     if len(series) > 1 or reference:
         ax.legend()
     show(figure, alt)

@@ -97,7 +97,7 @@ def test_the_chapter_runs_in_jupyterlab(lab):
             page.goto(lab, timeout=90_000)
             page.wait_for_function(READY, timeout=120_000)
             page.evaluate(RUN)
-            end = time.monotonic() + 240
+            end = time.monotonic() + 600
             while (
                 (state := page.evaluate(STATE))["left"]
                 and not state["errors"]
@@ -108,4 +108,4 @@ def test_the_chapter_runs_in_jupyterlab(lab):
             browser.close()
     assert state["errors"] == []
     assert state["left"] == 0
-    assert state["images"] >= 5
+    assert state["images"] >= 4

@@ -85,6 +85,7 @@ if ready:
         {name: {"WAY": way} | shared for name, way in ways.items()},
         rounds=ROUNDS,
         starts=5,
+        timeout=600,
     )
     print({name: measure.pretty(float(np.median(times))) for name, times in seconds.items()})
 

@@ -102,10 +102,11 @@ outside = float(np.mean((pairs < 0.97) | (pairs > 1.03)))
 figure, ax = plots.axes(
     "second call's time / first call's time",
     "pairs",
-    title=f"{outside:.0%} of single comparisons of a network with itself are off by over 3%",
+    title=f"{outside:.0%} of comparisons of a network with itself are off by over 3%",
 )
 ax.hist(np.clip(pairs, 0.7, 1.4), bins=np.linspace(0.7, 1.4, 57), color=plots.COLOURS[0])
 ax.axvspan(0.97, 1.03, color="0.85", zorder=0, label="the same, within ±3%")
+ax.yaxis.get_major_locator().set_params(integer=True)
 ax.legend()
 plots.show(
     figure,
@@ -220,7 +221,7 @@ print({name: f"{np.mean(found):.1%} false alarms" for name, found in alarms.item
 folder = os.path.relpath(scratch("01"))
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $folder/opinion.py
+# %%writefile "$folder/opinion.py"
 import time
 
 import torch
@@ -255,7 +256,9 @@ def sample():
 STARTS, SAMPLES = 6, {"smoke": 3, "fast": 12, "full": 60}[PROFILE]
 here = {"PYTHONPATH": str(Path(folder).resolve())}
 arms = {"memory kept": here, "as it comes": here | {"COURSE_ALLOCATOR": "system"}}
-found = measure.turns("from opinion import sample", arms, rounds=SAMPLES, starts=STARTS)
+found = measure.turns(
+    "from opinion import sample", arms, rounds=SAMPLES, starts=STARTS, timeout=600
+)
 opinions = {  # (start, round): one speed-up each
     arm: np.array([s["ratios"] for s in samples]).reshape(STARTS, -1)
     for arm, samples in found.items()
@@ -281,7 +284,7 @@ kept, system = (rows[f"{arm}, over processes"].value for arm in arms)
 plots.intervals(
     rows,
     xlabel="speed-up of the separable pair over the 3×3 convolution (x)",
-    title=f"The same layers: {kept:.1f}x or {system:.1f}x; {hold} of {2 * STARTS} intervals hold",
+    title=f"The same layers: {kept:.1f}x or {system:.1f}x; {hold} of {2 * STARTS} rows hold",
     alt="Two groups of intervals, one a process, and below each group the interval over processes.",
 )
 
@@ -861,7 +864,10 @@ print(f"A and B in turn:   {np.median(interleaved):.2f}x [{low:.2f}, {high:.2f}]
 
 # %% [markdown]
 # ## Further
-# Four parts, in any order, each on its own.
+# Four parts, in any order, each on its own. What this chapter leaves out: hardware counters (Linux's
+# `perf`), pinning threads to cores, a GPU's caches emptied between calls (`triton.testing.do_bench`
+# does it), the share of the peak that a training reaches (*MFU*), and benchmarks that guard a
+# repository.
 #
 # **Your own model.** Put a model of yours and an input in place of `mobilenet` and `image`. Does
 # *channels_last* make it faster here? Guess before you run it. It asks for inputs (B, C, H, W);
