@@ -31,8 +31,7 @@ CALLS = {"smoke": 60, "fast": 400, "full": 2000}[PROFILE]
 machine.card()
 
 # %% [markdown]
-# The card above is part of every result in this course. The same code on another processor may give
-# another verdict, and both are right. The row *Instruction sets* will decide many of them.
+# The card is part of every result here: on another processor the same code may get another verdict.
 
 # %% [markdown]
 # ## Predict
@@ -583,8 +582,7 @@ print(f"yours {yours:.3f} ms, Timer {theirs:.3f} ms, ratio {yours / theirs:.2f}"
 
 # %% [markdown]
 # ## Myth: time the first call, once, with `time.time()`
-# This is how most snippets in circulation measure. Two *identical* networks, each timed once, the
-# way the snippets do:
+# Two *identical* networks, each timed once, as most snippets do:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -864,10 +862,7 @@ print(f"A and B in turn:   {np.median(interleaved):.2f}x [{low:.2f}, {high:.2f}]
 
 # %% [markdown]
 # ## Further
-# Four parts, in any order, each on its own. What this chapter leaves out: hardware counters (Linux's
-# `perf`), pinning threads to cores, a GPU's caches emptied between calls (`triton.testing.do_bench`
-# does it), the share of the peak that a training reaches (*MFU*), and benchmarks that guard a
-# repository.
+# Four parts, in any order, each on its own.
 #
 # **Your own model.** Put a model of yours and an input in place of `mobilenet` and `image`. Does
 # *channels_last* make it faster here? Guess before you run it. It asks for inputs (B, C, H, W);
