@@ -140,8 +140,10 @@ def _from_file(file: Path, images: np.ndarray, threads: int) -> Callable[[], obj
 
 
 def _session(file: Path, threads: int) -> "onnxruntime.InferenceSession":
-    """Threads that wait do not spin, which is not the default: they would take the cores from
-    whoever is timed next.
+    """As `measure.onnx_session`, whose import of torch would cost each process two seconds.
+
+    Threads that wait do not spin, which is not the default: they would take the cores from whoever
+    is timed next.
     """
     import onnxruntime
 

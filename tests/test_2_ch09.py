@@ -48,7 +48,7 @@ def workers(tmp_path_factory) -> Path:
     for source in code():
         if source.startswith("%%writefile"):
             head, text = source.split("\n", 1)
-            (folder / head.rsplit("/", 1)[1]).write_text(text, encoding="utf-8")
+            (folder / head.strip('"').rsplit("/", 1)[1]).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -192,7 +192,7 @@ def test_the_simulator_keeps_its_laws(taught):
 @pytest.mark.skipif(not machine.can("package:deepspeed"), reason="DeepSpeed is not installed")
 def test_the_library_that_the_chapter_switches_off_has_the_name_that_it_uses():
     """With another name DeepSpeed would compile it when it starts: a minute, and gigabytes."""
-    written = next(c for c in code() if c.startswith("%%writefile $W/ds.py"))
+    written = next(c for c in code() if c.startswith('%%writefile "$W/ds.py"'))
     assert '__compatible_ops__["deepspeed_shm_comm"] = False' in written
     look = (
         "import deepspeed; print('known:', 'deepspeed_shm_comm' in"

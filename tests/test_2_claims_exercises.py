@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from course_utils import claims, exercises, machine, measure
+from course_utils.checks.clock import Clock, told_to
 from course_utils.exercises import Probe, Wrong, check
 
 
@@ -37,6 +38,18 @@ GOOD = (
     'statement = "It is twice as fast."\nsource = "somebody, 2020"\ncondition = "here"\nband ='
     ' [1.8, inf]\nunit = "x"\n'
 )
+
+
+def test_a_clock_of_ours_leaves_what_the_answer_has_set():
+    """A notebook's names are the answer's globals: what it keeps there is not the check's."""
+    space = {"perf_counter": time.perf_counter}
+    exec("def answer():\n    global kept\n    kept = perf_counter()", space)
+    clock = Clock()
+    clock.now = 5.0
+    with told_to(space["answer"], clock):
+        space["answer"]()
+    assert 5 < space["kept"] < 5.001
+    assert space["perf_counter"] is time.perf_counter
 
 
 @pytest.mark.parametrize(

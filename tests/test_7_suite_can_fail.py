@@ -14,7 +14,7 @@ import run_suite
 import test_3_exercises as exercise_tests
 
 from course_utils import ROOT, exercises
-from course_utils.course import build, shape
+from course_utils.course import build, pace, shape
 from course_utils.course.chapters import Chapter
 
 
@@ -131,6 +131,33 @@ def test_a_missing_part(chapter, part):
     text = chapter.text().replace(f"## {part}", "## Something else")
     chapter.source.write_text(text, encoding="utf-8")
     assert f"the part {part!r} is missing" in shape.source_complaints(chapter)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("90 minutes ·", "60 minutes ·", "the header says 60 minutes"),
+        ("90 minutes ·", "95 minutes ·", "90 are the most"),
+        ("# Three remedies:", "# " + "word " * 600 + "Three remedies:", "the core path takes"),
+        ("# 5 minutes. Ask", "# 25 minutes. Ask", "the core path takes"),
+        ("def inference():\n", "def inference():\n" + "    pass\n" * 25, "lines, more than 25"),
+    ],
+)
+def test_a_chapter_that_takes_longer_than_it_says(chapter, old, new, said):
+    assert pace.complaints(chapter) == []
+    edit(chapter.source, old, new)
+    assert any(said in c for c in pace.complaints(chapter))
+
+
+def test_what_stands_under_further_takes_no_minutes(chapter):
+    before = pace.minutes(chapter)
+    edit(chapter.source, "# Four parts, in any", "# " + "word " * 600 + "Four parts, in any")
+    assert pace.minutes(chapter) == before
+
+
+def test_a_file_whose_path_may_hold_a_space(chapter):
+    edit(chapter.source, '%%writefile "$folder/opinion.py"', "%%writefile $folder/opinion.py")
+    assert any("must be in quotes" in c for c in shape.source_complaints(chapter))
 
 
 def test_a_broken_claim_id_and_a_claim_without_a_verdict(chapter):

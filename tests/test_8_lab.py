@@ -29,9 +29,11 @@ STATE = """() => {
   const panel = window.jupyterapp.shell.currentWidget;
   const code = panel.content.widgets.map(w => w.model).filter(m => m.type === 'code');
   const outputs = code.flatMap(m => m.outputs.toJSON());
+  const ran = code.filter(m => m.executionCount !== null);
   const left = code.filter(m => m.executionCount === null && m.sharedModel.getSource().trim());
   const errors = outputs.filter(o => o.output_type === 'error');
   return {left: left.length,
+          last: ran.length ? JSON.stringify(ran[ran.length - 1].outputs.toJSON()) : '',
           errors: errors.map(o => o.ename + ': ' + o.evalue),
           images: outputs.filter(o => o.data && o.data['image/png']).length};
 }"""
@@ -97,7 +99,7 @@ def test_the_chapter_runs_in_jupyterlab(lab):
             page.goto(lab, timeout=90_000)
             page.wait_for_function(READY, timeout=120_000)
             page.evaluate(RUN)
-            end = time.monotonic() + 600
+            end = time.monotonic() + 240
             while (
                 (state := page.evaluate(STATE))["left"]
                 and not state["errors"]
@@ -107,5 +109,5 @@ def test_the_chapter_runs_in_jupyterlab(lab):
         finally:
             browser.close()
     assert state["errors"] == []
-    assert state["left"] == 0
+    assert state["left"] == 0, f"after the last cell that ran, which showed {state['last'][:500]}"
     assert state["images"] >= 4

@@ -99,11 +99,24 @@ def source_complaints(chapter: Chapter) -> list[str]:
         + _exercises(chapter)
         + _claims(chapter, cells)
         + _prose(cells)
+        + _files(cells)
         + _links(chapter, cells)
     )
     if "parameters" not in build.tags(next(c for c in cells if c.cell_type == "code")):
         out.append('the first code cell must be tagged "parameters" and set PROFILE')
     return out
+
+
+def _files(cells: list[NotebookNode]) -> list[str]:
+    """A path with a space in it (the course's own folder, say) is one path only in quotes; without
+    them the magic refuses, and JupyterLab stops there without an error in the page.
+    """
+    return [
+        f"the path of %%writefile must be in quotes: {path}"
+        for c in cells
+        if (found := re.match(r"%%writefile (.+)", c.source))
+        and not (path := found[1]).startswith('"')
+    ]
 
 
 def _parts(chapter: Chapter, cells: list[NotebookNode]) -> list[str]:

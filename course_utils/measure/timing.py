@@ -72,7 +72,7 @@ class Comparison:
         names = f"{self.candidate.label} against {self.baseline.label}"
         times = f"{pretty(self.baseline_seconds)} → {pretty(self.candidate_seconds)}"
         a, b = self.baseline.conditions(), self.candidate.conditions()
-        conditions = "; ".join(c for c in (a if a == b else f"{a} → {b}",) if c.strip(" →"))
+        conditions = f"{a} → {b}" if a and b and a != b else a or b
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         idle = min(self.cores) < 0.6 * max(self.cores) and self.threads > 1
         busy = f", busy cores {self.cores[0]:.1f} → {self.cores[1]:.1f}" if idle else ""

@@ -52,7 +52,8 @@ exercises.predict("00.int8", my_guess)
 # the 8 bits.
 #
 # The next cell makes the files. It shows the network 200 training images, so that the 8 bits fit
-# the numbers that occur inside. You open this box in chapter 6.
+# the numbers that occur inside. The box is [first.py](../course_utils/first.py); chapter 6 takes it
+# apart.
 
 # %% tags=["nbval-ignore-output"]
 baseline, folder = models.baseline(), scratch("00")

@@ -28,6 +28,7 @@ from course_utils import claims, exercises, machine, measure, models, plots, scr
 
 SECONDS = {"smoke": 0.15, "fast": 1.5, "full": 8.0}[PROFILE]  # for one comparison
 CALLS = {"smoke": 60, "fast": 400, "full": 2000}[PROFILE]
+folder = os.path.relpath(scratch("01"))
 machine.card()
 
 # %% [markdown]
@@ -80,8 +81,7 @@ plots.lines(
 # %% [markdown]
 # The first call pays for what the others find ready: memory is asked for, and the library chooses
 # and prepares a *kernel*, the compiled routine that computes one operation, for these shapes. A
-# user who starts your program meets that cost once. It says nothing about the calls after it, so a
-# comparison leaves it out, and a report on start-up time leaves it in.
+# user meets that cost once. A comparison leaves it out, a report on start-up time leaves it in.
 #
 # Now the warm calls.
 
@@ -125,7 +125,7 @@ plots.show(
 #    cancels.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def ratios(baseline, candidate, rounds):
     """One speed-up a round: above 1, the candidate is faster."""
     baseline(), candidate()  # warm up
@@ -135,25 +135,22 @@ def ratios(baseline, candidate, rounds):
     return np.array(found)
 
 
-# %% tags=["nbval-ignore-output"]
 same = ratios(inference, inference, CALLS // 2)
 print(f"median of {len(same)} ratios: {np.median(same):.3f}")
 print(f"smallest and largest single ratio: {same.min():.2f} and {same.max():.2f}")
 
 # %% [markdown]
-# The median is far closer to 1 than the extremes are. But how close is it *bound* to be? Two runs
-# give two medians, and a result without its uncertainty can't be told from noise. So cut the series
-# into twelve blocks, take each block's median, and look at where these lie.
+# The median is far closer to 1 than the extremes are. But how close is it *bound* to be? Cut the
+# series into twelve blocks, take each block's median, and look at where these lie.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def interval(series, blocks=12):
     """Where the true median lies: the second smallest to the second largest block median."""
     medians = sorted(np.median(block) for block in np.array_split(series, blocks))
     return medians[1], medians[-2]
 
 
-# %% tags=["nbval-ignore-output"]
 low, high = interval(same)
 print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 
@@ -166,12 +163,12 @@ print(f"speed-up {np.median(same):.3f}, interval [{low:.3f}, {high:.3f}]")
 #
 # **Blocks remember.** Why blocks, and not single rounds? Because neighbours are alike: a core that
 # is busy now is busy a moment later. Ten rounds in the same bad moment are one piece of evidence,
-# not ten. A block longer than the moment counts as one. A *bootstrap* draws the rounds again and
+# not ten. A *bootstrap* draws the rounds again and
 # again, with replacement, and looks at how the median varies. It takes the ten for ten. You write
 # one in exercise B, and catch it at that in exercise C.
 #
-# **Stopping has a price.** "Run it until the result is clear" sounds careful. But each look is a
-# chance to be fooled, and you stop at the first one that fools you. Try it on your own noise: play
+# **Stopping has a price.** "Run it until the result is clear": each look is a chance to be fooled,
+# and you stop at the first one that fools you. Try it on your own noise: play
 # the rounds of your network against itself anew, in a random order of short pieces, so that
 # neighbours stay neighbours. Look after every twelve rounds; stop when the interval leaves 1 out.
 
@@ -215,9 +212,6 @@ print({name: f"{np.mean(found):.1%} false alarms" for name, found in alarms.item
 # Ask a few. A process can't see a cell of your notebook, so its code must be a file; `%%writefile`
 # writes the cell to one. It compares a convolution with the pair of layers that MobileNets put in
 # its place, which you meet again below, and it also times a ReLU of a large tensor.
-
-# %%
-folder = os.path.relpath(scratch("01"))
 
 # %% tags=["nbval-ignore-output"]
 # %%writefile "$folder/opinion.py"
@@ -277,8 +271,6 @@ for arm, series in opinions.items():
     hold += sum(one.low <= over.value <= one.high for one in own)
     rows |= {f"{arm}, process {i}": one for i, one in enumerate(own, 1)}
     rows[f"{arm}, over processes"] = over
-
-# %% tags=["nbval-ignore-output"]
 kept, system = (rows[f"{arm}, over processes"].value for arm in arms)
 plots.intervals(
     rows,
@@ -326,7 +318,7 @@ for factor in (1, 2, 4):
 
 # %% [markdown]
 # If it never became *no difference*, the machine is too busy today for a difference of a few
-# percent, and you know it before you claim one.
+# percent.
 
 # %% [markdown]
 # ## Measure: three ways to time the wrong thing
@@ -400,11 +392,10 @@ print(f"{mac_ratio:.1f} times fewer MACs;", split)
 claims.verdict("01.fewer_macs_proportionally_faster", share_kept)
 
 # %% [markdown]
-# To see why, ask what a layer does for each byte it moves. Call the operations a byte its
-# *arithmetic intensity*. A machine can compute only so fast (in GFLOP/s, billions of operations a
-# second), and it can fetch bytes only so fast (in GB/s). At low intensity the arithmetic units wait
-# for memory. Both limits drawn in one figure make the *roofline* (Williams, Waterman and Patterson
-# 2009): a slope, where memory is the limit, and a flat roof, where arithmetic is.
+# Call a layer's operations for each byte it moves its *arithmetic intensity*. A machine computes
+# only so fast (in GFLOP/s, billions of operations a second) and fetches bytes only so fast (in
+# GB/s). Both limits in one figure make the *roofline* (Williams, Waterman and Patterson 2009): a
+# slope, where memory is the limit, and a flat roof, where arithmetic is.
 
 # %% tags=["nbval-ignore-output"]
 roof = measure.roofline()
@@ -412,7 +403,6 @@ print(f"{roof.gflops:.0f} GFLOP/s, {roof.gbytes:.1f} GB/s, {roof.threads} thread
 print(f"below {roof.ridge:.1f} operations a byte, memory is the limit")
 
 
-# %%
 def operations_and_bytes(layer, x):
     """In fp32, if input, weights and output each move once."""
     y = layer(x)
@@ -458,8 +448,7 @@ plots.show(figure, "Roofline of this machine with six layers below or near it.")
 # one, and "memory is slow" is not it: the line already allows for that.
 #
 # **ReLU** makes a new tensor at every call. In the figure it found memory that the process had
-# kept. What it takes where the allocator gives it back each time, the second arm above has
-# measured:
+# kept. Where the allocator gives it back each time, the second arm above has measured:
 
 # %% tags=["nbval-ignore-output"]
 relu = {arm: float(np.median([s["relu"] for s in samples])) for arm, samples in found.items()}
@@ -487,10 +476,9 @@ print(copied, turned, sep="\n")
 claims.verdict("01.depthwise_waits_for_memory", copied)
 
 # %% [markdown]
-# If the copy is many times faster, memory could have delivered the layer's data in that time: what
-# keeps the layer busy is its kernel. A kernel is software, and another one may be better; the
-# second line says whether torch has one. Few MACs are no promise, because a kernel may be bad at
-# them.
+# Copy and layer find the same bytes in the same place, at this size in a cache. If the copy is many
+# times faster, waiting for data is not what keeps the layer busy: its kernel is. A kernel is
+# software; the second line says whether torch has a better one. Few MACs are no promise.
 
 # %% [markdown]
 # ## Explain: Amdahl's law
@@ -524,8 +512,6 @@ whole = measure.across(before, after, seconds=2 * SECONDS)
 p = measure.derive(lambda a: 1 / a, alone.interval)  # the part's share of the whole
 predicted = measure.derive(lambda p, s: 1 / ((1 - p) + p / s), p, part.interval, unit="x")
 print(f"S = {part.interval}, p = {p}: Amdahl predicts {predicted}, measured {whole.interval}")
-
-# %% tags=["nbval-ignore-output"]
 claims.verdict("01.amdahl", measure.derive(lambda w, p: w / p, whole.interval, predicted))
 
 # %% [markdown]
@@ -569,7 +555,7 @@ print(f"yours {yours:.3f} ms, Timer {theirs:.3f} ms, ratio {yours / theirs:.2f}"
 
 # %% [markdown]
 # ## If yours shows no gain
-# Every later chapter ends in a comparison like those above. If it shows no gain, look here first.
+# If a later chapter's comparison shows no gain, look here first.
 #
 # | You see | Because | Look at |
 # |---|---|---|
@@ -828,9 +814,8 @@ def decide(ratios):
 
 # %% [markdown]
 # ## Break it
-# Load the machine and watch. Half-way through, other programs start to compute. Somebody who times
-# all of A first and all of B afterwards sees B "slow down"; somebody who interleaves sees both
-# suffer.
+# Half-way through, other programs start to compute. Somebody who times all of A first and all of B
+# afterwards sees B "slow down"; somebody who interleaves sees both suffer.
 
 # %% tags=["nbval-ignore-output"]
 import subprocess
@@ -848,17 +833,15 @@ finally:
     for process in load:
         process.kill()
         process.wait()
-
-# %% tags=["nbval-ignore-output"]
 sequential = np.median(one_after_the_other) / np.median(second)
 low, high = interval(interleaved)
 print(f"all A, then all B: {sequential:.2f}x")
 print(f"A and B in turn:   {np.median(interleaved):.2f}x [{low:.2f}, {high:.2f}]")
 
 # %% [markdown]
-# Nothing about the network changed. The first number is a verdict on the neighbours. The second
-# should have 1 in its interval, and pays for that with its width. If both lie near 1 on your
-# machine, it has cores to spare: start more copies of `burn`.
+# The first number is a verdict on the neighbours. The second should have 1 in its interval, and
+# pays for that with its width. If both lie near 1, your machine has cores to spare: start more of
+# `burn`.
 
 # %% [markdown]
 # ## Further

@@ -160,7 +160,7 @@ assert (table == 1111).all()
 # for a message.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/ring.py
+# %%writefile "$W/ring.py"
 import torch
 import torch.distributed as dist
 
@@ -220,7 +220,7 @@ def run(settings):
 # gradients over the workers.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/equality.py
+# %%writefile "$W/equality.py"
 import copy
 
 import torch
@@ -267,7 +267,7 @@ def run(settings):
 # its own.)
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/habits.py
+# %%writefile "$W/habits.py"
 import copy
 
 import torch
@@ -310,7 +310,7 @@ def run(settings):
 # own all-reduce; ours does the same and looks at the clock.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/buckets.py
+# %%writefile "$W/buckets.py"
 import time
 
 import torch.distributed as dist
@@ -357,7 +357,7 @@ def run(settings):
 # works alone, the other waits in a barrier and leaves its core free.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/scaling.py
+# %%writefile "$W/scaling.py"
 import random
 
 import torch
@@ -397,7 +397,7 @@ def run(settings):  # seconds of "processes x threads"
 # *What do messages and steps cost?* These times will feed a model of larger machines.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/timing.py
+# %%writefile "$W/timing.py"
 import torch
 import torch.distributed as dist
 from ring import ring_all_reduce
@@ -654,7 +654,7 @@ print(
 # numbers (ZeRO's first stage), `fully_shard` (FSDP2) shards everything (its third).
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/zero.py
+# %%writefile "$W/zero.py"
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -694,7 +694,7 @@ def held(model, optimizer):
 
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/sharding.py
+# %%writefile "$W/sharding.py"
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -737,7 +737,7 @@ def run(settings):
 # Tensor parallel on two processes, its collectives counted by PyTorch's own counter:
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/tensor.py
+# %%writefile "$W/tensor.py"
 import copy
 
 import torch.distributed as dist
@@ -777,7 +777,7 @@ def run(settings):
 # And the pipeline, by hand: worker 0 holds the first half of the layers, worker 1 the second.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/stages.py
+# %%writefile "$W/stages.py"
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -824,7 +824,7 @@ def run(settings):
 # alive at once.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/pipes.py
+# %%writefile "$W/pipes.py"
 import statistics
 from functools import partial
 
@@ -1193,7 +1193,7 @@ def ring(x, rank, p, send, receive):
 # AdamW with all rows.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/ds.py
+# %%writefile "$W/ds.py"
 import deepspeed
 import torch
 import torch.nn.functional as F
@@ -1229,7 +1229,7 @@ def train(stage, settings, x, y):
 
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/deep.py
+# %%writefile "$W/deep.py"
 import torch
 import torch.distributed as dist
 from ds import ADAMW, train
@@ -1344,7 +1344,7 @@ print(f"DataParallel: devices {parallel.device_ids}, the model ran {len(calls)} 
 # complete or absent.
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/checkpoint.py
+# %%writefile "$W/checkpoint.py"
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -1371,7 +1371,7 @@ def resume(path, model, optimizer):
 
 
 # %% tags=["nbval-ignore-output"]
-# %%writefile $W/elastic.py
+# %%writefile "$W/elastic.py"
 import hashlib
 import os
 import signal
