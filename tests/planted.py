@@ -1,7 +1,7 @@
 """Can a claim come out both ways? Planted data go through the chapter's own lines to its verdict.
 
 A claim's `can_hold` and `can_fail` give names of the chapter their values, drawn by the functions
-below: `cheaper={"channels_last": across(1.2)}`. Of the chapter's code only those lines are run that
+below: `layouts=across(1.2)`. Of the chapter's code only those lines are run that
 make the verdict's argument from these names; what stands before them (a measurement, a training)
 is cut off, because its result is given. Each is tried twenty times with new draws, and eighteen
 times the verdict must be the one that was planted: that is the design's power, too.

@@ -30,8 +30,8 @@ def exchanged(monkeypatch, argument: str) -> None:
 @pytest.mark.settled
 def test_a_verdict_that_is_decided_in_advance_is_found_out(monkeypatch):
     """It holds whatever is planted; and one that reads nothing of the data is refused."""
-    slower = 'cheaper={"channels_last": across(0.8)}'
-    exchanged(monkeypatch, 'max(cheaper["channels_last"].ratio, 2.0)')
+    slower = "layouts=across(0.8)"
+    exchanged(monkeypatch, "max(layouts.ratio, 2.0)")
     assert planted.share("02.channels_last_is_faster", slower, claims.FAILS) == 0
     exchanged(monkeypatch, "2.0")
     with pytest.raises(LookupError, match="no line that leads to the verdict reads"):
@@ -40,8 +40,8 @@ def test_a_verdict_that_is_decided_in_advance_is_found_out(monkeypatch):
 
 @pytest.mark.settled
 def test_what_leads_to_the_verdict_is_run_and_nothing_else():
-    (kept, _), *_ = planted.lines("02.warmup_helps", {"results"})
-    assert [planted.ast.unparse(s).split(" = ")[0] for s in kept] == ["warm"]
+    (kept, _), *_ = planted.lines("02.learning_rate_decay_helps", {"results"})
+    assert [planted.ast.unparse(s).split(" = ")[0] for s in kept] == ["decay"]
 
 
 @pytest.mark.settled
