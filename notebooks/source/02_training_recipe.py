@@ -208,9 +208,10 @@ for name, seconds in in_turn(ways, 5).items():
 
 # %% [markdown]
 # The same bits, for a small part of the price. `DataLoader(num_workers=2)` would share the dear way
-# out among processes; the second line does not do it at all.
+# out among processes; the second line does not do it at all. (Where data do not fit into memory you
+# need the workers, and with a GPU also `pin_memory`, which lets the copy run beside the arithmetic.)
 #
-# What else makes a step cheaper? The *layout*. `channels_last` stores the channels of a pixel side
+# What else makes a step cheaper? `channels_last` stores the channels of a pixel side
 # by side, which is how many convolution kernels want them; *contiguous*, the usual format, stores
 # one channel's pixels side by side.
 # ([Chapter 7](07_mixed_precision.ipynb) adds the precision.)
@@ -494,9 +495,9 @@ for name, (make, choices) in optimizers.items():
     print(f"{name:5}", {rate: f"{a:.1f}%" for rate, a in found.items()}, "takes", tuned[name])
 
 # %% [markdown]
-# Each optimizer has its own scale of rates: SGD's 0.1 would destroy AdamW. Compare the best of each
-# row. One seed decides little between neighbours; whether Muon saves steps, the ladder below tells
-# at a bar that counts.
+# Each optimizer has its own scale of rates. Compare the best of each row. One seed and 40 steps
+# decide little between neighbours; whether Muon saves steps, the ladder below tells at a bar that
+# counts.
 #
 # ## Measure: the ladder to the bar
 # Now the recipe: batches of 128, mirrored, Muon, falling to zero, and *label smoothing*, which asks
@@ -523,7 +524,7 @@ for steps in tqdm(PLANS, desc="plans", leave=False):
     plans[steps] = [planned("Muon", steps)]
     if plans[steps][0] >= TARGET:
         plans[steps] += [planned("Muon", steps, seed) for seed in range(1, 3 if FULL else 2)]
-    print(f"{steps} steps planned: {np.mean(plans[steps]):.1f}% ({len(plans[steps])} seeds)")
+    print(f"{steps} steps planned: {np.mean(plans[steps]):.1f}% ({len(plans[steps])} seed(s))")
     if np.mean(plans[steps]) >= TARGET:
         break
 with_sgd = planned("SGD", PLANS[0])
@@ -580,8 +581,7 @@ claims.verdict("02.recipe_reaches_accuracy_sooner", sooner)
 
 # %% [markdown]
 # ## Explain: two factors, one figure
-# Every run so far, by the seconds it took and the accuracy it had then. The linear model is the
-# dotted line.
+# Every run by its seconds and the accuracy it had then. The linear model is the dotted line.
 
 # %% tags=["nbval-ignore-output"]
 figure, ax = plots.axes(
@@ -596,8 +596,11 @@ planned_at = np.array(list(plans))
 curves = {
     "tutorial's loop": (at * a_step["tutorial"], list(looks.values())),
     "batches in memory": (at * a_step["in memory"], list(looks.values())),
-    "momentum, rate, decay": ([PLANS[0] * a_step["SGD"]], [with_sgd]),
-    "and Muon": (planned_at * a_step["recipe"], [np.mean(found) for found in plans.values()]),
+    "SGD, tuned, falling": ([PLANS[0] * a_step["SGD"]], [with_sgd]),
+    "Muon in its place": (
+        planned_at * a_step["recipe"],
+        [np.mean(found) for found in plans.values()],
+    ),
 }
 for i, (name, (seconds, found)) in enumerate(curves.items()):
     ax.semilogx(seconds, found, marker=plots.MARKERS[i], color=plots.COLOURS[i], label=name)
@@ -623,9 +626,9 @@ plots.show(
 # | You see | Because | Look at |
 # |---|---|---|
 # | `channels_last` gains nothing | few channels, or kernels that reorder by themselves | another width |
-# | bf16 is much slower | no bf16 instruction: it is emulated | the machine card; chapter 7 |
-# | standardising changes nothing | a normalisation layer does it already | the first gradient, above |
-# | decay changes nothing | the rate is so small that nothing shakes | the range test |
+# | standardising changes nothing | a normalisation layer does it already | the first gradient, in *Further* |
+# | decay changes nothing | the rate is so small that nothing shakes | the range test, in *Further* |
+# | Muon gains nothing | none of its three rates fits your network | more rates, and the accuracy at each |
 # | the recipe's step is dear | `orthogonal` costs the same for a batch of 1 as for 1,000 | a larger batch |
 #
 # ## The tool of the field
@@ -968,8 +971,7 @@ plots.lines(
 
 # %% [markdown]
 # A schedule that ends small forgives much: its last steps repair what the large ones did. Clipping
-# bounds a step; if its curve falls as early as the other, bounding was not what the run lacked. And
-# a recipe is tuned for *its* budget: at a tenth of the steps its rate is too slow.
+# bounds a step; if its curve falls as early as the other, bounding was not what the run lacked.
 #
 # ## Further
 # Six parts, in any order, each on its own.
