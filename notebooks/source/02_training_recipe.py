@@ -48,8 +48,8 @@ machine.card()
 # ## Predict
 # Below stands a training loop as many tutorials have it. At the end of the chapter another loop
 # gets 90 of 100 images right. How many times sooner than the tutorial's? And a second number. The
-# pictures show ten kinds of clothes. A *linear* model weighs the 784 pixels and adds them up, and
-# that is all it does. How many of 100 pictures does it get right?
+# pictures show ten kinds of clothes. A *linear* model weighs the 784 pixels and adds them up. How
+# many of 100 pictures does it get right?
 
 # %%
 my_speedup = ...
@@ -140,12 +140,12 @@ order = torch.cat(list(itertools.islice(shuffled(len(images), 0, 64), 20)))
 loader = DataLoader(OneByOne(images, labels), batch_size=64, sampler=order.tolist())
 pairs = list(zip(loader, in_memory(unit), strict=False))
 same = all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in pairs)
-print(f"{len(pairs)} batches, bit for bit the same: {same}")
+print(len(pairs), "batches, bit for bit the same:", same)
 
 # %% [markdown]
-# Whatever the network learns from one, it learns from the other; only the seconds differ. Now the
-# loop itself. It has one extra: the rate may change along the run, by a factor that depends on the
-# share `u` of the steps done.
+# What the network learns from one, it learns from the other; only the seconds differ. Now the loop
+# itself. It has one extra: the rate may change, by a factor that depends on the share `u` of the
+# steps done.
 
 
 # %%
@@ -244,7 +244,6 @@ last_net = models.mini_resnet(16).to(memory_format=torch.channels_last)
 channels_last = stepper(last_net, lambda: (laid_out(unit(few)), answers))
 arms = measure.Arm(contiguous, "contiguous"), measure.Arm(channels_last, "channels_last")
 layouts = measure.across(*arms, seconds=SECONDS)
-print(layouts)
 claims.verdict("02.channels_last_is_faster", layouts)
 
 # %% [markdown]
@@ -254,8 +253,8 @@ claims.verdict("02.channels_last_is_faster", layouts)
 # ## Measure: steps, and what normalising moves
 # *Standardising* subtracts the mean pixel and divides by the standard deviation, so that inputs
 # have mean 0 and deviation 1. It is said to speed up convergence. The gradient of a first layer is
-# proportional to its input: pixels 255 times larger want a far smaller rate. So at one fixed rate
-# you compare rates, not inputs. Give each input a row of rates and let it choose. And try two ways
+# proportional to its input, so pixels 255 times larger want a far smaller rate. Give each input a
+# row of rates and let it choose. And try two ways
 # to draw the first weights: torch's default, and He's rule, which keeps the deviation of the signal
 # from layer to layer (He et al. 2015).
 
@@ -319,14 +318,13 @@ reached = {
 for (name, he), found in reached.items():
     print(f"{'He' if he else 'default':8} {name:13} {np.mean(found):5.1f}% at {best[name, he]:g}")
 raw, standard = reached["0 … 255", False], reached["standardised", False]
-claims.verdict(
-    "02.normalising_speeds_convergence", measure.paired_t(np.subtract(standard, raw), "points")
-)
+moved = measure.paired_t(np.subtract(standard, raw), "points")
+claims.verdict("02.normalising_speeds_convergence", moved)
 
 # %% [markdown]
 # The verdict stands on five *paired* seeds: in a pair, both arms start from the same weights and
-# see the same batches, and only their difference counts, in percentage points. The interval is
-# Student's t for the mean of these differences.
+# see the same batches, and only their difference counts. The interval is Student's t for the
+# mean of these differences.
 #
 # So normalising moves the usable rate, and it fits weights drawn for inputs of deviation 1.
 # *BatchNorm* inside the network does both for good: it standardises each channel over the batch,
@@ -558,8 +556,7 @@ print({name: f"{1e3 * s:.1f} ms" for name, s in a_step.items()}, "tutorial over 
 # %% [markdown]
 # And the tutorial's loop? It may never reach the bar. So follow it until it has spent a good two
 # times the recipe's seconds. If it arrives before, the claim fails. If it has not arrived by then,
-# *at least two times* is shown, and nobody has to wait for the end. It takes its steps from batches
-# in memory, which are the same bits.
+# *at least two times* is shown. It takes its steps from batches in memory, which are the same bits.
 
 # %% tags=["nbval-ignore-output"]
 enough = math.ceil(1.1 * TIMES * steps / ratio.low)  # its steps in twice the recipe's seconds
@@ -654,7 +651,7 @@ def rates_seen(step_every):
 print(f"highest rate {max(rates_seen(1)):.4f}, last {rates_seen(1)[-1]:.7f}")
 
 # %% [markdown]
-# `training.fit`, which other chapters call, is SGD with this schedule; *Further* writes it out.
+# `training.fit`, which other chapters call, uses this one.
 #
 # ## Myth: a schedule is stepped once an epoch
 # Older schedules want `scheduler.step()` at the end of an epoch, and most loops have it there.
