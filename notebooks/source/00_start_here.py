@@ -216,22 +216,23 @@ def speedup(old_seconds, new_seconds):
 # | chapter | you can then | minutes |
 # |---|---|---|
 # | 01 Measurement | say whether something is faster, and how sure you are | 90 |
-# | 02 Training recipe | train to a stated accuracy in a fraction of the naive time | 80 |
-# | 03 Pruning | take channels out of a network and keep its accuracy | 85 |
-# | 04 Distillation | let a small network learn from a large one | 80 |
-# | 05 Quantization math | store numbers in 8 bits and bound the error | 90 |
-# | 06 Quantization in practice | deploy an INT8 network and know when it pays | 90 |
-# | 07 Mixed precision | train in 16 bits without losing small gradients | 80 |
-# | 08 Memory | predict what a training step needs, and trade it for time | 90 |
-# | 09 Distributed training | train on several processes and know what it costs | 90 |
-# | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 85 |
-# | 11 Runtimes | export a model, check it, choose where to run it | 85 |
-# | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 75 |
-# | 13 Dynamic batching | serve requests in batches without losing one | 90 |
-# | 14 LLM inference | explain and cut the cost of each generated token | 90 |
-# | 15 Capstone | bring a model under a latency, size and accuracy target | 120 |
+# | 02 Training recipe | train to a stated accuracy in a fraction of the naive time | 90 |
+# | 03 Pruning | take channels out of a network and keep its accuracy | 155 |
+# | 04 Distillation | let a small network learn from a large one | 150 |
+# | 05 Quantization math | store numbers in 8 bits and bound the error | 170 |
+# | 06 Quantization in practice | deploy an INT8 network and know when it pays | 145 |
+# | 07 Mixed precision | train in 16 bits without losing small gradients | 175 |
+# | 08 Memory | predict what a training step needs, and trade it for time | 185 |
+# | 09 Distributed training | train on several processes and know what it costs | 195 |
+# | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 125 |
+# | 11 Runtimes | export a model, check it, choose where to run it | 115 |
+# | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 150 |
+# | 13 Dynamic batching | serve requests in batches without losing one | 180 |
+# | 14 LLM inference | explain and cut the cost of each generated token | 145 |
+# | 15 Capstone | bring a model under a latency, size and accuracy target | 130 |
 #
-# After 01 you may go in any order that the *before this* line of a chapter allows.
+# The minutes count reading, code and exercises; take more than 90 in two sittings. After 01 you may
+# go in any order that the *before this* line of a chapter allows.
 #
 # **What is not here**: fine-tuning with adapters (LoRA, QLoRA), searching for architectures,
 # kernels in CUDA, phones and microcontrollers, training on more than one machine.

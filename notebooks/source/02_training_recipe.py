@@ -209,7 +209,8 @@ for name, seconds in in_turn(ways, 5).items():
 # %% [markdown]
 # The same bits, for a small part of the price. `DataLoader(num_workers=2)` would share the dear way
 # out among processes; the second line does not do it at all. (Where data do not fit into memory you
-# need the workers, and with a GPU also `pin_memory`, which lets the copy run beside the arithmetic.)
+# need the workers, and with a GPU also `pin_memory`, which lets the copy run beside the
+# arithmetic.)
 #
 # What else makes a step cheaper? `channels_last` stores the channels of a pixel side
 # by side, which is how many convolution kernels want them; *contiguous*, the usual format, stores
@@ -1014,9 +1015,9 @@ plots.lines(
 # floor is no answer yet: the loss there is still the work of the smaller rates before it. A third
 # of it is the cautious choice. In a flat valley such choices are about equally good.
 #
-# **BatchNorm takes a scale out.** The gradients of the first weights, for pixels up to 255 and up to
-# 1. They are the same up to `eps`, the small number that keeps BatchNorm from dividing by zero, and
-# that the cell makes still smaller.
+# **BatchNorm takes a scale out.** The gradients of the first weights, for pixels up to 255 and for
+# pixels up to 1. They are the same up to `eps`, the small number that keeps BatchNorm from dividing
+# by zero, and that the cell makes still smaller.
 
 
 # %%
@@ -1211,8 +1212,8 @@ for name, other in (
 # Compute-Optimal Training Beyond Fixed Training Durations*, 2024 · A. Defazio et al., *The Road
 # Less Scheduled*, 2024 · D. Kingma, J. Ba, *Adam*, 2015 · I. Loshchilov, F. Hutter, *Decoupled
 # Weight Decay Regularization*, 2019 · K. Jordan et al., *Muon: An optimizer for hidden layers in
-# neural networks*, 2024 · S. McCandlish et al., *An Empirical Model of Large-Batch Training*, 2018 ·
-# C. Coleman et al., *DAWNBench*, 2017 · G. Dahl et al., *Benchmarking Neural Network Training
+# neural networks*, 2024 · S. McCandlish et al., *An Empirical Model of Large-Batch Training*, 2018
+# · C. Coleman et al., *DAWNBench*, 2017 · G. Dahl et al., *Benchmarking Neural Network Training
 # Algorithms*, 2023 · PyTorch's [performance tuning
 # guide](https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html).
 #

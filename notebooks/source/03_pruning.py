@@ -8,7 +8,7 @@
 # smaller or a call faster on your machine · *choose* how much to cut in which layer under a latency
 # budget.
 #
-# 85 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
+# 155 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -9,7 +9,7 @@
 # a gain comes from · *cache* a teacher and pay for it once · *judge* features against logits fairly
 # · *say* when a teacher does harm.
 #
-# 80 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
+# 150 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -13,7 +13,7 @@
 # - *compare* quantization with its rivals (codebook, Huffman code, low rank) by the bytes of real
 #   files.
 #
-# 90 minutes, 75 without the two parts called *Further* · before this: 01 Measurement, and the idea
+# 170 minutes with the two parts called *Further* · before this: 01 Measurement, and the idea
 # of a trained network from 02 · runs on any CPU
 
 # %% tags=["parameters"]

@@ -7,7 +7,7 @@
 # layer that breaks · *measure* INT8 against the right baseline · *explain* a case in which INT8 is
 # slower · *choose* bits layer by layer.
 #
-# 90 minutes · before this: 01 Measurement, 05 Quantization math · runs on any CPU
+# 145 minutes · before this: 01 Measurement, 05 Quantization math · runs on any CPU
 
 # %% tags=["parameters"]
 import os

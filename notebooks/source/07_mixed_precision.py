@@ -8,7 +8,7 @@
 # · *explain* why 16 bits are faster on one processor and slower on another · *keep* an fp16
 # training run alive.
 #
-# 80 minutes · before this: 01 Measurement; 02, 05 and 06 help · runs on any CPU
+# 175 minutes · before this: 01 Measurement; 02, 05 and 06 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -8,7 +8,7 @@
 # segment length that memory and time allow · *explain* what an allocator's cache is and what
 # emptying it does · *share* memory between processes and clean up after a killed one.
 #
-# 90 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
+# 185 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -8,7 +8,7 @@
 # *compute* the bytes a worker holds under ZeRO · *explain* why a pipeline idles · *restart* a
 # killed worker and end at the same bits · *predict* the step time on machines you don't have.
 #
-# 90 minutes · before this: 1 Measurement; 8 helps · runs on any CPU, two processes
+# 195 minutes · before this: 1 Measurement; 8 helps · runs on any CPU, two processes
 
 # %% tags=["parameters"]
 import os

@@ -9,7 +9,7 @@
 # is legal, and only there · *tile* attention so that its memory grows linearly · *read* what
 # `torch.compile` generated, find its graph breaks, and count its compile time in.
 #
-# 85 minutes · before this: 1 Measurement; 6 and 8 help · runs on any CPU
+# 125 minutes · before this: 1 Measurement; 6 and 8 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os

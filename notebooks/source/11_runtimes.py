@@ -8,7 +8,7 @@
 # disturb each other · *recognise* the errors of a broken file · *choose* a runtime from your own
 # table.
 #
-# 85 minutes · before this: 1 Measurement, 10 Operator fusion · runs on any CPU
+# 115 minutes · before this: 1 Measurement, 10 Operator fusion · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -8,7 +8,8 @@
 # *read* an engine's layers and find the one that was not fused · *replace* the recipes of TensorRT
 # 7 to 9 by what works in 10 and 11.
 #
-# 75 minutes · before this: 5, 6 and 11 · runs on any CPU; with an NVIDIA GPU it builds real engines
+# 150 minutes · before this: 5, 6 and 11 · runs on any CPU; with an NVIDIA GPU it builds real
+# engines
 
 # %% tags=["parameters"]
 import os

@@ -8,7 +8,7 @@
 # a user has · *choose* a batch size and a wait for a promise · *size* a hundred machines by
 # simulation.
 #
-# 90 minutes · before this: 1 Measurement, 11 Runtimes · runs on any CPU
+# 180 minutes · before this: 1 Measurement, 11 Runtimes · runs on any CPU
 
 # %% tags=["parameters"]
 import os

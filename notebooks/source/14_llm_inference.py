@@ -10,7 +10,7 @@
 # *judge* speculative decoding and continuous batching · *compute* the memory of a 7B or 70B model
 # on paper.
 #
-# 90 minutes · before this: 1 Measurement, 5 Quantization math; 8 and 13 help · runs on any CPU
+# 145 minutes · before this: 1 Measurement, 5 Quantization math; 8 and 13 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os

@@ -12,7 +12,7 @@
 # - accept or reject a running service over HTTP, and name the requirement that decides,
 # - hand in one page that says all this.
 #
-# 120 minutes · before this: [03](03_pruning.ipynb), [04](04_distillation.ipynb),
+# 130 minutes · before this: [03](03_pruning.ipynb), [04](04_distillation.ipynb),
 # [06](06_quantization_in_practice.ipynb), [11](11_runtimes.ipynb) and
 # [13](13_dynamic_batching.ipynb); [01](01_measurement.ipynb) as always · runs on any CPU, offline
 
