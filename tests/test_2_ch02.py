@@ -81,6 +81,16 @@ def test_an_average_follows_every_step(ch02):
     torch.testing.assert_close(average.module.fc.weight.detach(), by_hand)
 
 
+def test_averages_taken_anew_change_no_weight_and_forget_what_they_held(ch02):
+    net, spoiled = ch02.resnet(8), ch02.resnet(8)
+    for buffer in spoiled.buffers():
+        buffer.fill_(7)
+    before = [p.clone() for p in net.parameters()]
+    assert ch02.anew(net) == ch02.anew(spoiled)
+    torch.testing.assert_close(net.stem[1].running_mean, spoiled.stem[1].running_mean)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("factor", [1e-2, 255.0])
 def test_batchnorm_takes_a_scale_out_and_a_plain_network_does_not(ch02, factor):
     def gradient(net, first, scale):

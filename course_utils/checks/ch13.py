@@ -275,9 +275,8 @@ def choose(answer: Probe, rng: np.random.Generator) -> None:
             due = "" if possible else " No policy keeps it: None is due."
             raise Wrong(f"{where}: with {(batch, wait)} p99 is {tail:.1f} ms on new arrivals.{due}")
         least, policy = _least(service, promise)
-        if (
-            not work <= 1.5 * least
-        ):  # 1.4 is asked; one draw of a policy's work is off by some percent
+        # 1.4 is asked: what an answer saw of a policy's work is off by some percent
+        if not work <= 1.5 * least:
             yours, best = apart(100 * work, 100 * least)
             raise Wrong(
                 f"{where}: with {(batch, wait)} the machine computes {yours}% of the time, and"

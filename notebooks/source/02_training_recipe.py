@@ -568,8 +568,6 @@ for done in tqdm(range(every, enough + every, every), desc="tutorial's loop", le
     if arrived := looks[done] >= TARGET:
         break
 exercises.reveal("02.tutorial", looks[done], "percent")
-
-# %% tags=["nbval-ignore-output"]
 sooner = measure.derive(lambda r: r * done / steps, ratio, unit="x")
 print(f"{'' if arrived else 'at least '}{sooner.low:.1f} times as soon" if there else missed)
 claims.verdict("02.recipe_reaches_accuracy_sooner", sooner if there else missed)
@@ -595,8 +593,6 @@ curves = {
 }
 for i, (name, (seconds, found)) in enumerate(curves.items()):
     ax.semilogx(seconds, found, marker=plots.MARKERS[i], color=plots.COLOURS[i], label=name)
-
-# %% tags=["nbval-ignore-output"]
 ax.axhline(ridge, linestyle=":", color="0.4", label=f"linear model, {ridge_seconds:.1f} s")
 ax.axhline(TARGET, linestyle="--", color="0.4")
 plots.plain_log(ax.xaxis)
@@ -808,11 +804,10 @@ def one_cycle(step, total, max_lr, warmup):
 # %% [markdown]
 # ## Exercise C · an accuracy within a budget of seconds
 # Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns
-# a network in eval mode for normalised images (`models.normalise`). It may take `seconds` and
-# finish the step that is under way when they are over, and not less than three quarters of them:
-# about 100 steps of `models.mini_resnet(8)` with 64 images. The classes have new numbers, and all
-# images are turned or mirrored alike, the unseen ones too, so that only what you train on them
-# counts.
+# a network in eval mode for normalised images (`models.normalise`). Use at least three quarters of
+# `seconds`; a step under way at the end may finish. That is about 100 steps of
+# `models.mini_resnet(8)` with 64 images. The classes have new numbers, and all images are turned or
+# mirrored alike, the unseen ones too, so that only what you train on them counts.
 #
 # So that a busy machine cannot fail you, the clocks that your function reads (`time.perf_counter`
 # and its like) advance with the work that torch does in it, not with the wall clock; the machine
