@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import taught
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -40,6 +40,7 @@ def ch02():
         "test_labels": LABELS[:100],
         "training": training,
         "itertools": itertools,
+        "update_bn": update_bn,
     }
     return taught("02", STEPS=40, SMOKE=True, **given)
 
