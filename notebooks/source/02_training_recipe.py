@@ -483,7 +483,8 @@ optimizers = {
 
 # %% [markdown]
 # Each optimizer has its own scale of rates, so each gets its own row, and chooses. A schedule that
-# falls is judged at its planned end and nowhere before it.
+# falls is judged at its planned end and nowhere before it. The loss gets *label smoothing*, which
+# asks for about 95% of the probability and not for all of it (Szegedy et al. 2016).
 
 # %%
 SHORT = 8 if SMOKE else 120  # steps
@@ -509,9 +510,8 @@ for name, (_, choices) in optimizers.items():
 # apart. If a row's best stands at its edge, the row was too short.
 #
 # ## Measure: steps to the bar
-# Now the recipe: batches of 128, mirrored, Muon, falling to zero, and *label smoothing*, which asks
-# for about 95% of the probability and not for all of it (Szegedy et al. 2016). Plan ever longer
-# runs until two seeds reach the bar.
+# Now the recipe: batches of 128, mirrored, Muon, falling to zero. Plan ever longer runs until two
+# seeds reach the bar.
 
 # %% tags=["nbval-ignore-output"]
 PLANS = (8, 16) if SMOKE else (500, 1000, 2000)
@@ -604,10 +604,10 @@ plots.show(
 
 # %% [markdown]
 # From the first curve to the second, a shift to the left: the same learning, cheaper steps. From
-# there up to the points: as many seconds, another accuracy. That is momentum, rate, decay, mirrored
-# images, smoothing and the batch together; which of them did it, this figure does not tell. Mark
-# where the tutorial's loop crosses the dotted line: until then a network trained for what one
-# system of equations gives in a moment.
+# there up to the points: as many seconds, another accuracy. That is the optimizer, rate, decay,
+# mirrored images, smoothing and the batch together; which of them did it, this figure does not
+# tell. Mark where the tutorial's loop crosses the dotted line: until then a network trained for
+# what one system of equations gives in a moment.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -804,9 +804,9 @@ def one_cycle(step, total, max_lr, warmup):
 # ## Exercise C · an accuracy within a budget of seconds
 # Write `train_within(images, labels, seconds)`. It gets 4,000 uint8 images with labels and returns
 # a network in eval mode for normalised images (`models.normalise`). Use at least three quarters of
-# `seconds`; a step under way at the end may finish. That is about 100 steps of
-# `models.mini_resnet(8)` with 64 images. The classes have new numbers, and all images are turned or
-# mirrored alike, the unseen ones too, so that only what you train on them counts.
+# `seconds`; a step under way at the end may finish. About 100 steps of `models.mini_resnet(8)` with
+# 64 images fit. The classes have new numbers, and all images are turned or mirrored alike, the
+# unseen ones too, so that only what you train on them counts.
 #
 # So that a busy machine cannot fail you, the clocks that your function reads (`time.perf_counter`
 # and its like) advance with the work that torch does in it, not with the wall clock; the machine
