@@ -1176,7 +1176,8 @@ for name, other in (
 # <details><summary>which arm that rate suits</summary>Right: let each arm choose its own, then
 # compare.</details>
 # <details><summary>that the trick helps</summary>With another rate it might lose.</details>
-# <details><summary>that the trick helps at least for small rates</summary>You know one rate.</details>
+# <details><summary>that the trick helps at least for small rates</summary>You know one
+# rate.</details>
 #
 # **4. Five paired differences, trick minus none: mean +0.2 points, interval [−0.5, 0.9]. You say**
 # <details><summary>the trick helps by 0.2 points</summary>Zero lies well inside the
