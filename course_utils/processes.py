@@ -2,10 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-__all__ = ["end", "held_bytes", "runs", "wait_gone"]
+__all__ = ["Peak", "end", "held_bytes", "resident_bytes", "runs", "wait_gone"]
 
 
 def runs(pid: int) -> bool:
@@ -63,6 +63,49 @@ def held_bytes(pid: int) -> int:
         return getattr(info, "pss", 0) or info.rss
     except psutil.Error:
         return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process in bytes, shared pages in full; 0 for one that is gone. It costs
+    microseconds and stops nobody, where `held_bytes` walks through all pages (26 ms for 1.5 GB) and
+    holds up the process meanwhile.
+
+    >>> import os
+    >>> resident_bytes(os.getpid()) > 2**20
+    True
+    """
+    import psutil
+
+    try:
+        return psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+class Peak:
+    """The most memory that some processes were seen to hold together.
+
+    It is watched while something is timed, so it must not disturb: the cheap resident size is read
+    at each look, and the dear proportional one only where that sum has grown by a fiftieth since
+    it was last read. (Read five times a second it made one in six comparisons wrong by 3x.)
+
+    >>> import os
+    >>> peak = Peak()
+    >>> peak.look([os.getpid()])
+    >>> 2**20 < peak.bytes <= resident_bytes(os.getpid()) * 1.1
+    True
+    """
+
+    def __init__(self) -> None:
+        self.bytes = self._resident = 0
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Sum over these processes; the highest sum so far is in `bytes`."""
+        pids = list(pids)
+        resident = sum(map(resident_bytes, pids))
+        if resident > 1.02 * self._resident:
+            self._resident = resident
+            self.bytes = max(self.bytes, sum(map(held_bytes, pids)))
 
 
 def end(pid: int) -> None:

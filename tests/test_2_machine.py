@@ -350,3 +350,18 @@ def test_where_workers_hang_is_not_known_without_that_signal(tmp_path, windows, 
     monkeypatch.setattr(distributed, "command", lambda *_: slow)
     with pytest.raises(TimeoutError, match="no signal to ask them"):
         distributed.launch(tmp_path / "slow.py", workers=1, timeout=0.2)
+
+
+def test_who_watches_a_peak_does_not_walk_through_all_pages_at_every_look(monkeypatch):
+    held, walks = {1: 100, 2: 50}, []
+    monkeypatch.setattr(processes, "resident_bytes", lambda pid: 2 * held.get(pid, 0))
+    monkeypatch.setattr(processes, "held_bytes", lambda pid: walks.append(pid) or held.get(pid, 0))
+    peak = processes.Peak()
+    for _ in range(50):
+        peak.look(iter([1, 2, 3]))
+    assert (peak.bytes, len(walks)) == (150, 3)
+    held[2] = 80
+    peak.look([1, 2])
+    held[2] = 10
+    peak.look([1, 2])
+    assert (peak.bytes, len(walks)) == (180, 5)

@@ -163,8 +163,8 @@ class Watch:
     was started is killed: nothing is left to wait for.
     """
 
-    def __init__(self, every: float = 0.2) -> None:
-        self.every, self.peak, self.interrupted = every, 0, 0.0
+    def __init__(self, every: float = 0.5) -> None:
+        self.every, self.memory, self.interrupted = every, processes.Peak(), 0.0
         self._is_main = threading.current_thread() is threading.main_thread()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -205,10 +205,12 @@ class Watch:
         while not self._stop.wait(self.every):
             if self.interrupted and time.monotonic() > self.interrupted + 2:
                 self._kill()
-            total = 0
-            for process in self._started():
-                total += processes.held_bytes(process.pid)
-            self.peak = max(self.peak, total)
+            self.memory.look(process.pid for process in self._started())
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.memory.bytes
 
 
 def _first_line(source: str) -> str:

@@ -41,7 +41,7 @@ class Server:
     token: str | None
     _log: Path = field(repr=False)
     _guard: int = field(repr=False)
-    _peak: float = field(default=0.0, repr=False)
+    _peak: processes.Peak = field(default_factory=processes.Peak, repr=False)
 
     @property
     def log(self) -> str:
@@ -68,12 +68,10 @@ class Server:
         and now.
         """
         self._look()
-        return self._peak / 1e6
+        return self._peak.bytes / 1e6
 
     def _look(self) -> None:
-        self._peak = max(
-            self._peak, sum(processes.held_bytes(process.pid) for process in self.processes())
-        )
+        self._peak.look(process.pid for process in self.processes())
 
 
 _GUARD = """
