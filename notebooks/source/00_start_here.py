@@ -217,7 +217,7 @@ def speedup(old_seconds, new_seconds):
 # |---|---|---|
 # | 01 Measurement | say whether something is faster, and how sure you are | 90 |
 # | 02 Training recipe | train to a stated accuracy in a fraction of the naive time | 90 |
-# | 03 Pruning | take channels out of a network and keep its accuracy | 155 |
+# | 03 Pruning | take channels out of a network and keep its accuracy | 90 |
 # | 04 Distillation | let a small network learn from a large one | 150 |
 # | 05 Quantization math | store numbers in 8 bits and bound the error | 170 |
 # | 06 Quantization in practice | deploy an INT8 network and know when it pays | 145 |
