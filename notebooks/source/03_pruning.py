@@ -336,10 +336,10 @@ def shrink(conv1, bn, conv2, keep):
 #     └───────────────── shortcut ────────────────┘
 # ```
 #
-# What `conv1` makes only `conv2` reads: the block's *inner* channels, a chain. What comes out of the
-# addition is the *stream*: `conv2` and the shortcut make it together, and both readers in the next
-# block must be cut with it. Layers that share a list of channels form a *group*. Here are four of
-# this network's six, by hand; in *Further* a traced graph finds all of them, in any network, and
+# What `conv1` makes only `conv2` reads: the block's *inner* channels, a chain. What comes out of
+# the addition is the *stream*: `conv2` and the shortcut make it together, and both readers in the
+# next block must be cut with it. Layers that share a list of channels form a *group*. Here are four
+# of this network's six, by hand; in *Further* a traced graph finds all of them, in any network, and
 # refuses what must not be cut.
 
 # %%
@@ -436,9 +436,9 @@ apart <= 1e-10, measure.macs(whole, x64[:1]), measure.macs(small, x64[:1])
 # in every pruning project: a slice along the wrong list runs as well, and says nothing (*Further*).
 #
 # ## Measure: collapse and recovery
-# Of the 32, 64 and 128 inner channels of the three blocks keep 18, 36 and 72: over 40% of the MACs
-# go. Three criteria: the largest by L1, *random* ones, and the rival nobody would defend, the
-# *smallest* by L1. Then two repairs. *Recalibration* takes BatchNorm's averages anew over some
+# Of the 32, 64 and 128 inner channels of the three blocks keep 18, 36 and 72: over two fifths of
+# the MACs go. Three criteria: the largest by L1, *random* ones, and the rival nobody would defend,
+# the *smallest* by L1. Then two repairs. *Recalibration* takes BatchNorm's averages anew over some
 # training images, without labels; no weight changes. *Fine-tuning* is a few steps of chapter 2's
 # recipe at a small rate.
 
@@ -502,8 +502,9 @@ exercises.reveal("03.collapse", stages["largest L1"][1], "%")
 # criterion at the second point.
 #
 # "Pruning takes 40% of the FLOPs and keeps 95% of the accuracy" is what a widespread text promises
-# for ResNet-50. Ninety-five percent of 93 is 88. Look at who reaches it here. A number that the
-# *worst* channels reach as well says nothing for the method that chose the best.
+# for ResNet-50 (〈如何提升模型推理速度?深度学习优化全攻略〉, 2025). Ninety-five percent of 93 is 88. Look at who reaches
+# it here. A number that the *worst* channels reach as well says nothing for the method that chose
+# the best.
 #
 # ## Measure: what the criterion adds, and what the trained weights add
 # Cut to a half, a quarter, an eighth of the inner channels; each arm gets the same 15 steps.
@@ -836,10 +837,10 @@ for k in range(1, len(OPTIONS))[:2]:
         print(f"    {name}: {[OPTIONS[j] for j in plan]}, {price(plan):.1f} ms; {gain}")
 
 # %% [markdown]
-# Where an interval holds 0 the search bought nothing, and the even cut needed no table at all. Where
-# it lies below 0, the sums misled.
+# Where an interval holds 0 the search bought nothing, and the even cut needed no table at all.
+# Where it lies below 0, the sums misled.
 #
-# ## Measure: half of the MACs
+# ## Explain: half of the MACs, and the time
 # Cut until half of the MACs are left. The figure shows two forecasts and two measurements. *Amdahl*
 # takes for granted that the three blocks need half of their time and the rest of the network all of
 # its own. The *table* puts in the blocks' measured times at half of their channels.
@@ -901,7 +902,6 @@ with torch.no_grad():
 # | channels cut, same time | at batch 1 calls take the time, not arithmetic | a larger batch, or fewer layers in place of narrower ones |
 # | fewer MACs, *slower* | widths off the vector length (8 fp32 numbers with AVX2, 16 with AVX-512, 4 with NEON) | *Stairs*, in *Further* |
 # | half the MACs, far from half the time | the rest kept its time, or the narrow layers did | the bars above |
-# | a gain that vanishes in another runtime | it pads or re-lays channels itself | measure where you deploy |
 #
 # ## Break it
 # Recalibration heals with a thousand images, and it needs no labels. It does need the right images.
@@ -945,7 +945,8 @@ for name, pixels in sources.items():
 # the stream, their BatchNorms and all readers.</details>
 # <details><summary>never</summary>One can; the dependency graph lists what goes with it.</details>
 #
-# **4. A paper prunes a trained network by a new criterion and keeps 99% of its accuracy. You ask for**
+# **4. A paper prunes a trained network by a new criterion and keeps 99% of its accuracy. You ask
+# for**
 # <details><summary>random channels and the smallest ones, tuned alike</summary>Right: without them
 # nobody knows what the criterion did.</details>
 # <details><summary>more networks</summary>They would repeat a number that may say nothing of the
@@ -1072,8 +1073,8 @@ for name, group in traced.items():
 
 # %% [markdown]
 # **A myth more: slice the next layer's input by *its own* importance.** A widespread snippet ranks
-# the channels of layer 1 to cut its outputs, then ranks the channels of layer 2 by layer 2's weights
-# to cut *its inputs*. Where the shapes fit, it runs.
+# the channels of layer 1 to cut its outputs, then ranks the channels of layer 2 by layer 2's
+# weights to cut *its inputs*. Where the shapes fit, it runs.
 
 # %% tags=["nbval-ignore-output"]
 name = "stages.2.conv1"
@@ -1150,13 +1151,13 @@ back = unpack(bits, values, prunable(sparse)["fc"].shape)
 print(f"{size:.1f} times smaller; comes back the same: {torch.equal(back, prunable(sparse)['fc'])}")
 
 # %% [markdown]
-# A bit and a tenth of 32 bits is 4.2 bits a weight; 32/4.2 is the most this format can give at 90%
-# zeros. The network runs from the unpacked weights, as fast as before.
+# A bit and a tenth of 32 bits is 4.2 bits a weight; 32/4.2 is the most this format can give at
+# `90%` zeros. The network runs from the unpacked weights, as fast as before.
 #
-# **A kernel for zeros.** CSR (compressed sparse rows) stores each non-zero number and its column: in
-# torch 4 bytes and 8 bytes. So it moves fewer bytes than the dense matrix from 67% zeros on. If
-# bytes are what limits the product of a matrix and *one* vector, the sparse one wins from there.
-# With 64 vectors at once arithmetic counts, and a dense kernel is better at that.
+# **A kernel for zeros.** CSR (compressed sparse rows) stores each non-zero number and its column:
+# in torch 4 bytes and 8 bytes. So it moves fewer bytes than the dense matrix from two thirds of
+# zeros on. If bytes are what limits the product of a matrix and *one* vector, the sparse one wins
+# from there. With 64 vectors at once arithmetic counts, and a dense kernel is better at that.
 
 
 # %%
@@ -1197,9 +1198,9 @@ plots.lines(
 )
 
 # %% [markdown]
-# Where the line of the one vector crosses 1 at about 67%, bytes can be the reason. Where it crosses
-# elsewhere, they were not the only one. `csr @ x` with a column `x` of shape `(n, 1)` takes another kernel
-# than with a vector of shape `(n,)`: try it.
+# Where the line of the one vector crosses 1 at about two thirds, bytes can be the reason. Where it
+# crosses elsewhere, they were not the only one. `csr @ x` with a column `x` of shape `(n, 1)` takes
+# another kernel than with a vector of shape `(n,)`: try it.
 #
 # **Rules for single weights.** Magnitude, random, and Taylor in two forms: the gradient averaged
 # over images before $|g\,w|$, and after.
@@ -1261,9 +1262,9 @@ plots.lines(
 # %% [markdown]
 # At a minimum the gradients of different images cancel, so their mean ranks noise.
 #
-# **Two of four.** *N:M sparsity* asks for less freedom and gives the hardware an easier job: of every
-# four weights in a row exactly two are zero. The index shrinks to two bits for each weight that
-# stays, and Tensor Cores since NVIDIA's Ampere skip the zeros (Mishra et al. 2021).
+# **Two of four.** *N:M sparsity* asks for less freedom and gives the hardware an easier job: of
+# every four weights in a row exactly two are zero. The index shrinks to two bits for each weight
+# that stays, and Tensor Cores since NVIDIA's Ampere skip the zeros (Mishra et al. 2021).
 
 
 # %%
@@ -1340,12 +1341,13 @@ claims.verdict("03.resnet50_minus_40_is_faster", faster)
 claims.verdict("03.aligned_widths_add_speed", gain)
 
 # %% [markdown]
-# Published numbers, on a GPU, batch 64, from Torch-Pruning's reproduce table (2023): ResNet-50 takes
+# Published numbers, on a GPU, batch 64, from Torch-Pruning's reproduce table (2023): ResNet-50
+# takes
 # 45.2 ms; with 1.12 times fewer MACs 46.5 ms, 0.97x; with 1.57 times fewer 1.15x; with 3.85 times
 # fewer 2.19x.
 #
-# **In steps.** *Iterative* pruning cuts a little, trains a little, and cuts again. To be compared, both
-# ways get 30 steps in all and 10 of them after the last cut.
+# **In steps.** *Iterative* pruning cuts a little, trains a little, and cuts again. To be compared,
+# both ways get 30 steps in all and 10 of them after the last cut.
 
 
 # %%
@@ -1367,9 +1369,9 @@ found = {name: [in_steps(seed, parts) for seed in SEEDS[:3]] for name, parts in 
 print("in steps minus at once:", measure.paired_t(np.subtract(*reversed(list(found.values())))))
 
 # %% [markdown]
-# **Saving it.** A pruned `state_dict` does not fit the stock network, and that is when people pickle
-# the whole object. There is no need: the widths are a few numbers, and safetensors has a place for
-# them.
+# **Saving it.** A pruned `state_dict` does not fit the stock network, and that is when people
+# pickle the whole object. There is no need: the widths are a few numbers, and safetensors has a
+# place for them.
 
 # %%
 import json
