@@ -352,16 +352,22 @@ def test_where_workers_hang_is_not_known_without_that_signal(tmp_path, windows, 
         distributed.launch(tmp_path / "slow.py", workers=1, timeout=0.2)
 
 
-def test_who_watches_a_peak_does_not_walk_through_all_pages_at_every_look(monkeypatch):
-    held, walks = {1: 100, 2: 50}, []
-    monkeypatch.setattr(processes, "resident_bytes", lambda pid: 2 * held.get(pid, 0))
-    monkeypatch.setattr(processes, "held_bytes", lambda pid: walks.append(pid) or held.get(pid, 0))
-    peak = processes.Peak()
-    for _ in range(50):
-        peak.look(iter([1, 2, 3]))
-    assert (peak.bytes, len(walks)) == (150, 3)
-    held[2] = 80
-    peak.look([1, 2])
-    held[2] = 10
-    peak.look([1, 2])
-    assert (peak.bytes, len(walks)) == (180, 5)
+@pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc")
+def test_what_is_held_together_counts_a_forks_own_memory_and_not_its_parents():
+    source = (
+        "import os, sys, time; block = bytearray(80_000_000); pid = os.fork()\n"
+        "if pid == 0: more = bytearray(40_000_000)\n"
+        "print(pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        child = max(pids)
+        alone = processes.held_together([parent.pid])
+        assert 80e6 < alone < 130e6
+        assert 38e6 < processes.held_together(iter([parent.pid, child])) - alone < 60e6
+        assert processes.held_together([child]) > 110e6  # its parent is not among them
+    finally:
+        processes.end(parent.pid)
+        parent.wait()
+    assert processes.held_together([parent.pid]) == 0

@@ -157,14 +157,14 @@ def table(outcomes: list[Outcome]) -> str:
 class Watch:
     """Peak memory of the processes this one starts, and their end.
 
-    Memory is the proportional set size (shared pages divided among those who share them) where the
-    system tells it. Ctrl-C is an exception that can arrive in a callback of zmq or of the garbage
-    collector, where it is printed and dropped. So it is noted as well, and two seconds later what
-    was started is killed: nothing is left to wait for.
+    Memory is `processes.held_together`, which disturbs nobody who is timed. Ctrl-C is an exception
+    that can arrive in a callback of zmq or of the garbage collector, where it is printed and
+    dropped. So it is noted as well, and two seconds later what was started is killed: nothing is
+    left to wait for.
     """
 
     def __init__(self, every: float = 0.5) -> None:
-        self.every, self.memory, self.interrupted = every, processes.Peak(), 0.0
+        self.every, self.peak, self.interrupted = every, 0, 0.0
         self._is_main = threading.current_thread() is threading.main_thread()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -205,12 +205,8 @@ class Watch:
         while not self._stop.wait(self.every):
             if self.interrupted and time.monotonic() > self.interrupted + 2:
                 self._kill()
-            self.memory.look(process.pid for process in self._started())
-
-    @property
-    def peak(self) -> int:
-        """Bytes."""
-        return self.memory.bytes
+            held = processes.held_together(process.pid for process in self._started())
+            self.peak = max(self.peak, held)
 
 
 def _first_line(source: str) -> str:

@@ -41,7 +41,7 @@ class Server:
     token: str | None
     _log: Path = field(repr=False)
     _guard: int = field(repr=False)
-    _peak: processes.Peak = field(default_factory=processes.Peak, repr=False)
+    _peak: float = field(default=0.0, repr=False)
 
     @property
     def log(self) -> str:
@@ -63,15 +63,15 @@ class Server:
         return []
 
     def peak_mb(self) -> float:
-        """The most memory, in MB, that the server's processes were seen to hold (proportional set
-        size where the system tells it, so that shared pages count once). Looked at once a second,
-        and now.
+        """The most memory, in MB, that the server's processes were seen to hold
+        (`processes.held_together`). Looked at once a second, and now.
         """
         self._look()
-        return self._peak.bytes / 1e6
+        return self._peak / 1e6
 
     def _look(self) -> None:
-        self._peak.look(process.pid for process in self.processes())
+        held = processes.held_together(process.pid for process in self.processes())
+        self._peak = max(self._peak, held)
 
 
 _GUARD = """
