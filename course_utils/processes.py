@@ -68,12 +68,13 @@ def held_bytes(pid: int) -> int:
 def held_together(pids: Iterable[int]) -> int:
     """Memory of several processes in bytes, looked at so cheaply that it can be done while one of
     them is timed: what the kernel counts anyway is read, no page is visited. (`held_bytes` walks
-    through all of them, 26 ms for 1.5 GB: two looks a second made one in six comparisons wrong by
-    3x.)
+    through all of them, 26 ms for 1.5 GB; looked at five times a second, two or three of twelve
+    short series came out wrong by 3x.)
 
-    Pages of files count once, for the process that has most of them. A fork shares its parent's
-    memory until one of the two writes; what it holds beyond its parent is counted. On other systems
-    than Linux it is the sum of the resident sizes.
+    Pages of files count once, for the process that has most of them. Of a fork, what it holds
+    beyond its parent is counted; pages that it shared and then wrote to are missed. For a notebook,
+    its fork server and a child this was 3% below the sum of the proportional sizes. On other
+    systems than Linux it is the sum of the resident sizes.
 
     >>> import os
     >>> held_together([os.getpid()]) > 2**20

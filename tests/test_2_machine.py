@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -367,7 +368,20 @@ def test_what_is_held_together_counts_a_forks_own_memory_and_not_its_parents():
         assert 80e6 < alone < 130e6
         assert 38e6 < processes.held_together(iter([parent.pid, child])) - alone < 60e6
         assert processes.held_together([child]) > 110e6  # its parent is not among them
+        both = sum(map(processes.held_bytes, (parent.pid, child)))
+        assert processes.held_together([parent.pid, child]) == pytest.approx(both, rel=0.15)
     finally:
         processes.end(parent.pid)
         parent.wait()
     assert processes.held_together([parent.pid]) == 0
+
+
+def test_what_is_held_together_is_read_without_a_walk_through_the_pages(monkeypatch):
+    def walks(*_, **__):
+        raise AssertionError("this walks through all pages")
+
+    monkeypatch.setattr(Path, "read_text", walks)
+    for name in ("memory_full_info", "memory_maps", "memory_footprint"):
+        monkeypatch.setattr(psutil.Process, name, walks, raising=False)
+    monkeypatch.setattr(processes, "held_bytes", walks)
+    assert processes.held_together([os.getpid()]) > 2**20
