@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,3 +217,88 @@ def test_half_zero_leaves_half_of_each_row_or_of_every_four(ch03):
     assert not kept[:, 4:].any()
     fours = ch03.linears(ch03.half_zero(bert, {"0": torch.ones(8), "1": torch.ones(6)}, 2))
     assert all(((m.weight != 0).view(-1, 2).sum(1) == 1).all() for m in fours.values())
+
+
+def test_taylor_scores_are_each_images_own_first_order_change(ch03):
+    names = ["stages.0.conv1", "stages.1.conv1", "stages.2.conv1"]
+    net = models.mini_resnet(8, seed=1).eval()
+    pixels = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    told = {"INNER": names, "images": pixels, "labels": torch.tensor([1, 0, 7])}
+    ch03.taylor_scores.__globals__.update(told)
+    found = ch03.taylor_scores(net, count=3)
+    for name in names:
+        due = torch.zeros(len(found[name]))
+        for i in range(3):  # the same change, by letting each channel fade a little
+            scale = torch.ones(len(due), requires_grad=True)
+            layer = net.get_submodule(name)
+            hook = layer.register_forward_hook(lambda m, x, y, s=scale: y * s.view(1, -1, 1, 1))
+            F.cross_entropy(
+                net(models.normalise(pixels[i : i + 1])), told["labels"][[i]]
+            ).backward()
+            hook.remove()
+            due += scale.grad.abs() / 3
+        torch.testing.assert_close(found[name], due, rtol=1e-3, atol=1e-6)
+
+
+class Layer(nn.Module):
+    """A transformer's layer as far as the cuts look into it: two heads of two, six neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.intermediate, self.output, self.attention = nn.Module(), nn.Module(), nn.Module()
+        self.intermediate.dense, self.output.dense = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.attention.output = nn.Module()
+        self.attention.output.dense = nn.Linear(4, 4)
+
+
+@pytest.fixture
+def small_bert():
+    bert = nn.Module()
+    bert.config = SimpleNamespace(num_attention_heads=2)
+    bert.encoder = nn.Module()
+    bert.encoder.layer = nn.ModuleList(Layer() for _ in range(3))
+    return bert
+
+
+def test_cut_neurons_compute_what_the_mask_computes(ch03, small_bert):
+    for layer in small_bert.encoder.layer:
+        nn.init.ones_(layer.output.dense.weight)  # so the inputs alone decide
+    loud = {f"layer.{i}.output.dense": torch.tensor([3.0, 0, 2, 0, 0, 1]) for i in range(3)}
+    thin = ch03.without_neurons(small_bert, loud)
+    x = torch.randn(5, 4)
+    for old, new in zip(small_bert.encoder.layer, thin.encoder.layer, strict=True):
+        hidden = torch.relu(old.intermediate.dense(x)) * torch.tensor([1.0, 0, 1, 0, 0, 1])
+        small = new.output.dense(torch.relu(new.intermediate.dense(x)))
+        torch.testing.assert_close(small, old.output.dense(hidden))
+        assert old.intermediate.dense.weight.shape == (6, 4)
+
+
+def test_a_head_that_goes_adds_nothing_and_the_louder_one_stays(ch03, small_bert):
+    key = "layer.{}.attention.output.dense"
+    loud = {key.format(i): torch.tensor([0.1, 0.1, 9.0, 9.0]) for i in range(3)}
+    thin = ch03.without_heads(small_bert, loud)
+    for old, new in zip(small_bert.encoder.layer, thin.encoder.layer, strict=True):
+        before, after = (layer.attention.output.dense.weight for layer in (old, new))
+        assert not after[:, :2].any()
+        assert torch.equal(after[:, 2:], before[:, 2:])
+
+
+def test_the_named_layers_stay_in_their_order(ch03, small_bert):
+    thin = ch03.without_layers(small_bert, (0, 2))
+    weights = [layer.output.dense.weight for layer in thin.encoder.layer]
+    due = [small_bert.encoder.layer[i].output.dense.weight for i in (0, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(weights, due, strict=True))
+    assert len(small_bert.encoder.layer) == 3
+
+
+def test_fine_tuning_takes_as_many_steps_as_it_says(ch03, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "fit", lambda net, x, y, recipe, **_: seen.append((len(x), recipe))
+    )
+    told = {"images": torch.zeros(900, 1, 28, 28, dtype=torch.uint8)}
+    told["labels"] = torch.zeros(900, dtype=torch.long)
+    ch03.fine_tune.__globals__.update(told | {"recalibrate": lambda net: net})
+    ch03.fine_tune(None, seed=3, steps=5, rate=0.07)
+    count, recipe = seen[0]
+    assert (-(-count // recipe.batch_size) * recipe.epochs, recipe.max_lr) == (5, 0.07)
