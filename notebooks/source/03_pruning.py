@@ -461,11 +461,11 @@ def fine_tune(net, seed=0, steps=3 if SMOKE else 15, rate=0.02):
     return recalibrate(net)
 
 
+# %%
 INNER = ["stages.0.conv1", "stages.1.conv1", "stages.2.conv1"]
 full_widths = {name: net.get_submodule(name).out_channels for name in INNER}
 
 
-# %%
 def smallest(net, group):
     return -l1(net, group)
 
@@ -1005,7 +1005,6 @@ PASSES_ON = {nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d, nn.MaxP
 PASSES_ON |= {operator.add, operator.iadd, torch.flatten, torch.relu, F.relu, "flatten", "relu"}
 
 
-# %%
 def lists(graph, modules):
     """Of each operation, the list of channels it hands on, named after the layer that made it."""
     made = {}
@@ -1065,7 +1064,6 @@ def refuse(graph, modules, groups):
         raise ValueError("a layer is called twice, or two layers share a weight: not cut.")
 
 
-# %%
 traced = channel_groups(net)
 print("the four by hand are among them:", all(traced[name] == groups[name] for name in groups))
 for name, group in traced.items():
@@ -1132,7 +1130,6 @@ def unpack(bits, values, shape):
     return weight.view(shape)
 
 
-# %%
 def write(name, tensors, metadata=None):
     """Save, and return the bytes the file really takes."""
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / name, metadata)
@@ -1167,7 +1164,6 @@ width = 256 if SMOKE else 1024
 dense = torch.randn(width, width)
 
 
-# %%
 def csr_speedup(share, columns):
     """CSR against dense at this share of zeros, with one vector or a matrix of columns."""
     keep = dense.abs().flatten().argsort(stable=True)[round(share * dense.numel()) :]
@@ -1220,7 +1216,6 @@ def zeroed(net, scores, share):
     return sparse
 
 
-# %%
 magnitude = {name: w.detach().abs() for name, w in prunable(net).items()}
 
 
@@ -1238,7 +1233,6 @@ def taylor_weights(net, count=20 if SMOKE else 200):
     return {n: s.abs() for n, s in before.items()}, after
 
 
-# %%
 averaged, each_image = taylor_weights(net)
 rules = {"magnitude": magnitude, "|g·w|, then mean": each_image, "mean, then |g·w|": averaged}
 rules["random"] = {name: torch.rand(w.shape) for name, w in prunable(net).items()}
@@ -1307,7 +1301,6 @@ resnet50 = torchvision.models.resnet50(weights=None).eval()
 photo = torch.randn(1, 3, 64, 64) if SMOKE else torch.randn(1, 3, 224, 224)
 
 
-# %%
 def prune_resnet50(ratio, round_to=None):
     """ResNet-50 without `ratio` of the channels of every group, and its share of the MACs."""
     small = copy.deepcopy(resnet50)
@@ -1318,7 +1311,6 @@ def prune_resnet50(ratio, round_to=None):
     return small, measure.macs(small, photo) / measure.macs(resnet50, photo)
 
 
-# %% tags=["nbval-ignore-output"]
 odd, odd_share = prune_resnet50(0.235)
 aligned, aligned_share = prune_resnet50(0.2, round_to=16)
 print(f"MACs left: any width {100 * odd_share:.1f}%, multiples of 16 {100 * aligned_share:.1f}%")
@@ -1349,7 +1341,7 @@ claims.verdict("03.aligned_widths_add_speed", gain)
 # both ways get 30 steps in all and 10 of them after the last cut.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def in_steps(seed, parts, steps=3 if SMOKE else 10):
     """Test accuracy (%) at a quarter of the inner channels, cut to these parts one by one."""
     small = net
@@ -1360,9 +1352,6 @@ def in_steps(seed, parts, steps=3 if SMOKE else 10):
 
 
 # At once: 20 steps on the whole network, the cut, 10. In steps: three cuts, 10 after each.
-
-
-# %% tags=["nbval-ignore-output"]
 plans = {"at once": (1, 1, 0.25), "in steps": (0.63, 0.4, 0.25)}
 found = {name: [in_steps(seed, parts) for seed in SEEDS[:3]] for name, parts in plans.items()}
 print("in steps minus at once:", measure.paired_t(np.subtract(*reversed(list(found.values())))))
@@ -1382,7 +1371,6 @@ def save(net, name):
     return write(name, net.state_dict(), {"base": "mini_resnet(32)", "widths": json.dumps(widths)})
 
 
-# %%
 def load(name):
     """The stock network, cut to the stored widths, with the stored tensors: nothing is executed."""
     with safe_open(folder / name, "pt") as file:
@@ -1406,14 +1394,13 @@ print(f"{stored / 1e6:.2f} MB, comes back the same: {same}; inner widths {list(w
 # nothing.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def conv_time(outputs):
     layer = nn.Conv2d(32, outputs, 3, padding=1, bias=False).eval()
     layer = layer.to(memory_format=torch.channels_last)
     return 1e6 * measure.latency(measure.arm(layer, pixels), seconds=SECONDS / 40).p50
 
 
-# %% tags=["nbval-ignore-output"]
 channels = list(range(16, 49, 8 if SMOKE else 1))
 pixels = torch.randn(32, 32, 14, 14).contiguous(memory_format=torch.channels_last)
 rounds = [{c: conv_time(c) for c in random.sample(channels, len(channels))} for _ in range(3)]
@@ -1460,7 +1447,6 @@ def tokens(texts):
     return tokenizer(texts, **kind)
 
 
-# %%
 @torch.inference_mode()
 def embed(bert, texts):  # list of n texts → (n, 384), each of length 1
     parts = []
@@ -1483,7 +1469,6 @@ def looks(bert):
     )
 
 
-# %%
 def told(bert):
     found, nearest = looks(bert)
     kept = nearest == whole_nearest
@@ -1510,7 +1495,6 @@ def linears(bert):
     return {n: m for n, m in bert.encoder.named_modules() if isinstance(m, nn.Linear)}
 
 
-# %%
 def loudness(bert, texts):
     """Of each linear layer, the root mean square of each of its inputs."""
     found = {}
@@ -1529,7 +1513,7 @@ def loudness(bert, texts):
     return {name: values.clone() for name, values in found.items()}
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def half_zero(bert, inputs=None, neighbours=None):
     """Half of every `neighbours` weights along the input at zero (of every row, without it): those
     with the smallest magnitude, times their input's where `inputs` are given.
@@ -1543,7 +1527,6 @@ def half_zero(bert, inputs=None, neighbours=None):
     return thin
 
 
-# %% tags=["nbval-ignore-output"]
 if has_bert:
     inputs_of = loudness(bert, [" ".join(words) for words in calibration])
     for how, neighbours in (("half of each row", None), ("2:4", 4)):
@@ -1587,7 +1570,6 @@ def without_heads(bert, inputs, share=0.5):
     return thin
 
 
-# %%
 def without_layers(bert, kept):
     thin = copy.deepcopy(bert)
     thin.encoder.layer = nn.ModuleList(thin.encoder.layer[i] for i in kept)
