@@ -74,7 +74,7 @@ else:
 # ## Measure
 # Each way gets a program of its own, because two in one program disturb each other. The three are
 # started together and asked in turn: 32 images, several times. Then they are ended and started
-# anew, five times in all, because the next start may be a faster or a slower one.
+# anew, nine times in all, because the next start may be a faster or a slower one.
 
 # %% tags=["nbval-ignore-output"]
 if ready:
@@ -85,21 +85,21 @@ if ready:
         first.CHILD,
         {name: {"WAY": way} | shared for name, way in ways.items()},
         rounds=ROUNDS,
-        starts=5,
+        starts=9,
         timeout=600,
     )
     print({name: measure.pretty(float(np.median(times))) for name, times in seconds.items()})
 
 # %% [markdown]
 # Divide the old time by the new one, in each round, and you have the *speed-up*: above 1 means
-# faster. Every speed-up in this course comes with an *interval*, in square brackets: what five
+# faster. Every speed-up in this course comes with an *interval*, in square brackets: what nine
 # starts of this comparison allow you to say.
 
 
 # %% tags=["nbval-ignore-output"]
 def ratio(old, new):
     pairs = zip(seconds[old], seconds[new], strict=True)
-    return measure.over_processes([a / b for a, b in pairs], starts=5)
+    return measure.over_processes([a / b for a, b in pairs], starts=9)
 
 
 if ready:
