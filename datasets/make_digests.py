@@ -9,7 +9,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    files = sorted(p for p in HERE.iterdir() if p.suffix in {".npz", ".txt", ".safetensors"})
+    files = sorted(
+        p
+        for p in HERE.iterdir()
+        if p.suffix in {".npz", ".txt", ".safetensors"} or p.name == "real_pair.json"
+    )
     (HERE / "SHA256.json").write_text(
         json.dumps({p.name: data.sha256(p) for p in files}, indent=2) + "\n"
     )
