@@ -3,20 +3,22 @@ for.
 """
 
 import heapq
+import math
 from collections import Counter
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from conftest import taught
 
-from course_utils.checks.ch05 import onnx_reference
+from course_utils.onnx_node import onnx_reference
 
 
 @pytest.fixture(scope="module")
 def ch05() -> SimpleNamespace:
-    return taught("05", heapq=heapq, Counter=Counter)
+    return taught("05", heapq=heapq, Counter=Counter, E2M1=(2, 1, 6.0), E4M3=(4, 3, 448.0))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -109,20 +111,54 @@ def test_requantization_is_exact_rounding(ch05):
         assert ch05.requantize(sums, m0, shift, 7).tolist() == wanted
 
 
-def test_huffman_is_prefix_free_lossless_and_near_the_entropy(ch05, seeded):
+@pytest.mark.parametrize("multiplier", [2**-33, 2**-33 * 1.9, 2.0**29 * 0.999999])
+def test_fixed_point_holds_in_64_bits_at_its_ends(ch05, multiplier):
+    m0, shift = ch05.fixed_point(multiplier)
+    sums = torch.tensor([-(2**31), -1, 0, 1, 2**31 - 1], dtype=torch.int32)
+    wanted = [min(max(math.floor(int(a) * multiplier + 0.5) + 7, 0), 255) for a in sums]
+    assert ch05.requantize(sums, m0, shift, 7).tolist() == wanted
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 2**-34, 2.0**29, -1.0, float("nan"), float("inf")])
+def test_fixed_point_refuses_what_it_cannot_hold(ch05, multiplier):
+    with pytest.raises(ValueError, match="does not fit"):
+        ch05.fixed_point(multiplier)
+
+
+def test_huffman_wastes_no_string_and_is_near_the_entropy(ch05, seeded):
     rng = np.random.default_rng(seeded)
     for size in (1, 2, 3, 17):
-        codes = torch.from_numpy(rng.choice(size, 500, p=rng.dirichlet(np.ones(size) * 0.3)))
-        length, packed = ch05.huffman_encode(codes)
-        strings = sorted(ch05.canonical(length).values())
-        assert not any(b.startswith(a) for a, b in zip(strings, strings[1:], strict=False))
-        assert (
-            len(length) == 1 or sum(2.0**-n for n in length.values()) == 1
-        )  # Kraft: no string is wasted
-        assert torch.equal(ch05.huffman_decode(length, packed, 500), codes)
-        p = np.array(list(Counter(codes.tolist()).values())) / 500
-        mean = sum(length[s] * n for s, n in Counter(codes.tolist()).items()) / 500
-        assert mean < max(float(-(p * np.log2(p)).sum()), 0) + 1 + 1e-9
+        codes = rng.choice(size, 500, p=rng.dirichlet(np.ones(size) * 0.3)).tolist()
+        count = Counter(codes)
+        length = ch05.huffman_lengths(count)
+        assert len(length) == 1 or sum(2.0**-n for n in length.values()) == 1  # Kraft
+        p = np.array(list(count.values())) / 500
+        entropy, mean = float(-(p * np.log2(p)).sum()), ch05.huffman_bits(codes) / 500
+        assert entropy - 1e-9 <= mean < max(entropy, 0) + 1 + 1e-9
+
+
+def test_gaps_say_where_the_survivors_stand(ch05, seeded):
+    for share in (0.02, 0.3, 0.9):
+        kept = torch.rand(40, 50, generator=torch.Generator().manual_seed(seeded)) < share
+        places, at = [], -1
+        for symbol in ch05.gaps_of(kept):
+            at += symbol if symbol == 15 else symbol + 1
+            places += [] if symbol == 15 else [at]
+        assert places == kept.flatten().nonzero()[:, 0].tolist()
+
+
+def test_bytes_of_packed_codes(ch05):
+    codes = torch.tensor([0] * 90 + [1] * 10)
+    assert len(ch05.packed_bytes(codes, 4, coded=False)) == 50
+    assert len(ch05.packed_bytes(codes, 4, coded=True)) == 13 + 16  # a bit a code, and the table
+    w = torch.randn(6, 40)
+    for bits in (3, 4):
+        for parts in (ch05.even_parts, ch05.codebook_parts):
+            for coded in (False, True):
+                stored, restored = parts(w, bits, coded)
+                assert restored.shape == w.shape
+                assert len(restored.unique()) <= (6 if parts is ch05.even_parts else 1) * 2**bits
+                assert stored["codes"].dtype == torch.uint8
 
 
 def test_a_codebook_is_at_least_as_good_as_the_even_steps_it_starts_from(ch05):
@@ -136,18 +172,98 @@ def test_a_codebook_is_at_least_as_good_as_the_even_steps_it_starts_from(ch05):
     assert (apart.gather(1, codes[:, None])[:, 0] <= apart.amin(1) + 1e-6).all()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_packing_loses_nothing(ch05, bits):
-    codes = torch.randint(0, 2**bits, (64,))
-    packed = ch05.pack(codes, bits)
-    assert packed.numel() == 64 * bits // 8
-    table = np.unpackbits(packed.numpy()).reshape(64, bits)
-    assert (table @ (1 << np.arange(bits)[::-1])).tolist() == codes.tolist()
-
-
 def test_stochastic_rounding_is_right_on_average_and_leaves_whole_numbers_alone(ch05):
     generator = torch.Generator().manual_seed(1)
     x = torch.full((40_000,), 2.3)
     assert float(ch05.stochastic_round(x, generator).mean()) == pytest.approx(2.3, abs=0.015)
     whole = torch.arange(-5.0, 5)
     assert torch.equal(ch05.stochastic_round(whole, generator), whole)
+
+
+SMALL = {"e4m3": (4, 3, 448.0), "e5m2": (5, 2, 57344.0), "e2m1": (2, 1, 6.0)}
+
+
+def every_fp16():
+    """All finite fp16 numbers: ties, subnormals and zeros of every small format among them."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
+    return bits[bits.isfinite()]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("e4m3", lambda x: x.to(torch.float8_e4m3fn).float()),
+        ("e5m2", lambda x: x.to(torch.float8_e5m2).float()),
+        ("e2m1", lambda x: torch.tensor(x.numpy().astype(ml_dtypes.float4_e2m1fn).astype("f4"))),
+    ],
+)
+def test_small_floats_are_bit_equal_inside_their_range(ch05, name, theirs):
+    x = every_fp16()
+    x = x[x.abs() <= SMALL[name][2]]
+    ours = ch05.to_float(x, *SMALL[name])
+    assert torch.equal(ours, theirs(x))
+    assert torch.equal(ch05.to_float(-x, *SMALL[name]), -ours)
+
+
+def test_small_floats_saturate(ch05):
+    for form in SMALL.values():
+        assert ch05.to_float(torch.tensor([1e9, -1e9]), *form).tolist() == [form[2], -form[2]]
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e2m1"])
+def test_mx_is_torchaos(ch05, name):
+    formats = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    w = torch.randn(64, 256) * torch.logspace(-4, 4, 64)[:, None]
+    w[0, :32] = 0
+    dtype = {"e4m3": torch.float8_e4m3fn, "e2m1": torch.float4_e2m1fn_x2}[name]
+    theirs = formats.MXTensor.to_mx(w, dtype, 32).dequantize(torch.float32)
+    assert torch.equal(ch05.mx(w, SMALL[name]), theirs)
+
+
+def test_nvfp4_is_torchaos(ch05):
+    formats = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    w = torch.randn(64, 256) * torch.logspace(-2, 0, 64)[:, None]
+    whole = formats.per_tensor_amax_to_scale(w.abs().max())
+    theirs = formats.NVFP4Tensor.to_nvfp4(w, per_tensor_scale=whole).dequantize(torch.float32)
+    ours = ch05.nvfp4(w)
+    # they multiply by reciprocals, we divide: a number next to a tie may fall to the other side
+    same = (ours - theirs).abs() <= 1e-6 * theirs.abs()
+    assert same.float().mean() > 0.999
+    assert (ours - theirs).abs().max() <= w.abs().max() / 6 * 2.01
+
+
+def test_nf4_has_the_published_values(ch05):
+    published = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004]
+    published += [
+        0.0,
+        0.0795803,
+        0.1609302,
+        0.2461123,
+        0.33791524,
+        0.44070983,
+        0.562617,
+        0.72295684,
+    ]
+    published += [1.0]
+    torch.testing.assert_close(ch05.nf4_values(), torch.tensor(published), atol=2e-7, rtol=0)
+    w = torch.randn(8, 128)
+    back = ch05.nf4(w).reshape(-1, 64) / w.reshape(-1, 64).abs().amax(1, keepdim=True)
+    nearest = ch05.nf4_values()
+    assert ((back[..., None] - nearest).abs().amin(-1) < 1e-6).all()
+
+
+def test_clipped_even_steps_are_never_worse_than_the_whole_range(ch05):
+    w = torch.randn(16, 64) ** 3
+    grid = ch05.affine_grid(w, 4)
+    whole = ch05.dequantize(ch05.quantize(w, *grid), *grid[:2])
+    error = [(t - w).square().sum(1) for t in (ch05.even_clipped(w), whole)]
+    assert (error[0] <= error[1] + 1e-6).all()
+    assert error[0].sum() < 0.99 * error[1].sum()
+
+
+def test_a_training_on_a_grid_stays_on_it(ch05):
+    x, y = torch.rand(256, 128), torch.randint(0, 10, (256,))
+    for rounding in (lambda v, _: torch.round(v), ch05.stochastic_round):
+        w, small = ch05.train_on_grid(rounding, 0.1, 0, x, y)
+        assert torch.equal(w * 128, (w * 128).round())
+        assert 0 < small < 100

@@ -9,25 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.checks.accept import apart, close, number, said, sequence
 from course_utils.exercises import Probe, Wrong, exercise, shown
-
-
-def onnx_reference(operator: str, *inputs: np.ndarray) -> list[np.ndarray]:
-    """One ONNX operator in ONNX's own reference implementation."""
-    from onnx import helper
-    from onnx.reference import ReferenceEvaluator
-
-    names = [f"input{i}" for i in range(len(inputs))]
-    outputs = ["y", "y_scale", "y_zero_point"] if operator == "DynamicQuantizeLinear" else ["y"]
-    values = [
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-        for n, a in zip(names, inputs, strict=True)
-    ]
-    results = [helper.make_tensor_value_info(n, 1, None) for n in outputs]
-    graph = helper.make_graph(
-        [helper.make_node(operator, names, outputs)], operator, values, results
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
+from course_utils.onnx_node import onnx_reference
 
 
 @exercise("05.A")

@@ -218,8 +218,8 @@ def speedup(old_seconds, new_seconds):
 # | 01 Measurement | say whether something is faster, and how sure you are | 90 |
 # | 02 Training recipe | train to a stated accuracy in a fraction of the naive time | 90 |
 # | 03 Pruning | take channels out of a network and keep its accuracy | 90 |
-# | 04 Distillation | let a small network learn from a large one | 150 |
-# | 05 Quantization math | store numbers in 8 bits and bound the error | 170 |
+# | 04 Distillation | let a small network learn from a large one | 90 |
+# | 05 Quantization math | store numbers in 8 bits and bound the error | 90 |
 # | 06 Quantization in practice | deploy an INT8 network and know when it pays | 145 |
 # | 07 Mixed precision | train in 16 bits without losing small gradients | 175 |
 # | 08 Memory | predict what a training step needs, and trade it for time | 185 |
