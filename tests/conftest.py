@@ -128,6 +128,8 @@ def taught(number: str, **given: object) -> SimpleNamespace:
     for cell in build.cells(chapters([number])[0]):
         if cell.cell_type != "code" or {"exercise", "solution", "wrong"} & set(build.tags(cell)):
             continue
+        if cell.source.startswith("%%"):
+            continue  # another program
         for node in ast.parse(cell.source).body:
             if isinstance(
                 node, ast.FunctionDef
