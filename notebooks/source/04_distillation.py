@@ -181,8 +181,8 @@ def soften(logits, T):
 # %% [markdown]
 # ## The experiment
 # `1000` images for the student; validation images for every choice; test images for verdicts alone.
-# The teacher is the course's *baseline*: width 32, trained with the recipe of chapter 2 on `55000`
-# images, these `1000` among them. It is a *better-informed* teacher, and that will matter. Its
+# The teacher is the course's *baseline*: width 32, trained with the recipe of chapter 2 (label
+# smoothing included) on `55000` images, these `1000` among them. It is a *better-informed* teacher, and that will matter. Its
 # answer to a training image never changes (here no image is mirrored), so ask once and keep it:
 # *cached logits*.
 
@@ -361,7 +361,7 @@ claims.verdict("04.robust_to_noisy_labels", helped)
 # factor the wrong labels do weigh sixteen times more, relative to the teacher.
 #
 # And the *empty* teacher, of whom some say that she "teaches noise"? At 0.1 she looks ruinous. At
-# the top of her own curve, compare with *labels*: a constant target is no noise, it is a small step.
+# the top of her own curve, compare with *labels*: a constant target is no noise, only a small step.
 #
 # From here on every arm gets the same number of settings, and its own best one, found with seeds of
 # its own.
@@ -577,8 +577,8 @@ for name in ("same data, smoothed", "informed"):
     print(f"{name} minus smoothing:", gain(name, "smoothing"))
 
 # %% [markdown]
-# *Informed* against *hard*: does a teacher help? Against *smoothing*: how much of that did it take a
-# teacher for? *Same data* against *smoothing*: a teacher that knows nothing new still orders the
+# *Informed* against *hard*: does a teacher help? Against *smoothing*: how much of that took a
+# teacher? *Same data* against *smoothing*: a teacher that knows nothing new still orders the
 # wrong classes; is that worth more than making them all equal? *Smoothed* tells how much of a
 # teacher's effect is the softness of her own training. Whatever rises from *same data* to
 # *informed* is information: that teacher saw more images (and is twice as wide).
@@ -824,8 +824,8 @@ def distil(x, labels, teacher_logits, budget):
 # torch has the loss: `nn.KLDivLoss`. NVIDIA's [Model
 # Optimizer](https://github.com/NVIDIA/Model-Optimizer) (Linux) wraps a teacher and a student into
 # one model and brings `LogitsDistillationLoss`, T² included. For language models Hugging Face's
-# [TRL](https://huggingface.co/docs/trl) has trainers (`GKDTrainer`, `DistillationTrainer`). Yours, torch's and NVIDIA's
-# must agree.
+# [TRL](https://huggingface.co/docs/trl) has trainers (`GKDTrainer`, `DistillationTrainer`). Yours,
+# torch's and NVIDIA's must agree.
 
 # %% tags=["nbval-ignore-output"]
 half_way = answers(students["hard"][0], images)
@@ -1268,7 +1268,8 @@ torch.set_num_threads(threads)
 # asked once, and released; then two students, one on labels and one on logits, each at the better
 # of two rates. In `full` the next cells do it on your machine. In every other profile they read a
 # run that was *recorded*: `datasets/real_pair.json` says where, when and how long. It is not a
-# measurement of yours, and gets no verdict.
+# measurement of yours, and gets no verdict. Before you read it: what must you ask of the teacher
+# first?
 
 
 # %%
@@ -1322,8 +1323,11 @@ else:
     print(json.loads(data.dataset_file("real_pair.json").read_text())["told"])
 
 # %% [markdown]
-# If you interrupt it, run the cells again: each network goes on from its last checkpoint. One seed
-# of each can't separate luck from method; the interval is about the test images alone.
+# In the recorded run the 152 layers had too few steps, and the student trusted them: it copied its
+# teacher's failings and lost what the labels alone would have given. Nobody would have seen it
+# without the arm *labels*. One seed of each can't separate luck from method; the intervals are
+# about the test images alone. If you interrupt yours, run the cells again: each network goes on from its
+# last checkpoint.
 #
 # ### Language models: whose texts, and which direction?
 # A language model writes one token after the other, and each depends on what it wrote. *Sequence-

@@ -951,8 +951,8 @@ print(f"the clip cuts {int((w.abs() > end).sum())} weights of {w.numel()}")
 # convolutional networks for rapid-deployment*, 2019 · M. Nagel et al., *A white paper on neural
 # network quantization*, 2021 · S. Han et al., *Deep compression*, 2016 · S. Gupta et al., *Deep
 # learning with limited numerical precision*, 2015 · *OCP Microscaling Formats (MX) Specification*,
-# 1.0, 2023 · T. Dettmers et al., *QLoRA*, 2023, [arXiv 2305.14314](https://arxiv.org/abs/2305.14314)
-# · S. Ashkboos et al., *QuaRot*, 2024, [arXiv 2404.00456](https://arxiv.org/abs/2404.00456) · ONNX
+# 1.0, 2023 · T. Dettmers et al., *QLoRA*, 2023, [arXiv
+# 2305.14314](https://arxiv.org/abs/2305.14314) · S. Ashkboos et al., *QuaRot*, 2024, [arXiv 2404.00456](https://arxiv.org/abs/2404.00456) · ONNX
 # operators [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html),
 # [QLinearMatMul](https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html)
 #
@@ -1137,7 +1137,7 @@ def int8_parts(w):
 
 
 def file_of(encode, network=model):
-    """Bytes of the saved network whose weights went through `encode`, and what they come back as."""
+    """Bytes of the saved network whose weights went through `encode`; and what came back."""
     state, restored = {}, {}
     for name, t in network.state_dict().items():
         if t.dim() < 2:
@@ -1167,14 +1167,14 @@ claims.verdict("05.four_times_smaller", times_smaller(model))
 #
 # ### The smallest file within a point
 # So which partner does a coder want? The old answer is: even steps (Gish and Pierce 1968). Let
-# files decide. Codes of each candidate are packed, or Huffman-coded. Two rules of choice: a candidate
-# enters if its *interval* on validation images stays within one point of fp32, or if its *mean*
+# files decide. Codes of each candidate are packed, or Huffman-coded. Two rules: a candidate enters
+# if its *interval* on validation images stays within one point of fp32, or if its *mean*
 # does. The smallest that entered goes to the test.
 
 
 # %%
 def packed_bytes(codes, bits, coded):
-    """As many zero bytes as the codes take in a file; Huffman's with a byte a symbol for its length."""
+    """As many zero bytes as the codes take in a file; Huffman's with a byte a symbol more."""
     size = huffman_bits(codes.flatten().tolist()) + 8 * 2**bits if coded else bits * codes.numel()
     return torch.zeros(math.ceil(size / 8), dtype=torch.uint8)
 
@@ -1284,7 +1284,7 @@ at_best = np.subtract(scores[best["stochastic"]][1], scores[best["nearest"]][1])
 claims.verdict("05.stochastic_rounding_trains", measure.paired_t(at_best, "points"))
 
 # %% [markdown]
-# At the smallest rate nearly every update is lost, and nearest rounding stalls. At a larger one some
+# At the smallest rate nearly every update is lost, and nearest rounding stalls. At larger ones some
 # updates reach half a step; those are enough, and the difference goes. So the sentence needs its
 # condition: it bites where rate times gradient stays below half a step and the rate can't be
 # raised, as at the end of a long training, in bf16, or with 8-bit weights (chapter 07).
