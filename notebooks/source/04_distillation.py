@@ -182,9 +182,9 @@ def soften(logits, T):
 # ## The experiment
 # `1000` images for the student; validation images for every choice; test images for verdicts alone.
 # The teacher is the course's *baseline*: width 32, trained with the recipe of chapter 2 (label
-# smoothing included) on `55000` images, these `1000` among them. It is a *better-informed* teacher, and that will matter. Its
-# answer to a training image never changes (here no image is mirrored), so ask once and keep it:
-# *cached logits*.
+# smoothing included) on `55000` images, these `1000` among them. It is a *better-informed* teacher,
+# and that will matter. Its answer to a training image never changes (here no image is mirrored), so
+# ask once and keep it: *cached logits*.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1326,8 +1326,8 @@ else:
 # In the recorded run the 152 layers had too few steps, and the student trusted them: it copied its
 # teacher's failings and lost what the labels alone would have given. Nobody would have seen it
 # without the arm *labels*. One seed of each can't separate luck from method; the intervals are
-# about the test images alone. If you interrupt yours, run the cells again: each network goes on from its
-# last checkpoint.
+# about the test images alone. If you interrupt yours, run the cells again: each network goes on
+# from its last checkpoint.
 #
 # ### Language models: whose texts, and which direction?
 # A language model writes one token after the other, and each depends on what it wrote. *Sequence-

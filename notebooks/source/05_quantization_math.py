@@ -952,8 +952,9 @@ print(f"the clip cuts {int((w.abs() > end).sum())} weights of {w.numel()}")
 # network quantization*, 2021 · S. Han et al., *Deep compression*, 2016 · S. Gupta et al., *Deep
 # learning with limited numerical precision*, 2015 · *OCP Microscaling Formats (MX) Specification*,
 # 1.0, 2023 · T. Dettmers et al., *QLoRA*, 2023, [arXiv
-# 2305.14314](https://arxiv.org/abs/2305.14314) · S. Ashkboos et al., *QuaRot*, 2024, [arXiv 2404.00456](https://arxiv.org/abs/2404.00456) · ONNX
-# operators [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html),
+# 2305.14314](https://arxiv.org/abs/2305.14314) · S. Ashkboos et al., *QuaRot*, 2024, [arXiv
+# 2404.00456](https://arxiv.org/abs/2404.00456) · ONNX operators
+# [QuantizeLinear](https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html),
 # [QLinearMatMul](https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html)
 #
 # **For the capstone** row 05 of your ledger, the formats, now says what a bit, a scale and a code
