@@ -677,7 +677,7 @@ _, sy, zy = codes_of(logits)
 accumulator = (qx - zx) @ (qw - zw)
 y = requantize(accumulator, *fixed_point(sx * sw / sy), zy)
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from course_utils.onnx_node import onnx_reference
 
 a, b = (qx.numpy().astype(np.uint8), np.uint8(zx)), (qw.numpy().astype(np.int8), np.int8(zw))
@@ -842,7 +842,7 @@ print("int8 accumulator: ", int(a @ b), " int32 accumulator:", int(a.int() @ b.i
 # tie. Yours must be equal to *each of them, bit for bit*, in its own convention, on numbers placed
 # on ties on purpose.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 torch.manual_seed(0)
 scale, zero_point = torch.tensor(0.0123), 77
 ties = (torch.arange(-400, 400) + 0.5) * scale
@@ -1391,7 +1391,7 @@ for name, format_ in FORMATS.items():
 # image all the same, and a convolution is silently wrong at its border. The check: compare with
 # padding before quantizing.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 image, kernel = torch.empty(1, 1, 4, 4).uniform_(0.5, 1.5), torch.ones(1, 1, 3, 3)
 image[0, 0, 0, 0], image[0, 0, 3, 3] = 0.5, 1.5
 exact = F.conv2d(F.pad(image, (1, 1, 1, 1)), kernel)

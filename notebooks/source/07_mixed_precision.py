@@ -386,7 +386,7 @@ plots.intervals(
 claims.verdict("07.fp16_is_fast_on_a_cpu", rows["matrix product, fp16"])
 
 # %% [markdown]
-# The two upper bars are about bytes, the lower ones about instructions. For fast fp16 products an
+# The two upper rows are about bytes, the lower ones about instructions. For fast fp16 products an
 # x86 processor needs AVX512_FP16 or AMX with fp16; nearly all desktops have neither. Many Arm
 # processors do. So "are 16 bits faster?" has no answer without a machine.
 
@@ -1234,7 +1234,7 @@ class Emulated(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def to_fp16(t):
     return t.half().float()
 
@@ -1577,7 +1577,7 @@ def accumulated(model, update_each, parts=4):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 x_all, y_all = (torch.cat(part) for part in zip(*batches(5, 4, size=16), strict=True))
 whole = torch.cat(
     [g.flatten() for g in step_gradients(mlp(0), contextlib.nullcontext(), x_all, y_all)[1:]]
