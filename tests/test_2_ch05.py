@@ -147,18 +147,38 @@ def test_gaps_say_where_the_survivors_stand(ch05, seeded):
         assert places == kept.flatten().nonzero()[:, 0].tolist()
 
 
-def test_bytes_of_packed_codes(ch05):
-    codes = torch.tensor([0] * 90 + [1] * 10)
-    assert len(ch05.packed_bytes(codes, 4, coded=False)) == 50
-    assert len(ch05.packed_bytes(codes, 4, coded=True)) == 13 + 16  # a bit a code, and the table
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("coded", [False, True])
+def test_codes_come_back_from_their_bytes(ch05, bits, coded):
+    for top in (1, 2**bits):  # one symbol only, and all of them
+        codes = torch.randint(0, top, (5, 13))
+        parts = ch05.to_file(codes, bits, coded)
+        assert torch.equal(ch05.from_file(parts, bits, codes.shape), codes)
+        assert all(t.dtype == torch.uint8 for t in parts.values())
+        if not coded:
+            assert parts["codes"].numel() == math.ceil(65 * bits / 8)
+
+
+def test_huffman_strings_are_free_of_prefixes_and_as_long_as_told(ch05, seeded):
+    codes = np.random.default_rng(seeded).geometric(0.4, 500).tolist()
+    length, packed = ch05.huffman_encode(codes)
+    strings = sorted(ch05.canonical(length).values())
+    assert not any(b.startswith(a) for a, b in zip(strings, strings[1:], strict=False))
+    assert len(packed) == math.ceil(ch05.huffman_bits(codes) / 8)
+    assert ch05.huffman_decode(length, packed, 500) == codes
+
+
+@pytest.mark.parametrize("parts", ["even_parts", "codebook_parts"])
+def test_weights_come_out_of_the_files_bytes(ch05, parts):
     w = torch.randn(6, 40)
     for bits in (3, 4):
-        for parts in (ch05.even_parts, ch05.codebook_parts):
-            for coded in (False, True):
-                stored, restored = parts(w, bits, coded)
-                assert restored.shape == w.shape
-                assert len(restored.unique()) <= (6 if parts is ch05.even_parts else 1) * 2**bits
-                assert stored["codes"].dtype == torch.uint8
+        (packed, plain), (coded, same) = (getattr(ch05, parts)(w, bits, c) for c in (False, True))
+        assert torch.equal(plain, same)
+        assert "length" in coded
+        assert "length" not in packed
+        step = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        slack = 0.51 * step if parts == "even_parts" else w.abs().max()
+        assert ((plain - w).abs() <= slack + 1e-2 * w.abs()).all()
 
 
 def test_a_codebook_is_at_least_as_good_as_the_even_steps_it_starts_from(ch05):
