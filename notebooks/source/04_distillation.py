@@ -970,8 +970,9 @@ def calibration_error(logits, y, bins=15):
     """Expected calibration error in points: 0 if confidence is accuracy in every bin."""
     confidence, answer = F.softmax(logits, 1).max(1)
     right, error = (answer == y).float(), 0.0
-    for index in (confidence * bins).long().clamp_max(bins - 1).unique():
-        here = (confidence * bins).long().clamp_max(bins - 1) == index
+    places = (confidence * bins).long().clamp_max(bins - 1)
+    for place in places.unique():
+        here = places == place
         error += float(here.float().mean() * (right[here].mean() - confidence[here].mean()).abs())
     return 100 * error
 
