@@ -116,11 +116,11 @@ def row(claim: str, verdict: str) -> dict:
 
 
 def test_every_technique_names_claims_that_exist_and_says_what_the_ledger_says():
-    table = claims.techniques([row("06.quarter_size", claims.FAILS)])
+    table = claims.techniques([row("06.two_to_three_times_faster", claims.FAILS)])
     said = {i: v for r in table.rows for i, _, v in r["verdicts"]}
-    assert said["06.quarter_size"] == claims.FAILS
+    assert said["06.two_to_three_times_faster"] == claims.FAILS
     assert said["03.half_the_macs_is_half_the_time"] is None
-    assert "fails: INT8 makes the model four times smaller." in repr(table)
+    assert "fails: INT8 makes inference at least twice as fast on a CPU." in repr(table)
     assert "not run: Half the MACs is half the time." in repr(table)
     chapters_named = {c for r in table.rows for c in r["chapters"]}
     assert chapters_named == {f"{i:02}" for i in range(2, 16)}, (
@@ -129,7 +129,8 @@ def test_every_technique_names_claims_that_exist_and_says_what_the_ledger_says()
 
 
 def test_one_ledger_gives_a_page_a_picture_and_which_technique_when(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([row("06.quarter_size", claims.HOLDS)]))
+    rows = [row("06.two_to_three_times_faster", claims.HOLDS)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
     paths = report.report([tmp_path / "a.json"], tmp_path)
     assert [p.name for p in paths] == ["report.html", "report.png", "techniques.html"]
     assert "Which technique when" in paths[2].read_text(encoding="utf-8")
@@ -137,7 +138,7 @@ def test_one_ledger_gives_a_page_a_picture_and_which_technique_when(tmp_path):
 
 def test_the_picture_of_verdicts_counts_them():
     rows = [
-        row("06.quarter_size", claims.HOLDS),
+        row("06.two_to_three_times_faster", claims.HOLDS),
         row("05.four_times_smaller", claims.FAILS),
         row("15.techniques_multiply", claims.OPEN),
     ]
@@ -156,7 +157,7 @@ PROFILE = "fast"
 # %%
 from course_utils import claims, ledger
 
-assert [e["claim"] for e in ledger.verdicts()] == ["06.quarter_size"]
+assert [e["claim"] for e in ledger.verdicts()] == ["06.two_to_three_times_faster"]
 claims.verdict("05.six_db_a_bit", 6.02)
 """
 
@@ -168,7 +169,7 @@ def test_a_chapter_run_after_others_finds_their_verdicts_and_does_not_count_them
     source.parent.mkdir(parents=True)
     source.write_text(LAST)
     monkeypatch.setattr(chapters, "__defaults__", (None, source.parent))
-    earlier = [{"event": "verdict", **row("06.quarter_size", claims.HOLDS)}]
+    earlier = [{"event": "verdict", **row("06.two_to_three_times_faster", claims.HOLDS)}]
     outcome = run.run_one(chapters()[0], "smoke", "learner", tmp_path, earlier)
     assert outcome.error == ""
     assert [e["claim"] for e in outcome.events] == ["05.six_db_a_bit"]
@@ -184,7 +185,7 @@ def test_nan_does_not_look_like_a_changed_input():
 def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkeypatch):
     own = machine.card().as_dict()
     rows = [
-        row("06.quarter_size", claims.HOLDS) | {"machine": own},
+        row("06.two_to_three_times_faster", claims.HOLDS) | {"machine": own},
         row("05.six_db_a_bit", claims.HOLDS),
         row("15.techniques_multiply", claims.FAILS) | {"machine": own},
     ]
@@ -193,7 +194,7 @@ def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkey
     (tmp_path / "build" / "run").mkdir(parents=True)
     (tmp_path / "build" / "run" / "ledger.json").write_text(json.dumps(rows))
     given = [json.loads(line)["claim"] for line in build._earlier("15_capstone").splitlines()]
-    assert given == ["06.quarter_size"]
+    assert given == ["06.two_to_three_times_faster"]
 
 
 def test_a_file_is_judged_again_when_it_was_written_again(ch15, tmp_path):

@@ -1,16 +1,10 @@
 """Checks of chapter 06, Quantization in practice."""
 
-import itertools
-import math
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
-from course_utils.checks.accept import said, whole
+from course_utils.checks.accept import said
 from course_utils.exercises import Probe, Wrong, exercise
-
-BITS = (2, 3, 4, 8)
 
 _LOSSES = [  # what each layer loses alone, and the accuracy with none quantized
     ({"a": 0.02, "b": 0.10}, 0.6),
@@ -153,157 +147,45 @@ def _compare_gradients(
         )
 
 
-_ONE = {"layer": 1000}
-# weights, {(layer, bits): what it costs alone}, and the floor
-_NETWORKS = [
-    (_ONE, {("layer", 4): 0.01, ("layer", 3): 0.2, ("layer", 2): 0.4}, 0.85),
-    (_ONE, {("layer", 4): 0.01, ("layer", 3): 0.027, ("layer", 2): 0.4}, 0.85),  # just missed
-    (_ONE, {("layer", 4): 0.125, ("layer", 3): 0.2, ("layer", 2): 0.4}, 0.75),  # exactly the floor
-    (_ONE, {("layer", 4): 0.2, ("layer", 3): 0.3, ("layer", 2): 0.4}, 0.875),  # 8 bits, exactly
-    (_ONE, {("layer", 4): 0.0, ("layer", 3): 0.0, ("layer", 2): 0.0}, 0.8),  # they cost nothing
-    (_ONE, {("layer", 4): -0.02, ("layer", 3): -0.01, ("layer", 2): 0.3}, 0.86),  # and less
-    (_ONE, {("layer", 4): 0.01, ("layer", 3): 0.01, ("layer", 2): 0.01}, 0.9),  # out of reach
-    # One step of a costs least; but b's saves more for what it costs, and both are too much.
-    (
-        {"a": 10_000, "b": 10_000},
-        {
-            **{("a", 4): 0.0100, ("a", 3): 0.3, ("a", 2): 0.3},
-            **{("b", 4): 0.0105, ("b", 3): 0.0108, ("b", 2): 0.0110},
-        },
-        0.8635,
-    ),
-    # One step of a saves most of all; it takes nearly all the accuracy there is to spend.
-    (
-        {"a": 20_000} | dict.fromkeys("bcd", 9_000),
-        {("a", 4): 0.0295, ("a", 3): 0.3, ("a", 2): 0.3}
-        | {(n, b): c for n in "bcd" for b, c in ((4, 0.0010), (3, 0.0020), (2, 0.0030))},
-        0.845,
-    ),
-    # b's step saves most bits a weight for what it costs, and b is small.
-    (
-        {"a": 100_000, "b": 1_000},
-        {
-            **{("a", 4): 0.0100, ("a", 3): 0.3, ("a", 2): 0.3},
-            **{("b", 4): 0.0105, ("b", 3): 0.0108, ("b", 2): 0.0110},
-        },
-        0.8635,
-    ),
-]
-
-
 @exercise("06.C")
-def choose_bits(answer: Probe, rng: np.random.Generator) -> None:
-    """Above the floor, close to the smallest, and within the evaluations you may pay for."""
-    for weights, hurt, floor in _NETWORKS:
-        _judge_bits(answer, weights, hurt, floor, 0.0)
-    for _ in range(3):
-        _judge_bits(answer, *_network(rng))
+def corrected_bias(answer: Probe, rng: np.random.Generator) -> None:
+    """With the new bias, every channel of the rounded layer has the mean of the exact layer's."""
+    text = ([[1.4, -0.6]], [[1.0, -1.0]], [0.5], [[1.0, 0.0], [1.0, 2.0]])
+    lean = ([[0.6, 0.6], [0.2, 0.9]], [[1.0, 1.0], [0.0, 1.0]], [0.0, 1.0], [[1.0, 3.0]])
+    for case in (text, lean):
+        _judge_bias(answer, *map(torch.tensor, case))
+    for _ in range(12):
+        outputs, inputs, n = (int(k) for k in rng.integers(1, 7, 3))
+        w = torch.from_numpy(rng.normal(size=(outputs, inputs)))
+        x = torch.from_numpy(rng.normal(rng.normal(scale=2), 1, size=(n, inputs)))
+        bias = torch.from_numpy(rng.normal(size=outputs))
+        step = float(rng.uniform(0.3, 1.5))
+        _judge_bias(answer, w, torch.round(w / step) * step, bias, x)
+    square = torch.from_numpy(rng.normal(size=(4, 4)))  # rows and columns could be exchanged
+    some = torch.from_numpy(rng.normal(1, 1, size=(4, 4)))
+    _judge_bias(answer, square, torch.round(square), torch.zeros(4).double(), some)
+    _judge_bias(answer, square, square.clone(), torch.ones(4).double(), some)  # nothing rounded
 
 
-def _reached(bits: Mapping, hurt: Mapping, crowd: float) -> float:
-    """Layers of 3 bits and fewer hurt more together than each alone: `crowd` for each pair."""
-    low = sum(b <= 3 for b in bits.values())
-    alone = math.fsum(hurt.get((name, b), 0.0) for name, b in bits.items())  # in whatever order
-    return 0.875 - alone - crowd * low * (low - 1) / 2
-
-
-def _network(rng: np.random.Generator) -> tuple[dict, dict, float, float]:
-    """Five layers in which a right strategy can't miss: weights, costs, floor and crowd.
-
-    Whoever adds up what the layers lose alone, and does not try the sum, ends below the floor;
-    whoever always takes the step that saves most for the accuracy it costs ends within 5% of the
-    smallest, whether a step may skip a width or not. Networks that are not so are drawn again.
-    """
-    while True:
-        names = [f"layer{i}" for i in rng.permutation(5)]
-        weights = {n: int(rng.integers(1, 200)) * 100 for n in names}
-        hurt = {
-            (n, b): float(rng.uniform(0.2, 1.0) * 0.06 * 0.3 ** (b - 2))
-            for n in names
-            for b in BITS[:3]
-        }
-        floor, crowd = 0.845, 0.004
-        best = smallest(weights, hurt, floor, crowd)
-        guess = min(
-            _choices(weights), key=lambda c: (_reached(c, hurt, 0) < floor, _size(c, weights))
-        )
-        greedy = [
-            _size(_greedy(weights, hurt, floor, crowd, skip), weights) for skip in (False, True)
-        ]
-        if _reached(guess, hurt, crowd) < floor - 0.002 and max(greedy) <= 1.05 * best:
-            return weights, hurt, floor, crowd
-
-
-def _choices(weights: Mapping) -> list[dict]:
-    return [
-        dict(zip(weights, c, strict=True)) for c in itertools.product(BITS, repeat=len(weights))
-    ]
-
-
-def _size(bits: Mapping, weights: Mapping) -> int:
-    return sum(weights[name] * b for name, b in bits.items())
-
-
-def smallest(weights: Mapping, hurt: Mapping, floor: float, crowd: float) -> int | None:
-    """Weights × bits of the smallest choice above the floor, of all there are; None if none is."""
-    fitting = [c for c in _choices(weights) if _reached(c, hurt, crowd) >= floor]
-    return min((_size(c, weights) for c in fitting), default=None)
-
-
-def _greedy(weights: Mapping, hurt: Mapping, floor: float, crowd: float, skip: bool) -> dict:
-    current = dict.fromkeys(weights, 8)
-    while True:
-        now, steps = _reached(current, hurt, crowd), []
-        for name, bits in current.items():
-            fewer = [b for b in BITS if b < bits]
-            for b in fewer if skip else fewer[-1:]:
-                value = _reached(current | {name: b}, hurt, crowd)
-                if value >= floor:
-                    steps.append((weights[name] * (bits - b) / max(now - value, 1e-9), name, b))
-        if not steps:
-            return current
-        _, name, b = max(steps)
-        current[name] = b
-
-
-def _judge_bits(answer: Probe, weights: dict, hurt: dict, floor: float, crowd: float) -> None:
-    where = f"weights {weights}, floor {floor}"
-    calls = []
-
-    def accuracy(bits: Mapping) -> float:
-        _valid(bits, weights, f"{where}: accuracy was given")
-        calls.append(bits)
-        return _reached(bits, hurt, crowd)
-
-    got, best = answer(dict(weights), accuracy, floor), smallest(weights, hurt, floor, crowd)
-    if best is None:
-        if got is not None:
-            raise Wrong(
-                f"{where}: even 8 bits everywhere give 0.875; None is due, and you returned"
-                f" {said(got)}."
-            )
-        return
-    got = _valid(got, weights, f"{where}: you returned")
-    reached, taken = _reached(got, hurt, crowd), _size(got, weights)
-    if not reached >= floor:
-        raise Wrong(f"{where}: your choice {got} reaches {reached:.4f}, below the floor.")
-    if taken > 1.1 * best:
+def _judge_bias(
+    answer: Probe,
+    weight: torch.Tensor,
+    rounded: torch.Tensor,
+    bias: torch.Tensor,
+    inputs: torch.Tensor,
+) -> None:
+    given = answer(weight, rounded, bias, inputs)
+    if isinstance(given, np.ndarray | list | tuple):
+        given = torch.as_tensor(np.asarray(given))
+    where = f"weights {tuple(weight.shape)}, {len(inputs)} inputs"
+    if not isinstance(given, torch.Tensor) or given.shape != bias.shape:
+        raise Wrong(f"{where}: a bias of shape {tuple(bias.shape)} is due; got {said(given)}.")
+    exact = (inputs @ weight.T + bias).double().mean(0)
+    got = (inputs.double() @ rounded.double().T).mean(0) + given.double()
+    off = (got - exact).abs()
+    if not bool((off <= 1e-5 * (1 + exact.abs())).all()):
+        k = int(torch.nan_to_num(off, nan=torch.inf).argmax())
         raise Wrong(
-            f"{where}: your choice {got} takes {taken / 8e3:.2f} kB; {best / 8e3:.2f} kB are"
-            " possible above the floor, and up to a tenth more would pass. Which step saves most"
-            " bits for the accuracy it costs?"
+            f"{where}: output {k} of the exact layer has mean {exact[k]:.4f} over the inputs; with"
+            f" your bias the rounded layer's has {got[k]:.4f}."
         )
-    if len(calls) > 250:
-        raise Wrong(
-            f"{where}: you evaluated {len(calls)} choices; 250 are allowed. On a real network each"
-            " one costs a second."
-        )
-
-
-def _valid(bits: object, weights: Mapping, what: str) -> dict[str, int]:
-    if not isinstance(bits, Mapping) or bits.keys() != weights.keys():
-        raise Wrong(f"{what} {said(bits)}; a dict from every layer to its bits was expected.")
-    found = {name: whole(b, what) for name, b in bits.items()}
-    if not set(found.values()) <= set(BITS):
-        raise Wrong(f"{what} {found}; 2, 3, 4 and 8 bits are allowed.")
-    return found

@@ -220,7 +220,7 @@ def speedup(old_seconds, new_seconds):
 # | 03 Pruning | take channels out of a network and keep its accuracy | 90 |
 # | 04 Distillation | let a small network learn from a large one | 90 |
 # | 05 Quantization math | store numbers in 8 bits and bound the error | 90 |
-# | 06 Quantization in practice | deploy an INT8 network and know when it pays | 145 |
+# | 06 Quantization in practice | deploy an INT8 network and know when it pays | 90 |
 # | 07 Mixed precision | train in 16 bits without losing small gradients | 90 |
 # | 08 Memory | predict what a training step needs, and trade it for time | 185 |
 # | 09 Distributed training | train on several processes and know what it costs | 195 |

@@ -1,9 +1,8 @@
 """Answers to chapter 06's exercises."""
 
-import itertools
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from answers import right, wrong
 
@@ -154,96 +153,50 @@ def plain_function(w, scale, low, high):
     return torch.round(w / scale).clamp(low, high) * scale
 
 
-def _greedy(weights, accuracy, floor, worth, widths=(2, 3, 4), start=8):
-    current = dict.fromkeys(weights, start)
-    if accuracy(current) < floor:
-        return None
-    while True:
-        now, steps = accuracy(current), []
-        for name, bits in current.items():
-            for fewer in (b for b in widths if b < bits):
-                value = accuracy(current | {name: fewer})
-                if value >= floor:
-                    steps.append((worth(weights[name], bits - fewer, now - value), name, fewer))
-        if not steps:
-            return current
-        _, name, fewer = max(steps)
-        current[name] = fewer
+def _means(weight, rounded, bias, inputs):
+    exact = F.linear(inputs, weight, bias).mean(0)
+    return exact, F.linear(inputs, rounded).mean(0)
 
 
-def _ratio(weights, saved, cost):
-    return weights * saved / max(cost, 1e-9)
+@right("06.C", "the difference of two means")
+def two_means(weight, rounded, bias, inputs):
+    exact, without = _means(weight, rounded, bias, inputs)
+    return exact - without
 
 
-@right("06.C", "NumPy's integers")
-def numpy_integers(weights, accuracy, floor):
-    found = _greedy(weights, accuracy, floor, _ratio)
-    return None if found is None else {name: np.int64(b) for name, b in found.items()}
+@right("06.C", "the mean input first, in NumPy")
+def mean_input(weight, rounded, bias, inputs):
+    lost = np.asarray(weight) - np.asarray(rounded)
+    return np.asarray(bias) + lost @ np.asarray(inputs).mean(0)
 
 
-@right("06.C", "the text's greedy, then swaps of one layer up and one down")
-def with_swaps(weights, accuracy, floor):
-    calls = [0]
-
-    def asked(bits):
-        calls[0] += 1
-        return accuracy(bits)
-
-    current = _greedy(weights, asked, floor, _ratio)
-    if current is None or len(weights) < 2:
-        return current
-    for up, down in itertools.permutations(weights, 2):
-        for more, fewer in itertools.product((3, 4, 8), (2, 3, 4)):
-            other = current | {up: more, down: fewer}
-            less = sum(weights[n] * (other[n] - current[n]) for n in weights) < 0
-            if less and calls[0] < 245 and asked(other) >= floor:
-                current = other
-    return current
+@right("06.C", "loops over plain numbers")
+def by_loops(weight, rounded, bias, inputs):
+    found = []
+    for w, r, b in zip(weight.tolist(), rounded.tolist(), bias.tolist(), strict=True):
+        errors = [
+            sum((p - q) * v for p, q, v in zip(w, r, x, strict=True)) for x in inputs.tolist()
+        ]
+        found.append(b + sum(errors) / len(errors))
+    return found
 
 
-def _every(weights):
-    product = itertools.product((2, 3, 4, 8), repeat=len(weights))
-    return (dict(zip(weights, c, strict=True)) for c in product)
+@right("06.C", "einsum")
+def by_einsum(weight, rounded, bias, inputs):
+    return bias + torch.einsum("oi,ni->o", weight - rounded, inputs) / len(inputs)
 
 
-@wrong("06.C", "losses alone are added up, and the sum is never tried")
-def added_up(weights, accuracy, floor):
-    eight = dict.fromkeys(weights, 8)
-    top = accuracy(eight)
-    cost = {(n, b): top - accuracy(eight | {n: b}) for n in weights for b in (2, 3, 4)}
-    every = _every(weights)
-    fitting = [c for c in every if top - sum(cost.get((n, b), 0) for n, b in c.items()) >= floor]
-    return min(fitting, key=lambda c: sum(weights[n] * b for n, b in c.items()), default=None)
-
-
-@wrong("06.C", "every choice is tried")
-def exhaustive(weights, accuracy, floor):
-    every = _every(weights)
-    fitting = [c for c in every if accuracy(c) >= floor]
-    return min(fitting, key=lambda c: sum(weights[n] * b for n, b in c.items()), default=None)
-
-
-wrong("06.C", "the step that costs least")(
-    lambda w, a, f: _greedy(w, a, f, lambda weights, saved, cost: -cost)
+wrong("06.C", "the old bias is lost")(lambda w, r, b, x: (x @ (w - r).T).mean(0))
+wrong("06.C", "the rounded layer already has the bias")(
+    lambda w, r, b, x: F.linear(x, w, b).mean(0) - F.linear(x, r, b).mean(0)
 )
-wrong("06.C", "the step that saves most")(
-    lambda w, a, f: _greedy(w, a, f, lambda weights, saved, cost: weights * saved)
+wrong("06.C", "the median of the errors")(lambda w, r, b, x: b + (x @ (w - r).T).median(0).values)
+wrong("06.C", "the first input only")(lambda w, r, b, x: b + (x[:1] @ (w - r).T).mean(0))
+wrong("06.C", "rounds the bias, too")(lambda w, r, b, x: (b + (x @ (w - r).T).mean(0)).round())
+wrong("06.C", "absolute errors")(lambda w, r, b, x: b + (x @ (w - r).T).abs().mean(0))
+wrong("06.C", "mean over inputs and channels of the inputs")(
+    lambda w, r, b, x: b + (x.mean() * (w - r)).sum(1)
 )
-wrong("06.C", "the layers' sizes are not read")(
-    lambda w, a, f: _greedy(w, a, f, lambda weights, saved, cost: saved / max(cost, 1e-9))
+wrong("06.C", "keeps the dimension of the inputs")(
+    lambda w, r, b, x: b + (x @ (w - r).T).mean(0, keepdim=True)
 )
-wrong("06.C", "4 and 8 bits alone")(lambda w, a, f: _greedy(w, a, f, _ratio, widths=(4,)))
-wrong("06.C", "one width for all layers")(
-    lambda w, a, f: next(
-        (dict.fromkeys(w, b) for b in (2, 3, 4, 8) if a(dict.fromkeys(w, b)) >= f), None
-    )
-)
-wrong("06.C", "8 bits everywhere")(
-    lambda w, a, f: dict.fromkeys(w, 8) if a(dict.fromkeys(w, 8)) >= f else None
-)
-wrong("06.C", "above the floor, not on it")(lambda w, a, f: _greedy(w, a, f + 1e-9, _ratio))
-wrong("06.C", "8 bits where the floor is out of reach")(
-    lambda w, a, f: _greedy(w, a, f, _ratio) or dict.fromkeys(w, 8)
-)
-wrong("06.C", "a little below the floor")(lambda w, a, f: _greedy(w, a, f - 0.004, _ratio))
-wrong("06.C", "5 and 6 bits, too")(lambda w, a, f: _greedy(w, a, f, _ratio, widths=(2, 3, 4, 5, 6)))

@@ -237,150 +237,37 @@ class AlwaysHalf(_Base):
 # ---- C
 
 
-def _lower(bits):
-    return {8: 4, 4: 3, 3: 2}[bits]
+@wrong("06.C", "read only: the mean over the channels")
+def over_channels(weight, rounded, bias, inputs):
+    error = inputs @ weight.T - inputs @ rounded.T
+    return bias + error.mean(1).mean()
 
 
-def _greedy(weights, accuracy, floor, *, calls=240, ok=lambda a, floor: a >= floor, order=None):
-    bits = dict.fromkeys(weights, 8)
-    if not ok(accuracy(dict(bits)), floor):
-        return None
-    names = order(weights) if order else sorted(weights, key=weights.get, reverse=True)
-    while names and calls > 0:
-        for name in list(names):
-            if bits[name] == 2:
-                names.remove(name)
-                continue
-            trial = {**bits, name: _lower(bits[name])}
-            calls -= 1
-            if calls > 0 and ok(accuracy(dict(trial)), floor):
-                bits = trial
-            else:
-                names.remove(name)
-    return bits
+@wrong("06.C", "read only: the mean of each output, without the exact layer's")
+def only_rounded(weight, rounded, bias, inputs):
+    return bias - (inputs @ rounded.T).mean(0)
 
 
-@wrong("06.C", "read only: 8 bits everywhere")
-def eight(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    return bits if accuracy(dict(bits)) >= floor else None
+@wrong("06.C", "read only: twice what was lost")
+def twice(weight, rounded, bias, inputs):
+    return bias + 2 * (inputs @ (weight - rounded).T).mean(0)
 
 
-@wrong("06.C", "read only: the same bits everywhere")
-def uniform(weights, accuracy, floor):
-    for b in (2, 3, 4, 8):
-        bits = dict.fromkeys(weights, b)
-        if accuracy(dict(bits)) >= floor:
-            return bits
-    return None
+@wrong("06.C", "read only: weights and inputs not transposed")
+def not_transposed(weight, rounded, bias, inputs):
+    return bias + (inputs @ (weight - rounded)).mean(0)
 
 
-@wrong("06.C", "read only: each layer alone, never tried together")
-def each_alone(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    found = {}
-    for name in weights:
-        found[name] = next(
-            b for b in (2, 3, 4, 8) if b == 8 or accuracy({**bits, name: b}) >= floor
-        )
-    return found
+@wrong("06.C", "read only: divides by one less")
+def one_less(weight, rounded, bias, inputs):
+    return bias + (inputs @ (weight - rounded).T).sum(0) / max(len(inputs) - 1, 1)
 
 
-@wrong("06.C", "read only: only 4 and 8 bits")
-def four_and_eight(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    for name in sorted(weights, key=weights.get, reverse=True):
-        if accuracy({**bits, name: 4}) >= floor:
-            bits[name] = 4
-    return bits
+@wrong("06.C", "read only: the whole outputs instead of their mean")
+def not_averaged(weight, rounded, bias, inputs):
+    return bias + inputs @ (weight - rounded).T
 
 
-@wrong("06.C", "read only: as low as can be for the smallest layers first")
-def smallest_first(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    for name in sorted(weights, key=weights.get):
-        for b in (4, 3, 2):
-            if accuracy({**bits, name: b}) < floor:
-                break
-            bits[name] = b
-    return bits
-
-
-@wrong("06.C", "read only: an answer even where 8 bits miss the floor")
-def never_none(weights, accuracy, floor):
-    return _greedy(weights, accuracy, floor) or dict.fromkeys(weights, 8)
-
-
-@wrong("06.C", "read only: an empty dict where 8 bits miss the floor")
-def empty_dict(weights, accuracy, floor):
-    return _greedy(weights, accuracy, floor) or {}
-
-
-@wrong("06.C", "read only: only layers below 8 bits are named")
-def only_lowered(weights, accuracy, floor):
-    found = _greedy(weights, accuracy, floor)
-    return found and {n: b for n, b in found.items() if b < 8}
-
-
-@wrong("06.C", "read only: a tenth below the floor is near enough")
-def near_enough(weights, accuracy, floor):
-    return _greedy(weights, accuracy, floor, ok=lambda a, floor: a >= floor - 0.1)
-
-
-@wrong("06.C", "read only: the last attempt is returned, which missed the floor")
-def last_attempt(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    for _ in range(3):
-        for name in sorted(weights, key=weights.get, reverse=True):
-            if bits[name] > 2:
-                bits[name] = _lower(bits[name])
-                if accuracy(dict(bits)) < floor:
-                    return bits
-    return bits
-
-
-@wrong("06.C", "read only: asks for the accuracy again and again, above 250 calls")
-def too_many_calls(weights, accuracy, floor):
-    found = None
-    for _ in range(251):
-        accuracy(dict.fromkeys(weights, 8))
-    found = _greedy(weights, accuracy, floor)
-    return found
-
-
-@wrong("06.C", "read only: 2 bits everywhere, the floor is not looked at")
-def two(weights, accuracy, floor):
-    return dict.fromkeys(weights, 2)
-
-
-@wrong("06.C", "read only: never 2 bits")
-def never_two(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    for name in sorted(weights, key=weights.get, reverse=True):
-        for b in (4, 3):
-            if accuracy({**bits, name: b}) < floor:
-                break
-            bits[name] = b
-    return bits
-
-
-@wrong("06.C", "read only: all layers with few weights stay at 8, however robust they are")
-def one_layer_only(weights, accuracy, floor):
-    bits = dict.fromkeys(weights, 8)
-    if accuracy(dict(bits)) < floor:
-        return None
-    name = max(weights, key=weights.get)
-    for b in (4, 3, 2):
-        if accuracy({**bits, name: b}) >= floor:
-            bits[name] = b
-    return bits
+@wrong("06.C", "read only: scales the bias by the ratio of the means")
+def by_ratio(weight, rounded, bias, inputs):
+    return bias * (inputs @ weight.T).mean(0) / (inputs @ rounded.T).mean(0)
