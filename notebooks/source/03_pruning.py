@@ -16,6 +16,7 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 
 # %% tags=["nbval-ignore-output"]
 import copy
+import functools
 import itertools
 import math
 import operator
@@ -28,7 +29,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import update_bn
-from tqdm.auto import tqdm
 
 from course_utils import claims, data, exercises, machine, measure, models, plots, scratch, training
 
@@ -542,35 +542,36 @@ def arms(share, seed):
         name: score(fine_tune(prune(net, widths, criterion), seed))
         for name, criterion in criteria.items()
     }
-    fresh = prune(models.mini_resnet(32, seed=seed), widths)
-    return found | {"untrained": score(fine_tune(fresh, seed, rate=0.1))}
+    small = prune(fresh[seed], widths)
+    return found | {"untrained": score(fine_tune(small, seed, rate=0.1))}
 
 
 # %% tags=["nbval-ignore-output"]
-shares = [0.5, 0.125] if SMOKE else [0.5, 0.25, 0.125]
-runs = {s: [arms(s, seed) for seed in tqdm(SEEDS, leave=False)] for s in shares}
+shares = [0.5, 0.125] if SMOKE else [0.5, 0.25, 0.125]  # half gets the verdict, and all seeds
+fresh = [models.mini_resnet(32, seed=seed) for seed in SEEDS]
+jobs = [(share, seed) for share in shares for seed in (SEEDS if share == 0.5 else SEEDS[:3])]
+ended = training.side_by_side([functools.partial(arms, *job) for job in jobs])
+runs = {s: [run for job, run in zip(jobs, ended, strict=True) if job[0] == s] for s in shares}
 
 # %% tags=["nbval-ignore-output"]
 names = list(runs[0.5][0])
 means = {n: [measure.paired_t([run[n] for run in runs[s]]) for s in shares] for n in names}
 l1_gain = measure.paired_t([r["largest L1"] - r["random"] for r in runs[0.5]], "points")
-trained_gain = means["random"][0].value - means["untrained"][0].value
 plots.lines(
     [100 * s for s in shares],
     means,
     xlabel="inner channels kept (%)",
     ylabel="test accuracy (%)",
-    title=f"At half: L1 minus random {l1_gain.value:+.1f} points, random minus untrained"
-    f" {trained_gain:+.0f}",
+    title=f"At half of the channels, L1 minus random: {l1_gain.value:+.1f} points",
     alt="Accuracy against channels kept, for four criteria and for the untrained shape.",
 )
 claims.verdict("03.l1_beats_random", l1_gain)
 
 # %% [markdown]
-# Each band is a 95% interval over seeds: other images, and for *random* other channels. Read first
-# how far the untrained shape lies below: that is what the trained weights are worth. Then look at
-# the distances among the four others. That random channels come out close at the usual cut, Mittal
-# et al. (2018) saw on VGG-16 and ResNet-50, too. At the hardest cut, see whether yours part.
+# Each band is a 95% interval over seeds: other images, and for *random* other channels. How far
+# the untrained shape lies below is what the trained weights are worth. Then look at the distances
+# among the four others. That random channels come out close at the usual cut, Mittal
+# et al. (2018) saw on VGG-16 and ResNet-50, too.
 #
 # ## Measure: and if you had to train it first?
 # So a trained network is worth pruning *if it is there*. "Train large, then prune" is another
@@ -591,16 +592,17 @@ def trained(net, steps, seed):
 # %%
 def large_or_small(seed, first=6 if SMOKE else 90, then=3 if SMOKE else 30):
     """Test accuracy (%) of three networks: large; large, then cut and tuned; small all along."""
-    large = trained(models.mini_resnet(16, seed=seed), first, seed)
+    large = trained(copy.deepcopy(sixteen[seed]), first, seed)
     widths = {n: large.get_submodule(n).out_channels // 4 for n in INNER}
     tuned = [fine_tune(prune(large, widths), seed, then, rate) for rate in (0.03, 0.1)]
     pruned = max(tuned, key=lambda m: score(m, unseen, truth))
-    small = trained(prune(models.mini_resnet(16, seed=100 + seed), widths), first + then, seed)
+    small = trained(prune(others[seed], widths), first + then, seed)
     return {"large": score(large), "then pruned": score(pruned), "small": score(small)}
 
 
 # %% tags=["nbval-ignore-output"]
-both = [large_or_small(seed) for seed in tqdm(SEEDS, leave=False)]
+sixteen, others = ([models.mini_resnet(16, seed=k + s) for s in SEEDS] for k in (0, 100))
+both = training.side_by_side([functools.partial(large_or_small, seed) for seed in SEEDS])
 columns = {name: [run[name] for run in both] for name in both[0]}
 advantage = measure.paired_t(
     np.subtract(columns["then pruned"], columns["small"]), "points: pruned minus small"
@@ -620,7 +622,7 @@ claims.verdict("03.pruning_beats_training_small", advantage)
 #
 # ## Measure: do the losses of layers add up?
 # How much to cut in which block? The usual way measures each block alone and adds (HALP, Shen et
-# al. 2022, solves a knapsack over such sums). With three blocks and four widths you can afford to
+# al. 2022). With three blocks and four widths you can afford to
 # look at all 64 combinations, recalibrated and not fine-tuned.
 
 # %%
@@ -640,7 +642,9 @@ def only(block, option):  # the combination that cuts one block
 
 
 # %% tags=["nbval-ignore-output"]
-left = {c: score(shaped(c), unseen, truth) for c in tqdm(COMBINATIONS, leave=False)}
+jobs = [lambda c=c: score(shaped(c), unseen, truth) for c in COMBINATIONS]
+tried = training.side_by_side(jobs)
+left = dict(zip(COMBINATIONS, tried, strict=True))
 joint = {c: left[0, 0, 0] - value for c, value in left.items()}  # points lost
 alone = [[joint[only(i, j)] for j in range(len(OPTIONS))] for i in range(3)]
 summed = {c: sum(alone[i][j] for i, j in enumerate(c)) for c in COMBINATIONS}
@@ -678,9 +682,6 @@ extra = lost((last,) * 3) - sum(lost(only(i, last)) for i in range(3))
 claims.verdict("03.losses_add_up", measure.paired_t((100 * extra).tolist(), "points"))
 
 # %% [markdown]
-# With fifty layers nobody tries all combinations, and sums are all one has. Then measure what was
-# chosen.
-#
 # Time is the other table. Each block at each width against the whole block, interleaved, within
 # this process.
 
@@ -705,8 +706,7 @@ for i in range(3):
     print(f"block {i}: {whole_ms:.2f} ms;", [f"{100 * c / whole_ms:.0f}%" for c in cost[-1]])
 
 # %% [markdown]
-# With a quarter of the inner channels a block does about a quarter of the arithmetic of its two
-# large convolutions. Compare the last column with that.
+# A quarter of the inner channels is about a quarter of the arithmetic: compare the last column.
 
 # %% [markdown]
 # ## Exercise C · the best accuracy under a budget of time
@@ -1353,8 +1353,9 @@ def in_steps(seed, parts, steps=3 if SMOKE else 10):
 
 # At once: 20 steps on the whole network, the cut, 10. In steps: three cuts, 10 after each.
 plans = {"at once": (1, 1, 0.25), "in steps": (0.63, 0.4, 0.25)}
-found = {name: [in_steps(seed, parts) for seed in SEEDS[:3]] for name, parts in plans.items()}
-print("in steps minus at once:", measure.paired_t(np.subtract(*reversed(list(found.values())))))
+turns = [functools.partial(in_steps, seed, p) for p in plans.values() for seed in SEEDS[:3]]
+found = np.reshape(training.side_by_side(turns), (2, 3))
+print("in steps minus at once:", measure.paired_t(found[1] - found[0]))
 
 # %% [markdown]
 # **Saving it.** A pruned `state_dict` does not fit the stock network, and that is when people
