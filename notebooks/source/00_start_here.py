@@ -222,12 +222,12 @@ def speedup(old_seconds, new_seconds):
 # | 05 Quantization math | store numbers in 8 bits and bound the error | 90 |
 # | 06 Quantization in practice | deploy an INT8 network and know when it pays | 90 |
 # | 07 Mixed precision | train in 16 bits without losing small gradients | 90 |
-# | 08 Memory | predict what a training step needs, and trade it for time | 185 |
+# | 08 Memory | predict what a training step needs, and trade it for time | 90 |
 # | 09 Distributed training | train on several processes and know what it costs | 195 |
 # | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 125 |
 # | 11 Runtimes | export a model, check it, choose where to run it | 115 |
 # | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 150 |
-# | 13 Dynamic batching | serve requests in batches without losing one | 180 |
+# | 13 Dynamic batching | serve requests in batches without losing one | 90 |
 # | 14 LLM inference | explain and cut the cost of each generated token | 145 |
 # | 15 Capstone | bring a model under a latency, size and accuracy target | 130 |
 #

@@ -3,12 +3,12 @@
 #
 # **Where do the bytes of a training step go, and which of them can you trade for time?**
 #
-# After this chapter you can: *predict* the peak memory of a training step from the architecture ·
-# *write* activation checkpointing whose gradients equal the plain ones bit for bit · *choose* the
-# segment length that memory and time allow · *explain* what an allocator's cache is and what
-# emptying it does · *share* memory between processes and clean up after a killed one.
+# After this chapter you can: *predict* the peak memory of a training step before you run it ·
+# *write* activation checkpointing whose gradients equal the plain ones bit for bit · *explain* what
+# it costs, and when · *shrink* one step part by part: loss, activations, gradients, optimizer ·
+# *tell* what tensors hold from what the allocator holds.
 #
-# 185 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
+# 90 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
 
 # %% tags=["parameters"]
 import os
@@ -16,44 +16,36 @@ import os
 PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 
 # %% tags=["nbval-ignore-output"]
-import copy
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from course_utils import claims, exercises, machine, measure, models, plots, scratch
+from course_utils import caching, claims, exercises, footprint, machine, measure, plots, scratch
 
-SMOKE, FULL = PROFILE == "smoke", PROFILE == "full"
-SECONDS = {"smoke": 0.1, "fast": 3.0, "full": 12.0}[PROFILE]  # for one comparison
-ROWS = {"smoke": 32, "fast": 256, "full": 1024}[PROFILE]  # rows (tokens) in a batch
-DEPTH = 4 if SMOKE else 16  # blocks of the chain
-MIB = 2**20  # bytes
+SMOKE = PROFILE == "smoke"
+SECONDS = {"smoke": 0.1, "fast": 2.0, "full": 12.0}[PROFILE]  # for one comparison
+WIDTH, DEPTH, ROWS = {"smoke": (64, 4, 32), "fast": (256, 16, 192), "full": (512, 16, 1024)}[
+    PROFILE
+]
+MIB, FOLDER = 2**20, Path(os.path.relpath(scratch("08")))
 machine.card()
 
 # %% [markdown]
 # ## Recall
-# 1. (Chapter 1) Model A was measured first, model B after it, in one process. What is wrong with "B
-#    needs less memory"?
-#    <details><summary>Answer</summary>The order. What A left behind (warm kernels, memory that was
-#    never handed back) stands in B's bill or is missing from it. Interleave, or give each a process
-#    of its own.</details>
-# 2. (Chapter 5) A tensor of a million numbers: how many bytes in fp32, and how many in INT8?
-#    <details><summary>Answer</summary>Four million and one million, plus a scale and a
-#    zero-point.</details>
-# 3. (Chapter 7) Under autocast the saved activations should halve. When do they not?
-#    <details><summary>Answer</summary>When the 16-bit copies of the weights, which autocast keeps
-#    beside the fp32 ones, weigh as much as what was saved; and where layers such as normalisation
-#    stay in fp32.</details>
+# (Chapter 7) Under autocast the saved activations should halve. When do they not?
+# <details><summary>Answer</summary>When the 16-bit copies of the weights weigh as much, and where
+# layers such as normalisation stay in fp32.</details>
 #
 # ## Predict
-# Below stands a chain of `16` blocks, each two linear layers from 128 numbers to 512 and back. You
-# train it with Adam on a batch of `256` rows. What share of the step's peak memory do the
-# *parameters* take, in percent? Then: you stop storing what the blocks computed, and compute it a
-# second time when the backward pass needs it. By how many percent does a step get longer?
+# Below stands a chain of `16` blocks, each two linear layers, from 256 numbers to 1,024 and back.
+# You train it with Adam on `192` rows at a time. What share of the step's peak memory do the
+# *parameters* take, in percent? Then: you stop storing what the blocks computed, and compute it
+# again when the backward pass needs it. By how many percent does a step get longer?
 
 # %%
 my_share = ...  # percent
@@ -69,73 +61,36 @@ exercises.predict("08.slowdown", my_slowdown)
 
 
 # %%
-def saved_tensors(call):
-    """Every distinct tensor that autograd keeps during call(), as {address: bytes}; parameters are
-    left out.
-    """
+def saved_bytes(call):
+    """Bytes that autograd keeps during call(), each tensor once."""
     kept = {}
 
     def pack(t):
-        if not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()  # the graph must live while we count, or an address is used twice
     del result
-    return kept
+    return sum(kept.values())
 
 
+# %%
 x = torch.randn(1000, requires_grad=True)  # 4,000 bytes
 for name, call in {
     "x + 1": lambda: x + 1,
     "x * x": lambda: x * x,
     "relu(x)": lambda: torch.relu(x),
-    "gelu(x)": lambda: F.gelu(x),
-    "relu(x) * 3": lambda: torch.relu(x) * 3,
+    "relu(gelu(x))": lambda: torch.relu(F.gelu(x)),
 }.items():
-    print(f"{name:12} keeps {sum(saved_tensors(call).values()):5} bytes")
+    print(f"{name:14} keeps {saved_bytes(call):5} bytes")
 
 # %% [markdown]
 # An addition has slope 1 everywhere and keeps nothing. ReLU keeps its *output* (where it is
-# positive, the slope is 1), GELU its *input*. In a network, one layer's output is the next one's
-# input: what two layers need is stored once. So the bytes follow from a short table of rules.
-
-
-# %%
-KEEPS = {  # what the backward pass of a layer needs, parameters aside
-    nn.Linear: "input",
-    nn.Conv2d: "input",
-    nn.LayerNorm: "input",
-    nn.BatchNorm2d: "input",
-    nn.GELU: "input",
-    nn.ReLU: "output",
-    nn.Dropout: "mask",  # on a CPU a tensor like the output
-}
-
-
-def activation_bytes(model, x):
-    """Bytes that backward needs after model(x), and the largest single activation. Nothing is
-    computed.
-    """
-    kept, largest = {}, [0]
-
-    def hook(layer, inputs, output):
-        rule = KEEPS[type(layer)]
-        tensor = {"input": inputs[0], "output": output}.get(rule, torch.empty_like(output))
-        kept[id(tensor)] = tensor  # the same tensor under two rules is stored once
-        largest[0] = max(largest[0], output.nbytes)
-
-    twin = copy.deepcopy(model).to("meta")  # meta tensors have a shape and no bytes
-    for layer in twin.modules():
-        if type(layer) in KEEPS:
-            layer.register_forward_hook(hook)
-    logits = twin(x.to("meta"))
-    kept[id(logits)] = logits  # the loss keeps log-probabilities of this shape
-    return sum(t.nbytes for t in kept.values()), largest[0]
-
-
-# %% [markdown]
+# positive, the slope is 1), GELU its *input*. Linear layers, convolutions and normalisations keep
+# their inputs; dropout keeps its *mask*, the random choice it made. A tensor that two layers need,
+# one's output and the next one's input, is stored once.
+#
 # The chain of this chapter is made of the block that follows the attention in a transformer layer:
 # normalise, widen four times, bend, drop, narrow, add.
 
@@ -158,49 +113,104 @@ def chain(width, depth, p=0.1):
     return nn.Sequential(*[Block(width, p) for _ in range(depth)])
 
 
-rows = torch.zeros(8, 32)
-one_block, _ = activation_bytes(chain(32, 1), rows)
-print(
-    f"one block keeps {(one_block - rows.nbytes) / rows.nbytes:.0f} times its input"
-)  # without the logits
-
 # %% [markdown]
-# Fourteen times: the input (the norm needs it) and the norm's output, one each; and three tensors
-# of fourfold width, GELU's input, the dropout's mask and what `down` reads, twelve. With many rows,
-# that outgrows the weights by far.
+# Count what one block keeps, in units of its input: the input (the norm needs it) and the norm's
+# output, one each; GELU's input, dropout's mask and what `down` reads, four each. Fourteen. With
+# many rows that outgrows the weights by far.
 #
-# Now the whole step. Call the bytes of the parameters $P$. Adam keeps two numbers a parameter,
-# $2P$. The gradients are another $P$, but they are made during the backward pass, while the
-# activations $A$ are freed. So the peak is the larger of two moments:
-#
-# $$\text{peak} = 3P + \max(\underbrace{A + 2a}_{\text{backward begins}},\;
-# \underbrace{P + 2w}_{\text{the optimizer works}})$$
-#
-# where $a$ is the largest single activation (a gradient of that size arrives, another leaves) and
-# $w$ the largest parameter (Adam works on one parameter at a time and needs two temporary copies).
+# ## From scratch: a dry run
+# A *fake tensor* has a shape, a type and a device, and no numbers. Run the forward pass on fake
+# tensors and note, in order, what is saved: so you can count any network without spending its
+# bytes.
+
+# %%
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def place(t):
+    return t.untyped_storage()._cdata  # what tells one piece of memory from another
 
 
 # %%
-def predicted_parts(model, x):
-    """Bytes at the peak of an Adam step in fp32, from the architecture alone."""
-    sizes = [p.nbytes for p in model.parameters()]
-    kept, largest = activation_bytes(model, x)
-    kept -= x.nbytes  # the batch was there before the step
-    if kept + 2 * largest >= sum(sizes) + 2 * max(sizes):
-        moment = {"activations": kept, "gradients": 0, "temporary": 2 * largest}
-    else:
-        moment = {"activations": 0, "gradients": sum(sizes), "temporary": 2 * max(sizes)}
-    return {"parameters": sum(sizes), "Adam": 2 * sum(sizes)} | moment
-
-
-def training_steps(make, x, y):
-    """A callable that makes the model and its optimizer and takes two steps: the second one is
-    complete.
+def dry_run(make, shape, dtype=torch.float32):
+    """What autograd would save, in order: (its bytes, how many are new, the gradient to come); and
+    the sizes of parameters and buffers. Nothing is computed.
     """
+    saved, alive, seen = [], [], set()
+
+    def pack(t):
+        size, there = t.untyped_storage().nbytes(), place(t)
+        alive.append(t)
+        if there in given:  # a parameter's gradient is made when backward comes by
+            saved.append((0, 0, given[there]))
+            given[there] = 0
+        else:
+            saved.append((size, 0 if there in seen else size, 0))
+            seen.add(there)
+        return t
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model, x = make(), torch.zeros(shape, dtype=dtype)
+        given = {place(t): 0 for t in (x, *model.buffers())}
+        given |= {place(p): p.nbytes for p in model.parameters()}
+        logits = model(x)
+        alive.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)))
+    sizes = [p.nbytes for p in model.parameters()]
+    return saved, sizes, [b.nbytes for b in model.buffers()]
+
+
+# %% [markdown]
+# The backward pass goes through this list from its end. At each step it holds what is still saved,
+# the parameters' gradients made so far, and two tensors in passing: a gradient that arrives and one
+# that leaves.
+
+
+# %%
+def walk(saved):
+    """The highest point of the backward pass, by what is held there."""
+    kept, made, places = sum(new for _, new, _ in saved), 0, []
+    for size, new, gradient in reversed(saved):
+        made += gradient
+        places.append({"activations": kept, "gradients": made, "temporary": 2 * size})
+        kept -= new
+    return max(places, key=lambda place: sum(place.values()))
+
+
+# %% [markdown]
+# Then the optimizer works, with all gradients there. Call the parameters' bytes $P$. Adam keeps two
+# numbers a parameter, $2P$. What it needs in passing depends on its *implementation*. The plain
+# loop (the default on a CPU) needs two copies of one parameter. `foreach`, the default on a GPU,
+# handles all parameters in one go and needs $P$ more. `fused` needs nothing.
+
+
+# %%
+def predicted(dry, adam="loop"):
+    """Bytes at the peak of an Adam step in fp32, by kind, from a dry run."""
+    saved, sizes, buffers = dry
+    everything = sum(sizes)
+    passing = {"loop": 2 * max(sizes), "foreach": everything, "fused": 0}[adam]
+    updating = {"activations": 0, "gradients": everything, "temporary": passing}
+    peak = max(walk(saved), updating, key=lambda moment: sum(moment.values()))
+    return {"parameters": everything + sum(buffers), "Adam": 2 * everything} | peak
+
+
+# %% [markdown]
+# ## Measure: networks that were held out
+# The walk was made with the chain and an MLP. So judge it on others: four convolutional networks of
+# torchvision, this course's own, and a small GPT-2 with its attention
+# ([how they are made](../course_utils/footprint.py)). `measure.peak_memory` sums the profiler's
+# allocation events. The rival is a short formula, $3P + \max(A + 2a,\ P)$, with $A$ for all that is
+# saved and $a$ for the largest single tensor.
+
+
+# %%
+def two_steps(make, x, y, adam="loop"):
+    """A callable that makes a model and its Adam and takes two steps: the second is complete."""
+    options = {"foreach": adam == "foreach", "fused": adam == "fused"}
 
     def run():
         model = make()
-        optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+        optimizer = torch.optim.Adam(model.parameters(), **options)
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(model(x), y).backward()
@@ -210,1245 +220,64 @@ def training_steps(make, x, y):
     return run
 
 
-# %% [markdown]
-# ## Measure: is the prediction right?
-# `measure.peak_memory` reads the profiler's record of allocations: each event says how many bytes
-# torch took or gave back. Everything is made inside the measured call, so the parameters count too.
-
+# %% tags=["nbval-ignore-output"]
+measured, parts, rule = {}, {}, {}
+held_out = footprint.held_out(*(2, 32) if SMOKE else (16, 64))  # images, their side
+for name, (make, shape, dtype) in held_out.items():
+    inputs, dry = torch.zeros(shape, dtype=dtype), dry_run(make, shape, dtype)
+    labels = torch.zeros(inputs.numel() if dtype == torch.long else len(inputs), dtype=torch.long)
+    saved, P = dry[0], sum(dry[1])
+    whole, largest = sum(new for _, new, _ in saved), max(size for size, _, _ in saved)
+    for adam in ("loop", "foreach", "fused"):
+        call, case = two_steps(make, inputs, labels, adam), f"{name}, {adam}"
+        measured[case] = measure.peak_memory(call) / MIB
+        parts[case] = {kind: size / MIB for kind, size in predicted(dry, adam).items()}
+        rule[case] = (3 * P + max(whole + 2 * largest, P)) / MIB
+measure.release()  # to the system, what they leave behind
 
 # %% tags=["nbval-ignore-output"]
-def mlp():
-    return nn.Sequential(
-        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-    )
-
-
-def cases():
-    big = 256 if SMOKE else 2048
-    yield f"MLP, {big // 16} images", mlp, torch.randn(big // 16, 784)
-    yield f"MLP, {big} images", mlp, torch.randn(big, 784)
-    for batch in (32, 64) if SMOKE else (64, 256):
-        small = functools.partial(models.mini_resnet, 32, seed=0)
-        yield f"mini-ResNet, {batch} images", small, torch.randn(batch, 1, 28, 28)
-    for count in (ROWS // 8, ROWS):
-        yield f"chain, {count} rows", functools.partial(chain, 128, DEPTH), torch.randn(count, 128)
-
-
-parts, measured = {}, {}
-for name, make, x in cases():
-    y = torch.randint(0, 10, (len(x),))
-    parts[name] = predicted_parts(make(), x)
-    measured[name] = measure.peak_memory(training_steps(make, x, y))
-error = {name: sum(parts[name].values()) / measured[name] - 1 for name in parts}
-worst = max(error, key=lambda name: abs(error[name]))
-print({name: f"{e:+.1%}" for name, e in error.items()})
-
-# %% tags=["nbval-ignore-output"]
-figure, ax = plots.axes(
-    "MiB at the peak of a training step",
-    "",
-    title=f"Predicted from the architecture, off by {abs(error[worst]):.1%} at worst",
-    height=3.8,
+error = {n: 100 * (sum(parts[n].values()) / measured[n] - 1) for n in measured}
+by_rule = {n: 100 * (rule[n] / measured[n] - 1) for n in measured}
+worst, off = max(error, key=lambda n: abs(error[n])), max(map(abs, by_rule.values()))
+some = [n for n in measured if n.endswith("loop") or n.startswith("ResNet")]
+footprint.stacked(
+    {n: parts[n] for n in some},
+    {n: measured[n] for n in some},
+    xlabel="MiB at the peak of a training step",
+    title=f"Predicted by a dry run: off by {abs(error[worst]):.1f}% at worst; by the short"
+    f" formula {off:.0f}%",
+    alt="Stacked bars of predicted bytes; the measured peak, a diamond, stands near each end.",
 )
-left = np.zeros(len(parts))
-for i, part in enumerate(next(iter(parts.values()))):
-    widths = np.array([p[part] / MIB for p in parts.values()])
-    ax.barh(list(parts), widths, left=left, color=plots.COLOURS[i], label=part, height=0.6)
-    left += widths
-ax.plot(
-    [m / MIB for m in measured.values()],
-    list(parts),
-    "D",
-    color="black",
-    label="measured",
-    zorder=3,
-)
-ax.invert_yaxis()
-ax.grid(visible=False, axis="y")
-figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-plots.show(
-    figure,
-    "Stacked bars of predicted bytes for six training steps; the measured peak, a diamond, ends"
-    " near each bar.",
-)
-last = parts[f"chain, {ROWS} rows"]
-exercises.reveal("08.parameters", 100 * last["parameters"] / sum(last.values()), "%")
-claims.verdict("08.predictable_from_the_architecture", 100 * abs(error[worst]))
+print({n: f"{e:+.1f}%" for n, e in error.items()})
+claims.verdict("08.predictable_from_the_architecture", abs(error[worst]))
 
 # %% [markdown]
-# Each bar should end at its diamond. Compare the two rows of one network: the parameters' part
-# stays, the activations grow with the batch. With a small batch the optimizer's moment is the peak,
-# and there you save by another optimizer or fewer parameters. With a large one the activations are
-# the peak, and the rest of this chapter is for you.
+# Each bar should end at its diamond; if one does not, look at *If yours shows no gain*. The short
+# formula takes the largest tensor as if everything else were still there; the walk knows what is
+# gone when its turn comes. ResNet-18's three rows differ by Adam's implementation alone.
 #
-# ## Measure: modes that keep nothing
-# Without a backward pass, nothing needs to be kept.
+# And your prediction, for the chain?
 
 # %% tags=["nbval-ignore-output"]
-blocks = chain(128, DEPTH)
-x, y = torch.randn(ROWS, 128, requires_grad=True), torch.randint(0, 128, (ROWS,))
-modes = {"with gradients": torch.enable_grad, "no_grad": torch.no_grad}
-modes["inference_mode"] = torch.inference_mode
-held = {}
-for name, mode in modes.items():
-    with mode():
-        held[name] = measure.peak_memory(lambda: blocks(x)) / MIB
-        out_of_place = measure.peak_memory(lambda: torch.relu(x + 1)) / MIB
-        in_place = measure.peak_memory(lambda: (x + 1).relu_()) / MIB
-    print(f"{name:15} forward {held[name]:6.2f} MiB, relu {out_of_place:.3f}, relu_ {in_place:.3f}")
-
-z = torch.randn(4, requires_grad=True)
-with exercises.fails(RuntimeError):
-    e = z.exp()  # exp keeps its output: it is its own slope
-    e.add_(1)  # and this writes over it
-    e.sum().backward()
+make_chain = functools.partial(chain, WIDTH, DEPTH)
+for count in (ROWS // 8, ROWS):
+    bytes_of = predicted(dry_run(make_chain, (count, WIDTH)))
+    print(f"{count:4} rows:", {kind: f"{size / MIB:.1f} MiB" for kind, size in bytes_of.items()})
+share = 100 * bytes_of["parameters"] / sum(bytes_of.values())
+exercises.reveal("08.parameters", share, "%")
 
 # %% [markdown]
-# `no_grad` and `inference_mode` need the same bytes: both keep nothing. `inference_mode` also skips
-# the bookkeeping of versions and views, which saves time on small tensors, and its tensors may
-# never enter a graph later. An *in-place* operation (`relu_`, with the underscore) writes over its
-# input and saves one tensor. In training, that input may be what another layer keeps. Autograd
-# counts the writes and refuses: that is the error above.
-#
-# ## From scratch: checkpointing
-# Keep only what enters a block. When the backward pass arrives, run the block once more, this time
-# with gradients, and go on. That is *activation checkpointing* (Chen et al. 2016). PyTorch lets you
-# write it as an autograd function: you say what happens forwards, and what happens when a gradient
-# comes back.
-
-
-# %%
-class FirstCheckpoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, function, x):
-        ctx.function = function
-        ctx.save_for_backward(x)  # all that is kept
-        return function(x)  # autograd is off inside forward: nothing else is saved
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_()  # a fresh start: the graph ends at this block's input
-        with torch.enable_grad():
-            y = ctx.function(x)
-        torch.autograd.backward(y, gradient)  # parameters collect their gradients on the way
-        return None, x.grad  # one answer for each input of forward
-
+# With few rows, parameters, gradients and Adam are the peak; with many, the activations. Each part
+# has its own remedy. Begin with the activations.
 
 # %% [markdown]
-# Does it compute the same? Compare every gradient bit by bit, without dropout and with it.
-
-
-# %%
-def gradients(model, forward, x, y):
-    """The gradients of one step, from a fixed random state."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    F.cross_entropy(forward(x), y).backward()
-    return [p.grad for p in model.parameters()] + [x.grad]
-
-
-def through(wrap, parts):
-    """A forward pass that sends each part through wrap(part, x)."""
-
-    def forward(x):
-        for part in parts:
-            x = wrap(part, x)
-        return x
-
-    return forward
-
-
-def equal_bits(model, wrap, x, y):
-    plain = gradients(model, model, x, y)
-    ours = gradients(model, through(wrap, model), x, y)
-    return all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-
-
-sample, target = torch.randn(32, 64), torch.randint(0, 64, (32,))
-for p in (0.0, 0.1):
-    print(
-        f"dropout {p}: bitwise equal"
-        f" {equal_bits(chain(64, 4, p), FirstCheckpoint.apply, sample, target)}"
-    )
-
-# %% [markdown]
-# With dropout the gradients are wrong, and nothing complained. The second run drew *another* mask:
-# the forward pass saw one network, the backward pass a different one. So the state of the random
-# generator belongs to what must be kept. Before the second run, set it back; after it, put the
-# present state in place again, or every later random number of your program changes.
-
-
-# %%
-def random_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if machine.can("gpu") else []
-
-
-def set_random_state(state):
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])  # for no GPU, an empty list
-
-
-class Checkpoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, function, x):
-        ctx.function, ctx.state = function, random_state()
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_()
-        now = random_state()
-        set_random_state(ctx.state)  # the same mask as in the first run
-        with torch.enable_grad():
-            y = ctx.function(x)
-        set_random_state(now)
-        torch.autograd.backward(y, gradient)
-        return None, x.grad
-
-
-for p in (0.0, 0.1, 0.5):
-    print(
-        f"dropout {p}: bitwise equal"
-        f" {equal_bits(chain(64, 4, p), Checkpoint.apply, sample, target)}"
-    )
-
-# %% [markdown]
-# ## The tool of the field: torch.utils.checkpoint
-# `use_reentrant=False` is the version to use today: it hooks into the saving of tensors, so it also
-# works under `torch.autograd.grad`, with inputs that need no gradient, and it stops recomputing as
-# soon as it has what it needs. Yours and torch's must agree with the plain step bit for bit, and
-# leave the random generator in the same state.
-#
-# *Selective* checkpointing keeps the results of some operations and recomputes the rest. The usual
-# choice: keep what matrix products gave, because they are dear to compute, and recompute the norm,
-# GELU and dropout.
-
-# %%
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-library = functools.partial(checkpoint, use_reentrant=False)
-
-
-def torch_checkpoint(part, x):
-    return library(part, x)
-
-
-net = chain(64, 4)
-after = {}
-for name, wrap in {"plain": None, "ours": Checkpoint.apply, "torch": torch_checkpoint}.items():
-    gradients(net, through(wrap, net) if wrap else net, sample, target)
-    after[name] = torch.rand(1).item()
-print("torch bitwise equal:", equal_bits(net, torch_checkpoint, sample, target))
-print("the next random number is the same:", len(set(after.values())) == 1)
-
-DEAR = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # a Linear is one addmm
-selective = functools.partial(
-    checkpoint,
-    use_reentrant=False,
-    context_fn=functools.partial(create_selective_checkpoint_contexts, DEAR),
-)
-print(
-    "selective bitwise equal:", equal_bits(net, lambda part, x: selective(part, x), sample, target)
-)
-
-# %% [markdown]
-# ## Measure: memory against time
-# Checkpointing can take several blocks at once: a *segment*. Chen et al. (2016) cut $n$ layers into
-# about $\sqrt n$ segments. Here $n = 16$, so there are segments of 4 blocks. All modes compute the
-# same gradients; they differ in bytes and seconds.
-
-
-# %% tags=["nbval-ignore-output"]
-def segments(model, length):
-    return [model[i : i + length] for i in range(0, len(model), length)]
-
-
-ways = {
-    "plain": blocks,
-    "every block, ours": through(Checkpoint.apply, blocks),
-    "every block, torch": through(torch_checkpoint, blocks),
-    "√n segments, ours": through(Checkpoint.apply, segments(blocks, math.isqrt(DEPTH))),
-    "√n segments, torch": through(torch_checkpoint, segments(blocks, math.isqrt(DEPTH))),
-    "selective": through(selective, blocks),
-    "one segment": through(torch_checkpoint, segments(blocks, DEPTH)),
-}
-
-
-def step(forward):
-    for p in [x, *blocks.parameters()]:
-        if p.grad is None:  # in a fresh process: gradients do not travel with their tensors
-            p.grad = torch.zeros_like(p)
-        p.grad.zero_()  # its memory was there before: only activations are counted
-    F.cross_entropy(forward(x), y).backward()
-
-
-step(blocks)
-peak = {name: measure.peak_memory(lambda: step(way)) / MIB for name, way in ways.items()}
-
-# %% tags=["nbval-ignore-output"]
-from tqdm.auto import tqdm
-
-longer = {}
-for name in tqdm(list(ways)[1 : 4 if SMOKE else None], desc="comparing", leave=False):
-    verdict_on_it = name == "√n segments, ours"  # the others are a look within this process
-    look = measure.across if verdict_on_it else measure.compare
-    against = look(lambda: step(ways[name]), lambda: step(blocks), seconds=SECONDS)
-    longer[name] = measure.derive(lambda s: 100 * (s - 1), against.interval, unit="% more time")
-
-# %% tags=["nbval-ignore-output"]
-figure, ax = plots.axes(
-    "more time than the plain step (%)",
-    "peak of activations (MiB)",
-    title=(
-        f"√n segments: {peak['plain'] / peak['√n segments, ours']:.1f}x less memory "
-        f"for {longer['√n segments, ours'].value:.0f}% more time"
-    ),
-    height=4.0,
-)
-for i, name in enumerate(ways):
-    t = longer.get(name, measure.Interval(0, 0, 0))
-    ends = [[max(t.value - t.low, 0)], [max(t.high - t.value, 0)]]
-    style = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "label": name}
-    ax.errorbar([t.value], [peak[name]], xerr=ends, linestyle="", capsize=3, **style)
-ax.set_ylim(0)
-ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-plots.show(
-    figure,
-    "Peak memory against extra time for seven ways: plain at top left, checkpointing low and to the"
-    " right.",
-)
-exercises.reveal("08.slowdown", longer["every block, ours"].value, "%")
-claims.verdict("08.a_third_more_time", longer["√n segments, ours"])
-
-# %% [markdown]
-# Down is less memory, right is more time. *One segment* lies as high as *plain*, but far to the
-# right: it computes everything twice and at one moment still holds everything. *Selective* lies
-# between in height; how far to the right depends on what your machine finds dear. And look at the
-# two lowest: checkpointing every block needs *less* than the celebrated $\sqrt n$. Two questions
-# are open: why this time, and why this memory?
-#
-# ## Explain: where the third comes from, and where it goes
-# A backward pass has two matrix products for each one of the forward pass: one gives the gradient
-# of the input, one that of the weight. So the plain step costs $1 + 2 = 3$, a second forward pass
-# makes it 4, and $4/3$ is a third more. Count it.
-
-# %% tags=["nbval-ignore-output"]
-from torch.utils.flop_counter import FlopCounterMode
-
-
-def operations(forward):
-    with FlopCounterMode(display=False) as counter:
-        step(forward)
-    return counter.get_total_flops()
-
-
-for name, way in ways.items():
-    print(f"{name:20} {operations(way) / operations(blocks):.3f} times the plain step's operations")
-
-# %% [markdown]
-# Ours costs exactly 4/3 in matrix products. Torch's costs less: it stops once every tensor that
-# backward needs is there, and the last product of a segment is needed by nobody. *Selective*
-# repeats no product at all. So if time were matrix products, you could stop here. Time is not: GELU
-# and above all dropout's random numbers are counted as nothing and take their share. The right rule
-# is: **the extra time is the forward pass's share of the step.** Measure that share, with and
-# without dropout.
-
-
-# %% tags=["nbval-ignore-output"]
-def forward_only():
-    with torch.no_grad():
-        return blocks(x)
-
-
-share = measure.across(
-    lambda: step(blocks), forward_only, seconds=SECONDS, processes=6, across_modes=True
-)
-for block in blocks:
-    block.drop.p = 0.0
-quiet = measure.across(
-    lambda: step(ways["√n segments, ours"]),
-    lambda: step(blocks),
-    seconds=SECONDS / 2,
-    processes=6,
-)
-for block in blocks:
-    block.drop.p = 0.1
-expected = measure.derive(lambda s: 100 / s, share.interval)
-plots.bars(
-    {
-        "matrix products alone": 100 / 3,
-        "forward's share of the step": expected,
-        "measured, √n segments": longer["√n segments, ours"],
-        "the same without dropout": measure.derive(lambda s: 100 * (s - 1), quiet.interval),
-    },
-    xlabel="more time than the plain step (%)",
-    title=f"The forward pass is {expected.value:.0f}% of the plain step",
-    alt=(
-        "Four bars: a third from counting, the forward's share, the measured extra time, and that"
-        " without dropout."
-    ),
-)
-
-# %% [markdown]
-# The second bar is what a second forward pass should cost; the third is what it cost. They should
-# be near each other. The first bar is the famous third: it stands for a network in which matrix
-# products are everything. The last bar leaves the dropout out and with it the random numbers; it
-# should come nearer to the first.
-#
-# ## Explain: when is √n the right length?
-# Let a block keep $A$ bytes and take in $b$ bytes. With segments of $s$ blocks you hold the input
-# of each segment, and during the backward pass one segment's inside: $M(s) = \frac{n}{s}\, b + s
-# A$. Its smallest value is at $s^* = \sqrt{n\, b / A}$. For $A = b$ that is $\sqrt n$: the rule is
-# about layers whose inside is no larger than their border. Here $A = 14\,b$.
-
-# %% tags=["nbval-ignore-output"]
-WIDTH, DEEPEST = 64, 36
-
-
-def activation_peak(model, wrap, length):
-    rows = torch.zeros(ROWS, WIDTH, requires_grad=True)
-    labels = torch.zeros(ROWS, dtype=torch.long)
-    for p in [rows, *model.parameters()]:
-        p.grad = torch.zeros_like(p)
-    forward = through(wrap, segments(model, length)) if wrap else model
-    return measure.peak_memory(lambda: F.cross_entropy(forward(rows), labels).backward())
-
-
-border = ROWS * WIDTH * 4  # b, in bytes
-inside = activation_bytes(chain(WIDTH, 1), torch.zeros(ROWS, WIDTH))[0] - border  # A
-deep = chain(WIDTH, DEEPEST)
-lengths = [1, 2, 3, 4, 6, 9, 12, 18, 36]
-curve = {
-    "predicted": [(DEEPEST / s * border + s * inside) / MIB for s in lengths],
-    "measured": [activation_peak(deep, Checkpoint.apply, s) / MIB for s in lengths],
-}
-shortest = lengths[int(np.argmin(curve["measured"]))]
-plots.lines(
-    lengths,
-    curve,
-    xlabel="blocks a segment",
-    ylabel="peak of activations (MiB)",
-    logx=True,
-    logy=True,
-    title=f"Of {DEEPEST} blocks, {shortest} a segment need least; √n would say 6",
-    alt=(
-        "Peak memory against segment length: lowest at short segments, rising to the right,"
-        " prediction beside it."
-    ),
-)
-
-# %% [markdown]
-# The two lines run together. The bottom of the valley lies near $s^* = \sqrt{36/14} \approx 1.6$,
-# far left of $\sqrt{36} = 6$. Cut at the narrow places, and often. Does the memory of the $\sqrt n$
-# rule still *grow* like $\sqrt n$, as promised?
-
-# %% tags=["nbval-ignore-output"]
-depths = [4, 9, 16, 25, 36]
-growth = {"plain": [], "√n segments": [], "every block": []}
-for n in depths:
-    model = chain(WIDTH, n)
-    growth["plain"].append(activation_peak(model, None, 1) / MIB)
-    growth["√n segments"].append(activation_peak(model, Checkpoint.apply, math.isqrt(n)) / MIB)
-    growth["every block"].append(activation_peak(model, Checkpoint.apply, 1) / MIB)
-slope = {k: float(np.polyfit(np.log(depths), np.log(v), 1)[0]) for k, v in growth.items()}
-plots.lines(
-    depths,
-    growth,
-    xlabel="blocks",
-    ylabel="peak of activations (MiB)",
-    logx=True,
-    logy=True,
-    title=(
-        f"Plain memory grows like n^{slope['plain']:.2f}, with √n segments like"
-        f" n^{slope['√n segments']:.2f}"
-    ),
-    alt=(
-        "Peak memory against depth on two logarithmic axes: plain is steepest, √n segments half as"
-        " steep."
-    ),
-)
-claims.verdict("08.square_root_memory", slope["√n segments"])
-
-# %% [markdown]
-# Both axes are logarithmic, so a straight line is a power and its slope the exponent. The claim is
-# about the *growth*. At depths that you meet, *every block* lies below *√n segments*; its line
-# bends upwards, and the two cross only at about $14^2$ blocks, where $n\,b + A$ has grown to $\sqrt
-# n\,(b + A)$.
-#
-# ## From scratch: gradient accumulation
-# Another way to hold fewer activations: send the batch in pieces, let the gradients add up, and
-# update once. The loss is a mean, so each piece must be weighted by its rows. Numbers of 64 bits
-# show whether it is *equal* and not only close.
-
-
-# %%
-def accumulated(model, x, y, size):
-    """Gradients of the whole batch's mean loss, computed `size` rows at a time."""
-    model.zero_grad()
-    for part, labels in zip(x.split(size), y.split(size), strict=True):
-        loss = F.cross_entropy(model(part), labels, reduction="sum") / len(x)
-        loss.backward()  # adds to what is in .grad
-    return [p.grad for p in model.parameters()]
-
-
-def apart(a, b):
-    return max(float((i - j).abs().max()) for i, j in zip(a, b, strict=True))
-
-
-exact = chain(64, 4, p=0.0).double()
-batch, classes = torch.randn(100, 64, dtype=torch.float64), torch.randint(0, 64, (100,))
-whole = accumulated(exact, batch, classes, 100)
-for size in (50, 32, 1):
-    same = apart(whole, accumulated(exact, batch, classes, size)) < 1e-14
-    print(f"{size:3} rows at a time: equal to the big batch within 1e-14: {same}")
-
-# %% tags=["nbval-ignore-output"]
-sizes = [s for s in (256, 128, 64, 32, 16) if s <= ROWS]
-bytes_needed = []
-for size in sizes:
-    blocks.zero_grad()  # no gradient exists before: it counts
-    bytes_needed.append(measure.peak_memory(lambda: accumulated(blocks, x, y, size)) / MIB)
-plots.lines(
-    sizes,
-    {"peak of one accumulated step": bytes_needed},
-    xlabel="rows a piece",
-    ylabel="MiB",
-    logx=True,
-    title=(
-        f"Pieces of {sizes[-1]} rows need {bytes_needed[0] / bytes_needed[-1]:.1f} times fewer"
-        f" bytes than {sizes[0]}"
-    ),
-    alt=(
-        "Peak memory against the rows of a piece: it falls with smaller pieces down to the"
-        " gradients' own bytes."
-    ),
-)
-
-# %% [markdown]
-# The line falls with the pieces until the gradients themselves, which no splitting makes smaller,
-# are most of what is left. Checkpointing computes more; accumulation computes the same, in smaller
-# and less efficient products.
-#
-# ## Myth: dividing the loss by the number of pieces
-# The usual recipe is `loss = criterion(model(part), labels) / pieces`. Take 100 rows, 32 at a time.
-# And take a network with BatchNorm, whose statistics come from the rows it sees together.
-
-
-# %%
-def circulating(model, x, y, size):
-    model.zero_grad()
-    pieces = list(zip(x.split(size), y.split(size), strict=True))
-    for part, labels in pieces:
-        (F.cross_entropy(model(part), labels) / len(pieces)).backward()
-    return [p.grad for p in model.parameters()]
-
-
-print("even pieces, equal:", apart(whole, circulating(exact, batch, classes, 25)) < 1e-14)
-print("100 rows by 32, equal:", apart(whole, circulating(exact, batch, classes, 32)) < 1e-14)
-with_bn = models.mini_resnet(8, seed=0).double()
-pictures, digits = torch.randn(64, 1, 28, 28, dtype=torch.float64), torch.randint(0, 10, (64,))
-big_batch = accumulated(with_bn, pictures, digits, 64)
-small_ones = accumulated(with_bn, pictures, digits, 16)
-print("with BatchNorm, equal:", apart(big_batch, small_ones) < 1e-6)
-
-# %% [markdown]
-# The last piece of 100 has 4 rows, and the recipe gives it the weight of a piece of 32. With
-# BatchNorm no weighting helps: a piece is normalised by its own mean. "Equal to the big batch"
-# holds for layers that treat each row alone.
-#
-# ## Myth: the reentrant version and an input that needs no gradient
-# The first segment of a network reads data, and data need no gradient. The older, *reentrant*
-# version of torch's checkpoint is an autograd function like ours: if no input needs a gradient,
-# autograd skips the node. Newer torch asks you to say which version you mean; code that still says
-# `True`, or was written when that was the default, does this:
-
-# %%
-import warnings
-
-reentrant = functools.partial(checkpoint, use_reentrant=True)
-parts_of = list(net)
-for name, wrap in {
-    "reentrant": reentrant,
-    "ours": Checkpoint.apply,
-    "non-reentrant": library,
-}.items():
-    net.zero_grad(set_to_none=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a warning is all you get
-        hidden = wrap(parts_of[0], sample)  # sample needs no gradient
-        F.cross_entropy(net[1:](hidden), target).backward()
-    trained = sum(p.grad is not None for p in net.parameters())
-    print(f"{name:13}: {trained} of {len(list(net.parameters()))} parameters have a gradient")
-
-# %% [markdown]
-# Six parameters of the first block never learn, and the loss still falls, because the others do.
-# The remedy is `use_reentrant=False`. Our own function has the same hole; a `requires_grad_()` on
-# the input closes it.
-#
-# ## Myth: measuring memory by the resident set
-# The operating system knows a process's *resident set*: the pages that are in memory now. It is in
-# every task manager. Use it to rank two ways whose bytes you know. A thread reads it every
-# millisecond while the step runs.
-
-# %% tags=["nbval-ignore-output"]
-import threading
-import time
-
-import psutil
-
-
-def resident_growth(call):
-    """The resident set's highest value during call(), less that before, in bytes."""
-    me, done = psutil.Process(), threading.Event()
-    before = highest = me.memory_info().rss
-
-    def watch():
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, me.memory_info().rss)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return highest - before
-
-
-print(f"{'':22} {'allocation events':>18} {'resident set':>13}")
-for name in ("plain", "every block, ours") * 3:
-    seen = resident_growth(lambda: step(ways[name])) / MIB
-    exactly = measure.peak_memory(lambda: step(ways[name])) / MIB
-    print(f"{name:22} {exactly:14.1f} MiB {seen:9.1f} MiB")
-if not machine.can("gpu"):
-    print("CUDA says: allocated", torch.cuda.memory_allocated())
-    with exercises.fails(RuntimeError):
-        torch.cuda.reset_peak_memory_stats()
-
-# %% [markdown]
-# Read down the columns. The left one gives each way the same number each time. The right one
-# depends on what ran before: freed memory often stays with the process, so the next call finds it
-# there and "needs" little, or nothing. A resident set answers "will this process fit?"; it does not
-# answer "which way needs more?", unless each way gets a fresh process.
-#
-# And the numbers that CUDA reports on a machine without CUDA? Some calls answer 0, which means that
-# nobody counted; others raise an error. The last lines show both where there is no GPU.
-#
-# ## From scratch: an allocator with a cache
-# Asking a GPU for memory is slow, and giving it back waits for the device. So PyTorch keeps what
-# you free. Here is its allocator on paper, with PyTorch's own sizes: memory comes from the device
-# in *segments*; *blocks* are cut from segments; a freed block merges with its free neighbours and
-# waits. (PyTorch's words again: these are pieces of memory, and have nothing to do with the blocks
-# of the network and the segments of checkpointing. The code says `Piece`.)
-
-# %%
-from dataclasses import dataclass
-
-
-@dataclass(eq=False)  # two blocks of one size are two blocks
-class Piece:
-    size: int
-    small: bool
-    used: bool = False
-
-
-class Segments:
-    """What an allocator holds: lists of pieces. A freed piece merges with its free neighbours and
-    stays.
-    """
-
-    def __init__(self, capacity):
-        self.capacity, self.segments, self.device_calls = capacity, [], 0
-
-    reserved = property(lambda self: sum(p.size for s in self.segments for p in s))
-    allocated = property(lambda self: sum(p.size for s in self.segments for p in s if p.used))
-
-    def home(self, piece):
-        return next(s for s in self.segments if piece in s)
-
-    def free(self, piece):
-        piece.used, segment, merged = False, self.home(piece), []
-        for p in segment:
-            if merged and not merged[-1].used and not p.used:
-                merged[-1].size += p.size
-            else:
-                merged.append(p)
-        segment[:] = merged
-
-    def empty_cache(self):
-        """Give back the segments in which nothing is used. A segment with one used piece stays
-        whole.
-        """
-        kept = [s for s in self.segments if any(p.used for p in s)]
-        self.device_calls += len(self.segments) - len(kept)
-        self.segments = kept
-
-
-# %%
-def segment_size(size):
-    """What is asked of the device for a request: PyTorch's rule for CUDA."""
-    if size <= MIB:
-        return 2 * MIB  # small requests share segments of this size
-    if size < 10 * MIB:
-        return 20 * MIB  # so do these
-    return -(-size // (2 * MIB)) * 2 * MIB  # large ones get their own, rounded up
-
-
-class CachingAllocator(Segments):
-    def malloc(self, size):
-        size = max(512, -(-size // 512) * 512)
-        small = size <= MIB
-        free = [p for s in self.segments for p in s if not p.used and p.small == small]
-        fits = [p for p in free if p.size >= size]
-        piece = min(fits, key=lambda p: p.size) if fits else self.new_segment(size, small)
-        rest = piece.size - size
-        if rest >= 512 if small else rest > MIB:  # cut off what is left over
-            piece.size = size
-            segment = self.home(piece)
-            segment.insert(segment.index(piece) + 1, Piece(rest, small))
-        piece.used = True
-        return piece
-
-    def new_segment(self, size, small):
-        wanted = segment_size(size)
-        if self.reserved + wanted > self.capacity:
-            self.empty_cache()  # the allocator does this itself before it gives up
-        if self.reserved + wanted > self.capacity:
-            free = (self.capacity - self.allocated) // MIB
-            raise MemoryError(f"{wanted // MIB} MiB wanted; {free} MiB free, not in one piece")
-        self.device_calls += 1
-        self.segments.append([Piece(wanted, small)])
-        return self.segments[-1][0]
-
-
-# %% [markdown]
-# Now make holes. A device with `80 MiB`, sixteen tensors of `5 MiB`, and every second one freed.
-
-
-# %%
-def with_holes():
-    device = CachingAllocator(80 * MIB)
-    tensors = [device.malloc(5 * MIB) for _ in range(16)]
-    for tensor in tensors[::2]:
-        device.free(tensor)
-    return device, tensors[1::2]
-
-
-device, living = with_holes()
-print("allocated", device.allocated // MIB, "MiB, reserved", device.reserved // MIB, "MiB")
-with exercises.fails(MemoryError):
-    device.malloc(10 * MIB)
-device.empty_cache()
-print("after empty_cache: reserved", device.reserved // MIB, "MiB")
-
-
-# %% tags=["nbval-ignore-output"]
-def draw(allocators, title, alt):
-    figure, ax = plots.axes("MiB", "", title=title, height=1.0 + 0.75 * len(allocators))
-    for row, allocator in enumerate(allocators.values()):
-        start = 0
-        for segment in allocator.segments:
-            for p in segment:
-                style = {"facecolor": plots.COLOURS[0] if p.used else "0.88", "edgecolor": "white"}
-                ax.barh(row, p.size / MIB, left=start / MIB, height=0.55, linewidth=1.2, **style)
-                start += p.size
-            ax.vlines(start / MIB, row - 0.36, row + 0.36, color="black", linewidth=1.5)
-    ax.set_yticks(range(len(allocators)), list(allocators))
-    ax.invert_yaxis()
-    ax.grid(visible=False)
-    plots.show(figure, alt)
-
-
-better = CachingAllocator(80 * MIB)
-stays = [better.malloc(5 * MIB) for _ in range(8)]  # what lives long comes first
-for tensor in [better.malloc(5 * MIB) for _ in range(8)]:
-    better.free(tensor)
-better.empty_cache()
-draw(
-    {"every second one freed": device, "long-lived first": better},
-    f"Of {device.capacity // MIB} MiB, {device.reserved // MIB} or {better.reserved // MIB} stay"
-    f" reserved for the same {better.allocated // MIB}",
-    "Memory maps: in the first, used and free blocks alternate in all segments; in the second the"
-    " used ones lie together.",
-)
-
-# %% [markdown]
-# Blue is in use, grey is free, a black line ends a segment. In the first map half of the memory is
-# free and no request for `10 MiB` can be served: this is *fragmentation*. `empty_cache` finds no
-# segment without a tenant. In the second map the same tensors were made in another order, and half
-# of the segments went back to the device. The setting `PYTORCH_ALLOC_CONF=expandable_segments:True`
-# (in older versions `PYTORCH_CUDA_ALLOC_CONF`) attacks the same problem with segments that can
-# grow.
-#
-# ## Myth: empty_cache frees memory for your model
-# Three questions about one training step: how large a tensor can *you* still get, what can *another
-# process* get, and how often was the slow device asked?
-
-
-# %% tags=["nbval-ignore-output"]
-def largest_request(allocator):
-    """The largest tensor (whole MiB) that this process can still get."""
-    sizes = range(allocator.capacity // MIB, 0, -1)
-    for size in sizes:
-        trial = copy.deepcopy(allocator)
-        try:
-            trial.malloc(size * MIB)
-        except MemoryError:
-            continue
-        return size
-    return 0
-
-
-def train(allocator, steps, empty):
-    model = allocator.malloc(24 * MIB)
-    for _ in range(steps):
-        activations = [allocator.malloc(size * MIB) for size in (12, 40, 30, 16)]
-        for tensor in reversed(activations):
-            allocator.free(tensor)
-        if empty:
-            allocator.empty_cache()
-    return model
-
-
-asked, mine, others = {}, {}, {}
-for empty in (False, True):
-    gpu = CachingAllocator(200 * MIB)
-    train(gpu, 100, empty)
-    name = "empty_cache in the loop" if empty else "left alone"
-    asked[name], mine[name], others[name] = (
-        gpu.device_calls,
-        largest_request(gpu),
-        gpu.capacity - gpu.reserved,
-    )
-    print(
-        f"{name:24} you can get {mine[name]} MiB, another process {others[name] // MIB} MiB,",
-        end=" ",
-    )
-    print(f"the device was asked {asked[name]} times")
-
-# %% [markdown]
-# Your model gets the same in both cases: before the allocator gives up, it empties its own cache.
-# What changes is what *others* see, and the price: a hundred steps ask the device hundreds of times
-# in place of five. So `empty_cache` is good manners before another process starts on the same GPU.
-# It is no optimisation, and it frees no tensor that you still hold. PyTorch's [own
-# page](https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.empty_cache.html) says so
-# in its note.
-#
-# On a real GPU, the next cell repeats the holes in a fresh process and puts PyTorch's numbers
-# beside the paper's.
-
-# %% tags=["nbval-ignore-output"]
-ON_A_GPU = """
-import json, time, torch
-MIB, cuda = 2**20, torch.cuda
-def get(mib):
-    return torch.empty(mib * MIB, dtype=torch.uint8, device="cuda")
-def train(empty):
-    model, seconds = get(24), []
-    cuda.reset_peak_memory_stats()
-    for _ in range(60):
-        start = time.perf_counter()
-        a = [get(size) for size in (12, 40, 30, 16)]
-        del a
-        if empty: cuda.empty_cache()
-        seconds.append(time.perf_counter() - start)
-    return cuda.max_memory_reserved() / MIB, seconds[10:]
-tensors, numbers = [get(5) for _ in range(16)], []
-tensors[::2] = [None] * 8
-for _ in range(2):
-    numbers.append((cuda.memory_allocated() // MIB, cuda.memory_reserved() // MIB))
-    cuda.empty_cache()
-del tensors
-print(json.dumps([*numbers, train(False), train(True)]))
-"""
-if machine.can("gpu"):
-    real = measure.child(ON_A_GPU).result
-    holes, emptied, (peak_kept, t_kept), (peak_emptied, t_emptied) = real
-    dearer = measure.median_interval(np.divide(t_emptied, t_kept))
-    print(f"MiB allocated and reserved: with holes {holes}, after empty_cache {emptied}")
-    print(f"emptying in the loop: {dearer.value:.0f} times the time of the allocations")
-    print(f"MiB reserved at most: {peak_kept:.0f} left alone, {peak_emptied:.0f} emptied")
-else:
-    print(machine.skip("gpu", "the real caching allocator"))
-
-# %% [markdown]
-# The same training step can be counted by the GPU's own allocator, which needs no profiler.
-
-# %% tags=["nbval-ignore-output"]
-if machine.can("gpu"):
-    on_gpu = chain(1024, 12).cuda()
-    tokens = torch.randn(4096, 1024, device="cuda", requires_grad=True)
-    labels = torch.randint(0, 1024, (4096,), device="cuda")
-    for name, forward in {
-        "plain": on_gpu,
-        "every block": through(Checkpoint.apply, on_gpu),
-    }.items():
-        F.cross_entropy(forward(tokens), labels).backward()  # gradients exist from here on
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        F.cross_entropy(forward(tokens), labels).backward()
-        print(
-            f"{name:12} {(torch.cuda.max_memory_allocated() - base) / MIB:.0f} MiB of activations"
-        )
-    print("bitwise equal:", equal_bits(on_gpu, Checkpoint.apply, tokens, labels))
-    del on_gpu, tokens, labels
-    outcome = "counted on the GPU"
-else:
-    outcome = machine.skip("gpu", "checkpointing counted by the GPU's allocator")
-outcome
-
-# %% [markdown]
-# ## From scratch: one memory, two processes
-# A data loader, a server and its workers: processes that must hand over tensors. Between processes
-# there are two ways. *Pickle* turns the array into bytes, a pipe carries them, and the other side
-# builds a new array. *Shared memory* is a piece of memory that both processes see; only its name
-# travels. (The system calls it a *segment*, too: the word's third meaning.)
-#
-# The worker is a file, because a new process can't import a cell.
-
-# %%
-WORKER = """\
-import pickle, struct, sys, time
-from multiprocessing import resource_tracker, shared_memory
-import numpy as np
-def send(pipe, value):
-    data = pickle.dumps(value, protocol=5)
-    pipe.write(struct.pack("<Q", len(data)))
-    pipe.write(data)
-    pipe.flush()
-
-def receive(pipe):
-    header = pipe.read(8)
-    if len(header) < 8: raise EOFError("the other process has gone")
-    return pickle.loads(pipe.read(struct.unpack("<Q", header)[0]))
-
-def main(source, target):
-    # The owner removes the segment. Before Python 3.13 attaching registers it for removal too.
-    resource_tracker.register = lambda *_: None
-    while True:
-        try:
-            kind, value = receive(source)
-        except EOFError:
-            return
-        if kind == "attach":  # (name, how many numbers)
-            segment = shared_memory.SharedMemory(value[0])
-            shared = np.ndarray(value[1], np.float32, segment.buf)
-        elif kind == "index":  # change one number of the shared array
-            shared[value] += 1
-        elif kind == "array":  # change the first number of an array that was sent
-            value[0] += 1
-        elif kind == "sleep":
-            time.sleep(value)
-        send(target, value)
-
-if __name__ == "__main__":
-    main(sys.stdin.buffer, sys.stdout.buffer)
-"""
-worker_file = scratch("08") / "worker.py"
-worker_file.write_text(WORKER, encoding="utf-8")
-worker_file.name
-
-# %%
-import contextlib
-import runpy
-import subprocess
-import sys
-from multiprocessing import shared_memory
-
-protocol = runpy.run_path(str(worker_file))  # the same send and receive on both sides
-
-
-class Worker:
-    """A worker process; leaving the `with` block ends it, however it is left."""
-
-    def __enter__(self):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, str(worker_file)], **pipes)
-        return self
-
-    def tell(self, kind, value):
-        protocol["send"](self.process.stdin, (kind, value))
-
-    def answer(self):
-        return protocol["receive"](self.process.stdout)
-
-    def ask(self, kind, value):
-        self.tell(kind, value)
-        return self.answer()
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()  # collect it: a process nobody waits for stays in the table as a zombie
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # bytes may be left that nobody will read
-            self.process.stdin.close()
-
-
-# %%
-COUNT = 2**14 if SMOKE else 2**22  # float32 numbers in the array
-own = np.zeros(COUNT, np.float32)
-
-
-class Segment:
-    """A shared array of float32; leaving the `with` block removes it from the system."""
-
-    def __enter__(self):
-        self.memory = shared_memory.SharedMemory(create=True, size=4 * COUNT)
-        self.array = np.ndarray(COUNT, np.float32, self.memory.buf)
-        self.array[:] = 0
-        return self
-
-    def __exit__(self, *_):
-        self.array = None  # a view that is still alive would forbid the close
-        self.memory.close()
-        self.memory.unlink()
-
-
-def exists(name):
-    try:
-        shared_memory.SharedMemory(name).close()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-with Worker() as worker, Segment() as segment:
-    worker.ask("attach", (segment.memory.name, COUNT))
-    worker.ask("index", 5)
-    print("shared: the worker's change is here:", segment.array[5] == 1)
-    back = worker.ask("array", own)
-    print("pickled: here", own[0], "- in what came back", back[0])
-print("segment left behind:", exists(segment.memory.name))
-
-# %% [markdown]
-# The first line is the proof: you see the other process's write, so there is one memory. In the
-# second, your array is as it was. A copy travelled, and another copy came back.
-#
-# ## Measure: copied bytes and latency
-# Three ways to have a worker change one number of an array. *Pickled*: the array goes and comes.
-# *Copied in*: your array exists already, so it is first copied into the segment. *Made there*: the
-# array was created in the segment. On Linux the kernel counts what a process reads and writes,
-# pipes included.
-
-
-# %% tags=["nbval-ignore-output"]
-def piped_bytes(call):
-    """Bytes this process passed to read and write during call(), from the kernel; None where it
-    does not tell.
-    """
-    try:
-        before = psutil.Process().io_counters()
-        call()
-        after = psutil.Process().io_counters()
-        return after.read_chars + after.write_chars - before.read_chars - before.write_chars
-    except (AttributeError, psutil.Error):
-        return None
-
-
-with Worker() as worker, Segment() as segment:
-    worker.ask("attach", (segment.memory.name, COUNT))
-
-    def pickled():
-        return worker.ask("array", own)
-
-    def made_there():
-        return worker.ask("index", 0)
-
-    def copied_in():
-        np.copyto(segment.array, own)
-        return worker.ask("index", 0)
-
-    trips = {"pickled": pickled, "copied in": copied_in, "made there": made_there}
-    piped = {name: piped_bytes(trip) for name, trip in trips.items()}
-    took = {n: measure.latency(t, seconds=SECONDS / 3).median for n, t in trips.items()}
-    gain = measure.compare(pickled, copied_in, seconds=SECONDS, precision=0.05)
-copied = {"pickled": 0, "copied in": own.nbytes, "made there": 0}
-for name in trips:
-    pipe = "unknown" if piped[name] is None else f"{piped[name] / own.nbytes:.3f}"
-    print(
-        f"{name:11} through pipes {pipe} arrays, copied by us {copied[name] / own.nbytes:.0f},",
-        end=" ",
-    )
-    print(f"round trip {measure.pretty(took[name].value)}")
-
-# %% tags=["nbval-ignore-output"]
-milliseconds = {
-    n: measure.Interval(1e3 * t.value, 1e3 * t.low, 1e3 * t.high) for n, t in took.items()
-}
-plots.bars(
-    milliseconds,
-    xlabel="round trip (ms)",
-    logx=True,
-    title=(
-        f"{own.nbytes / MIB:.3g} MiB: copied into shared memory, {gain.ratio:.1f}x faster than"
-        " pickled"
-    ),
-    alt=(
-        "Round-trip times on a logarithmic axis: pickled is longest, copied in shorter, made there"
-        " shortest."
-    ),
-)
-claims.verdict("08.shared_memory_is_faster", gain)
-
-
-# %% [markdown]
-# The axis is logarithmic. *Pickled* moves the array through pipes twice, and each side also builds
-# it anew. *Copied in* pays for one copy. *Made there* sends a number of a few bytes, and its time
-# no longer depends on the array.
-#
-# Does "shared memory avoids copies" hold for torch? `share_memory_()` is what torch's data loader
-# uses. Watch the address.
-
-# %% tags=["nbval-ignore-output"]
-ordinary = torch.zeros(1000)
-address = ordinary.data_ptr()
-ordinary.share_memory_()
-moved = ordinary.data_ptr() != address
-with Segment() as segment:
-    wrapped = torch.from_numpy(segment.array)  # a tensor over the segment
-    no_copy = wrapped.data_ptr() == segment.array.ctypes.data
-    del wrapped
-print("share_memory_ moved the data:", moved, "- from_numpy on a segment copied nothing:", no_copy)
-claims.verdict("08.shared_memory_avoids_copies", float(moved))
-
-# %% [markdown]
-# The verdict counts copies for a tensor that *exists already*: one. Shared memory avoids the second
-# copy, the third and the way through the pipe. Only data that are created in the segment travel
-# without any.
-#
-# ## Measure: a worker is killed
-# A worker gets a signal that it can't catch, in the middle of its work. What stays behind?
-
-# %%
-with Segment() as segment:
-    name = segment.memory.name
-    with Worker() as worker:
-        worker.ask("attach", (name, COUNT))
-        worker.tell("sleep", 60)
-        worker.process.kill()  # kill -9
-        with exercises.fails(EOFError):
-            worker.answer()
-    segment.array[1] = 7
-    print("the data survive the worker:", segment.array[1] == 7)
-print("worker collected:", worker.process.poll() is not None)
-print("zombie left:", psutil.pid_exists(worker.process.pid))
-print("segment left:", exists(name))
-
-# %% [markdown]
-# Two rules kept the house clean. **One owner:** who creates the segment removes it, in a `with`
-# block, whatever happens to others. **Always collect:** `wait` after `kill`, or the dead process
-# keeps its place in the table. If the *owner* is killed, Python's resource tracker removes the
-# segment; a C++ program has no such helper, and its segment stays until the machine restarts.
-#
-# ## Myth: `mp.Array` without a lock has `get_obj`
-# This line circulates: `np.frombuffer(mp.Array("f", n, lock=False).get_obj())`.
-
-# %%
-import multiprocessing
-
-with exercises.fails(AttributeError):
-    multiprocessing.Array("f", 4, lock=False).get_obj()
-raw = multiprocessing.Array("f", 4, lock=False)  # the array itself
-locked = multiprocessing.Array("f", 4)  # a lock around it: this one has get_obj
-np.frombuffer(raw, np.float32)[0] = 1
-np.frombuffer(locked.get_obj(), np.float32)[0] = 2
-raw[0], locked[0]
-
-# %% [markdown]
-# ## Measure: attention, naive and fused
-# In *attention* each of $T$ positions sends a *query*, which is compared with the *key* of every
-# position; the scores then weigh the positions' *values*. That is a table of $T \times T$ scores,
-# and one for each *head*: several such comparisons run side by side. The naive way stores the
-# tables. The *fused* operator of PyTorch works through them in blocks and never holds one whole
-# (Dao et al. 2022). On the way to it stands what you can build now: take a block of queries at a
-# time and checkpoint it.
-
-
-# %%
-def naive(q, k, v):  # each (heads, T, width)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (heads, T, T)
-    return torch.softmax(scores, -1) @ v
-
-
-def fused(q, k, v):
-    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-
-
-def blocked(q, k, v, size=64):
-    """The naive way for `size` queries at a time; backward computes each table again."""
-    return torch.cat([library(naive, part, k, v) for part in q.split(size, -2)], -2)
-
-
-q, k, v = torch.randn(3, 4, 200, 32, dtype=torch.float64, requires_grad=True).unbind(0)
-for way in (blocked, fused):
-    torch.testing.assert_close(way(q, k, v), naive(q, k, v), atol=1e-12, rtol=0)
-    ours, theirs = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (way, naive))
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-
-# %% tags=["nbval-ignore-output"]
-times = {"smoke": [64, 128, 256], "fast": [256, 512, 1024, 2048], "full": [512, 1024, 2048, 4096]}
-times = times[PROFILE]
-attention = {"naive": [], "blocks of 64 queries, checkpointed": [], "fused": []}
-for length in times:
-    q, k, v = (torch.randn(4, length, 64, requires_grad=True) for _ in range(3))
-    for t in (q, k, v):
-        t.grad = torch.zeros_like(t)
-    for name, way in zip(attention, (naive, blocked, fused), strict=True):
-        attention[name].append(measure.peak_memory(lambda: way(q, k, v).sum().backward()) / MIB)
-powers = {
-    n: math.log(m[-1] / m[-2]) / math.log(times[-1] / times[-2]) for n, m in attention.items()
-}
-plots.lines(
-    times,
-    attention,
-    xlabel="sequence length T",
-    ylabel="peak of a training step (MiB)",
-    logx=True,
-    logy=True,
-    title=(
-        f"Naive grows like T^{powers['naive']:.1f}, fused like T^{powers['fused']:.1f}: "
-        f"{attention['naive'][-1] / attention['fused'][-1]:.0f}x at T = {times[-1]}"
-    ),
-    alt=(
-        "Peak memory against sequence length: the naive line is steepest, the blocked and the fused"
-        " one run far below it."
-    ),
-)
-claims.verdict("08.fused_attention_is_linear", powers["fused"])
-
-# %% [markdown]
-# A doubled length makes the naive way pay four times, the others about twice. The fused operator
-# also never writes its table to main memory, which saves time where memory is the limit. It
-# computes the same numbers, as the assertion above says.
-#
-# ## If yours shows no gain
-# | You see | Because | Look at |
-# |---|---|---|
-# | checkpointing saves little | parameters and Adam's state are the peak, not activations | the stacked bars above; *Break it* |
-# | it saves nothing at all | one segment holds everything at the end | shorter segments |
-# | it costs far more than a third | the forward pass is a large share: random numbers, normalisation, many small operations | the bars under *Explain* |
-# | it costs almost nothing | the machine was waiting for data or for memory anyway | chapter 1, the roofline |
-# | selective costs as much as full, or more | the cheap operations are the dear ones on this CPU, and the hooks run in Python | without dropout; larger matrices |
-# | the prediction is off for a tiny batch of images | the convolution library rearranges weights in scratch memory | a larger batch |
-# | accumulation is slower | small products use the processor badly | the largest piece that fits |
-# | shared memory gains little | the array is small: a round trip costs what the pipe costs | arrays from `1 MiB` on |
-# | fused attention needs as much as naive | a mask or a dtype for which PyTorch falls back to the plain kernel | `torch.nn.attention.sdpa_kernel` |
-#
 # ## Exercise A · the peak of an MLP
 # An MLP has layers `nn.Linear(widths[0], widths[1])`, `nn.Linear(widths[1], widths[2])`, …, each
 # with a bias, and a ReLU after every one but the last. It is trained in fp32 with Adam on `batch`
-# rows. Complete one line, so that `mlp_bytes(widths, batch)` gives the bytes that are alive
-# *between the forward and the backward pass* of a later step: the parameters, Adam's two numbers
-# for each of them, and every activation that the layers keep for their backward pass. The batch
-# itself counts, because the first layer keeps it. The last output, the loss and the gradients (none
-# exist yet) do not.
+# rows. Complete one line, so that `mlp_bytes(widths, batch)` gives the bytes alive *between the
+# forward and the backward pass* of a later step: the parameters, Adam's two numbers for each, and
+# every activation that the layers keep. The batch counts, because the first layer keeps it; the
+# last output, the loss and the gradients (none exist yet) do not.
 #
 # Example: `widths = [4, 8, 2]`, `batch = 3`. Parameters: $4·8 + 8 + 8·2 + 2 = 58$. Kept: the batch,
 # $3·4$, and the ReLU's output, $3·8$, which the second layer reads too. $4·(3·58 + 36) = 840$
@@ -1504,16 +333,125 @@ def mlp_bytes(widths, batch):
 
 
 # %% [markdown] tags=["instructor"]
-# 8 minutes. Draw the two-layer example on the board and colour the tensors that two layers share.
+# 4 minutes. Draw the two-layer example on the board and colour the tensors that two layers share.
 # Whoever gets 936 for the example has counted the ReLU twice: ask at which address the second copy
 # would lie.
 
 # %% [markdown]
+# ## From scratch: checkpointing
+# Keep only what enters a block. When the backward pass arrives, run the block once more, this time
+# with gradients, and go on. That is *activation checkpointing* (Chen et al. 2016). PyTorch lets you
+# write it as an autograd function: you say what happens forwards, and what happens when a gradient
+# comes back.
+
+
+# %%
+class FirstCheckpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)  # all that is kept
+        return function(x)  # autograd is off inside forward: nothing else is saved
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()  # a fresh start: the graph ends at this block's input
+        with torch.enable_grad():
+            y = ctx.function(x)
+        torch.autograd.backward(y, gradient)  # parameters collect their gradients on the way
+        return None, x.grad  # one answer for each input of forward
+
+
+# %% [markdown]
+# Does it compute the same? Compare every gradient bit by bit, without dropout and with it.
+
+
+# %%
+def through(wrap, parts):
+    """A forward pass that sends each part through wrap(part, x)."""
+    return lambda x: functools.reduce(lambda x, part: wrap(part, x), parts, x)
+
+
+def gradients(model, forward, x, y):
+    """The gradients of one step, from a fixed random state."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    F.cross_entropy(forward(x), y).backward()
+    return [p.grad for p in model.parameters()] + [x.grad]
+
+
+def equal_bits(model, wrap, x, y):
+    plain, ours = gradients(model, model, x, y), gradients(model, through(wrap, model), x, y)
+    return all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+
+
+# %%
+sample, target = torch.randn(32, 64), torch.randint(0, 64, (32,))
+
+
+def compare_bits(wrap):
+    for p in (0.0, 0.1):
+        same = equal_bits(chain(64, 4, p), wrap, sample, target)
+        print(f"dropout {p}: bitwise equal {same}")
+
+
+compare_bits(FirstCheckpoint.apply)
+
+# %% [markdown]
+# With dropout the gradients are wrong, and nothing complained. The second run drew *another* mask.
+# So the state of the random generator belongs to what must be kept. Before the second run, set it
+# back; after it, put the present state in place again, or every later random number of your program
+# changes.
+
+
+# %%
+class Checkpoint(FirstCheckpoint):
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.state = torch.get_rng_state()  # a GPU has a state of its own
+        return FirstCheckpoint.forward(ctx, function, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        now = torch.get_rng_state()
+        torch.set_rng_state(ctx.state)  # the same mask as in the first run
+        answer = FirstCheckpoint.backward(ctx, gradient)
+        torch.set_rng_state(now)
+        return answer
+
+
+compare_bits(Checkpoint.apply)
+
+# %% [markdown]
+# ## The tool of the field: torch.utils.checkpoint
+# Use it with `use_reentrant=False`. It hooks into the saving of tensors, so it also works with
+# inputs that need no gradient (ours does not: *Further*), and it stops as soon as it has what it
+# needs. Both must agree with the plain step bit for bit and leave the random generator in the same
+# state.
+
+# %%
+from torch.utils.checkpoint import checkpoint
+
+
+def library(part, x):
+    return checkpoint(part, x, use_reentrant=False)
+
+
+net, after = chain(64, 4), {}
+for name, wrap in {"ours": Checkpoint.apply, "torch": library}.items():
+    print(f"{name}: bitwise equal {equal_bits(net, wrap, sample, target)}")
+    after[name] = torch.rand(1).item()
+gradients(net, net, sample, target)
+print("the next random number is the plain step's:", {torch.rand(1).item()} == set(after.values()))
+
+# %% [markdown]
 # ## Exercise B · a checkpoint for any function
-# Write `MyCheckpoint`, an autograd function that is called as `MyCheckpoint.apply(function,
-# *inputs)` and returns `function(*inputs)`, one tensor. Among the inputs may be several tensors,
-# tensors that need no gradient, tensors of integers, and things that are no tensors (a number, a
-# string, None); at least one tensor needs a gradient. Write both passes yourself. The demands:
+# Write `MyCheckpoint`, an autograd function: `MyCheckpoint.apply(function, *inputs)` returns
+# `function(*inputs)`, one tensor. Among the inputs may be several tensors, tensors that need no
+# gradient, tensors of integers, and things that are no tensors (a number, a string, None); at least
+# one tensor needs a gradient. Write both passes yourself. The demands:
 # 1. Forwards, `function` runs once, without autograd, and nothing inside it is kept; backwards, it
 #    runs a second time. Between the passes you hold what went in and a random state, no copies of
 #    the output.
@@ -1661,30 +599,114 @@ class MyCheckpoint(torch.autograd.Function):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes, in pairs. Demand 3 is the one that rooms forget; show them two runs of a training
+# 15 minutes, in pairs. Demand 3 is the one that rooms forget; show them two runs of a training
 # script that differ only by checkpointing and have different losses from the second step on. Ask
 # why `save_for_backward` is better than `ctx.inputs = …` (it notices in-place changes and avoids
 # reference cycles).
 
 # %% [markdown]
+# ## Measure: what does it cost?
+# Checkpointing can take several blocks at once: a *segment*. Chen et al. cut $n$ layers into about
+# $\sqrt n$ segments and report "only 30 percent additional running time cost" (2016). Many say: a
+# third. Take torch's own function, $\sqrt n$ segments, no dropout. Memory first.
+
+
+# %%
+def segments(model, length):
+    return [model[i : i + length] for i in range(0, len(model), length)]
+
+
+def step(model, forward=None):
+    F.cross_entropy((forward or model)(x), y).backward()  # gradients add up; nobody reads them
+
+
+# %% tags=["nbval-ignore-output"]
+blocks, dropping = chain(WIDTH, DEPTH, p=0.0), chain(WIDTH, DEPTH, p=0.1)
+x, y = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randint(0, WIDTH, (ROWS,))
+ways = {
+    "plain": blocks,
+    "every block": through(library, blocks),
+    "√n segments": through(library, segments(blocks, math.isqrt(DEPTH))),
+    "one segment": through(library, segments(blocks, DEPTH)),
+}
+step(blocks)  # the gradients exist from here on: only activations are counted
+for name, way in ways.items():
+    size = measure.peak_memory(lambda: step(blocks, way)) / MIB
+    print(f"{name:20} {size:6.1f} MiB of activations")
+
+# %% [markdown]
+# *One segment* saves nothing: computing again, it holds everything at one moment. And *every block*
+# needs less than $\sqrt n$; *Further* says why, and when not. Now the time, in fresh processes.
+
+
+# %%
+def forward_only(model):
+    with torch.no_grad():
+        return model(x)
+
+
+def price(model, processes):
+    """Speed of the plain step over the checkpointed one, and of the forward pass over the step."""
+    checkpointed = through(library, segments(model, math.isqrt(DEPTH)))
+    plain, alone = functools.partial(step, model), functools.partial(forward_only, model)
+    often = {"seconds": SECONDS * processes / 4, "processes": processes}
+    slower = measure.across(lambda: step(model, checkpointed), plain, **often)
+    return slower, measure.across(plain, alone, seconds=SECONDS, processes=6, across_modes=True)
+
+
+# %% tags=["nbval-ignore-output"]
+cost = {"no dropout": price(blocks, 12), "dropout": price(dropping, 6)}
+measure.fresh.end()  # the processes that wait for comparisons; their memory is needed
+extra = {
+    name: measure.derive(lambda s: 100 * (s - 1), slower.interval, unit="% more time")
+    for name, (slower, _) in cost.items()
+}
+exercises.reveal("08.slowdown", extra["no dropout"].value, "%")
+claims.verdict("08.a_third_more_time", extra["no dropout"])
+
+# %% [markdown]
+# ## Explain: where the third comes from, and where it goes
+# A backward pass has two matrix products for each one of the forward pass: for the gradient of the
+# input and for that of the weight. So the plain step costs $1 + 2 = 3$, and a second forward pass
+# adds a third. If time were matrix products, dropout would change nothing. The rival: **the extra
+# time is the forward pass's share of the step**, whatever it consists of. Dropout, whose random
+# numbers cost nothing in the backward pass, tells the two apart.
+
+# %% tags=["nbval-ignore-output"]
+bars = {"matrix products alone": 100 / 3}
+for name, (_, share) in cost.items():
+    bars[f"{name}: the forward pass's share"] = measure.derive(lambda s: 100 / s, share.interval)
+    bars[f"{name}: measured"] = extra[name]
+plots.bars(
+    bars,
+    xlabel="more time than the plain step (%)",
+    title=f"Checkpointing adds {extra['no dropout'].value:.0f}% without dropout,"
+    f" {extra['dropout'].value:.0f}% with it",
+    alt="Bars: a third; then, without and with dropout, the forward's share and the extra time.",
+)
+
+# %% [markdown]
+# Are the two *measured* bars equal, or does each stand beside its own share? Torch may end below
+# its share: it skips the last product of a segment, which nobody needs.
+
+# %% [markdown]
 # ## Exercise C · fit a network into a budget
 # A network is a list of blocks, in the order of the forward pass. Each is a tuple `(inside, border,
-# seconds)`: the bytes that it keeps for its backward pass, the bytes of its input, and the time of
-# running it again. You may checkpoint any set of blocks. A checkpointed block holds only its
-# `border`; any other holds its `inside`.
+# seconds)`: the bytes that it keeps for its backward pass, those of its input, and the time of
+# running it again. You may checkpoint any set of blocks. A checkpointed block holds its `border`
+# only; any other holds its `inside`.
 #
-# The peak is the largest amount that is held while the backward pass works on a block: what the
-# blocks before it hold, plus its `inside`, plus its `border` if it is checkpointed. (Later blocks
-# are already freed.)
+# The peak is the largest amount held while the backward pass works on a block: what the blocks
+# before it hold, plus its `inside`, plus its `border` if it is checkpointed. (Later blocks are
+# freed.)
 #
 # Write `plan(blocks, budget)`. Return the indices to checkpoint, as a sorted list, such that the
-# peak is **at most** `budget` and the sum of their `seconds` is as small as possible. If nothing
-# fits, return `None`. There are 1 to 10 blocks, so trying all sets is allowed.
+# peak is **at most** `budget` and the sum of their `seconds` as small as possible; `None` if
+# nothing fits. There are 1 to 10 blocks, so you may try all sets.
 #
-# Example: `blocks = [(10, 1, 3.0), (10, 1, 2.0)]`. With a budget of 20 nothing needs to be done:
-# `[]`. With 12, `[0]` is right: at block 1 $1 + 10 = 11$, at block 0 $10 + 1 = 11$. The cheaper
-# `[1]` does not fit: when block 1 is at work, block 0 holds 10, and $10 + 10 + 1 = 21$. With 10,
-# the answer is `None`.
+# Example: `blocks = [(10, 1, 3.0), (10, 1, 2.0)]`. With a budget of 20: `[]`. With 12: `[0]`, for
+# at block 1 $1 + 10 = 11$, at block 0 $10 + 1 = 11$. The cheaper `[1]` does not fit: when block 1
+# is at work, block 0 holds 10, and $10 + 10 + 1 = 21$. With 10: `None`.
 
 
 # %% tags=["exercise"]
@@ -1795,116 +817,822 @@ def plan(blocks, budget):
 
 
 # %% [markdown] tags=["instructor"]
-# 20 minutes. The example with budget 12 is the heart: an early block weighs longer than a late one,
+# 12 minutes. The example with budget 12 is the heart: an early block weighs longer than a late one,
 # because it is held while all later ones work. Ask which single block is the worst to checkpoint
 # (the last: it saves nothing at its own backward pass).
 
 # %% [markdown]
-# ## Break it
-# Make the activations small beside the parameters: fewer rows. What share of the whole step's bytes
-# does checkpointing every block still save?
+# ## Measure: one step, made smaller part by part
+# Now a small language model: words, blocks, and scores over a vocabulary of 8,192 (the *logits*),
+# the largest tensors of all. The loss, "for small models, consumes an order of magnitude more
+# memory than the rest of the LLM combined" (Wijmans et al. 2024). Compute it for a piece of the
+# rows at a time, and checkpoint the pieces.
+
+
+# %%
+def loss_in_pieces(head, h, labels, pieces):
+    """Mean cross-entropy of head(h), with the scores of one piece of the rows at a time."""
+
+    def part(h, labels):
+        return F.cross_entropy(head(h), labels, reduction="sum")
+
+    some = zip(h.chunk(pieces), labels.chunk(pieces), strict=True)
+    return sum(checkpoint(part, *one, use_reentrant=False) for one in some) / len(labels)
+
+
+# %%
+class LanguageModel(nn.Module):
+    """Words → blocks → scores → mean loss; `pieces` and `wrap` switch the savings on."""
+
+    def __init__(self, vocabulary, width, depth, pieces=0, wrap=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.blocks = nn.Embedding(vocabulary, width), chain(width, depth, p=0.0)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.pieces, self.wrap = pieces, wrap
+
+    def forward(self, words, labels):  # (N,), (N,) → a number
+        h = self.words(words)
+        h = through(self.wrap, self.blocks)(h) if self.wrap else self.blocks(h)
+        if self.pieces:
+            return loss_in_pieces(self.head, h, labels, self.pieces)
+        return F.cross_entropy(self.head(h), labels)
+
+
+# %% [markdown]
+# *Gradients* can go, too: update each parameter as soon as its gradient is there, inside the
+# backward pass, and drop the gradient. And the *optimizer's state*: Adafactor (Shazeer & Stern
+# 2018) keeps a row and a column of sums in place of Adam's table of squares, and no average of
+# gradients. It takes other steps than Adam; all savings before it leave the step as it was.
+
+
+# %%
+def update(p, optimizer):
+    """Called when p's gradient is complete."""
+    optimizer.step()
+    p.grad = None
+
+
+def trainer(early=False, make=None, **savings):
+    """A training step as a callable, and what it uses: the model and its optimizers."""
+    make = make or functools.partial(torch.optim.Adam, fused=True)
+    model = LanguageModel(*SIZES, **savings)
+    optimizers = {p: make([p]) for p in model.parameters()}
+    for p, optimizer in optimizers.items() if early else ():
+        p.register_post_accumulate_grad_hook(functools.partial(update, optimizer=optimizer))
+
+    def step():
+        loss = model(words, labels)
+        loss.backward()
+        for optimizer in () if early else optimizers.values():
+            optimizer.step()
+        model.zero_grad()
+        return loss.item()
+
+    return step, [model, *optimizers.values()]
+
 
 # %% tags=["nbval-ignore-output"]
-rows_in_batch = [2, 8, 32, 128] if SMOKE else [4, 16, 64, 256, 768]
+SIZES = (512, 32, 2) if SMOKE else (8192, 256, 8)  # vocabulary, width, blocks
+words, labels = torch.randint(0, SIZES[0], (2, 64 if SMOKE else 384))
+savings = {"plain": {}, "loss in 8 pieces": {"pieces": 8}}
+savings["+ checkpoints"] = savings["loss in 8 pieces"] | {"wrap": library}
+savings["+ step in backward"] = savings["+ checkpoints"] | {"early": True}
+savings["+ Adafactor"] = savings["+ step in backward"] | {"make": torch.optim.Adafactor}
+
+# %% [markdown]
+# `footprint.by_kind` asks torch's own tracker whose bytes live at the peak. It knows nothing of the
+# profiler, whose sum the diamonds are.
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return through(torch_checkpoint, self.model)(x)
+# %% tags=["nbval-ignore-output"]
+def two_language_steps(how):
+    one, owners = trainer(**how)
+    return one(), one(), owners
 
 
-saved = []
-for count in rows_in_batch:
-    data_in, classes = torch.randn(count, 128), torch.randint(0, 128, (count,))
-    plain_bytes, less = (
-        measure.peak_memory(training_steps(make, data_in, classes))
-        for make in (lambda: chain(128, 8), lambda: Checkpointed(chain(128, 8)))
-    )
-    saved.append(100 * (1 - less / plain_bytes))
-plots.lines(
-    rows_in_batch,
-    {"every block checkpointed": saved},
-    xlabel="rows in a batch",
-    ylabel="bytes of the step saved (%)",
-    logx=True,
-    title=(
-        f"At {rows_in_batch[0]} rows {saved[0]:.0f}% is saved, at {rows_in_batch[-1]} rows"
-        f" {saved[-1]:.0f}%"
-    ),
-    alt="Share of bytes saved against rows in a batch: near zero at the left, rising to the right.",
+kinds, total = {}, {}
+for name, how in savings.items():
+    total[name] = measure.peak_memory(lambda: two_language_steps(how)) / MIB
+    one, owners = trainer(**how)
+    one()  # the optimizer's state comes into being
+    kinds[name] = {k: size / MIB for k, size in footprint.by_kind(one, *owners).items()}
+    loss, took = one(), measure.latency(one, seconds=SECONDS / 4).median
+    print(f"{name:20} third loss {loss:.5f}, a step takes {measure.pretty(took.value)} (a look)")
+    measure.release()  # a hook and its optimizer know each other: only a search finds them
+
+# %% tags=["nbval-ignore-output"]
+footprint.stacked(
+    kinds,
+    total,
+    mark="measured by the profiler",
+    xlabel="MiB at the peak of a training step",
+    title=f"From {total['plain']:.0f} to {total['+ Adafactor']:.0f} MiB:"
+    f" {total['plain'] / total['+ Adafactor']:.1f} times less",
+    alt="Stacked bars of five ways to take one step: each is shorter than the one above it.",
 )
 
 # %% [markdown]
-# On the left the peak is the optimizer's moment, and checkpointing pays time for nothing. On the
-# right it takes away most.
+# Row by row: which part fell, and which one stands out now? Each saving works on its own part, so a
+# list of tricks helps little: first find the part. All losses but the last must agree to about six
+# digits. The last column says what each saving costs here.
 #
-# And a function that *remembers* breaks the promise that a second run is the same. BatchNorm keeps
-# running statistics:
+# ## Measure: allocated is not reserved
+# Asking a GPU for memory is slow, so PyTorch keeps what you free. What tensors hold is *allocated*;
+# what PyTorch took from the device is *reserved*. Make it a habit to print both,
+# `torch.cuda.max_memory_allocated()` and `torch.cuda.max_memory_reserved()`: a large gap means
+# pieces that fit nobody. [`course_utils/caching.py`](../course_utils/caching.py) is that allocator
+# on paper, with the rules of PyTorch's source. Train a model on it, with batches of random lengths.
+
+# %% tags=["nbval-ignore-output"]
+empty = caching.CachingAllocator.empty_cache
+arms = {"left alone": {}, "emptied": {"after_step": empty}, "expandable": {"expandable": True}}
+batches, reserved = caching.lengths(16, seed=3), {}
+for name, how in arms.items():
+    gpu = caching.CachingAllocator(expandable="expandable" in how)
+    steps = caching.training(gpu, batches, after_step=how.get("after_step"))
+    reserved[name] = [device.reserved / MIB for device in steps]
+plots.lines(
+    range(1, 17),
+    reserved,
+    xlabel="step",
+    ylabel="reserved after the step (MiB)",
+    reference=(gpu.peak_allocated / MIB, "most that ever lived at once"),
+    title=f"Reserved at the end: {reserved['left alone'][-1]:.0f} MiB left alone,"
+    f" {reserved['emptied'][-1]:.0f} emptied",
+    alt="Reserved memory over the steps: left alone it climbs above what lived at once.",
+)
+
+# %% [markdown]
+# `empty_cache()` after each step keeps the line low, and people
+# [report](https://discuss.pytorch.org/t/about-torch-cuda-empty-cache/34232) that "it indeed works
+# (save at least 50% memory compared to the code not using this function)". But for whom?
+# `nvidia-smi` sees this line. Your model sees whether its next tensor can still be allocated, and
+# before PyTorch gives up, it empties the cache by itself. So ask for the **smallest device on which
+# the run comes to its end**.
+
+# %% tags=["nbval-ignore-output"]
+draws = range(4 if SMOKE else 12)
+needs = {
+    name: [caching.smallest_device(caching.lengths(16, seed), **how) for seed in draws]
+    for name, how in arms.items()
+}
+equal, rising = [2048] * 16, list(range(256, 2049, 119))
+for name, how in arms.items():
+    one, other = (caching.smallest_device(sizes, **how) for sizes in (equal, rising))
+    few, many = min(needs[name]), max(needs[name])
+    print(f"{name:10} random {few} to {many} MiB, rising {other}, all equal {one}")
+
+# %% tags=["nbval-ignore-output"]
+less = [100 * (1 - b / a) for a, b in zip(needs["left alone"], needs["emptied"], strict=True)]
+claims.verdict("08.empty_cache_saves_half", measure.paired_t(less, "%"))
+
+# %% [markdown]
+# The run fits into less than it reserves when nobody stops it. So emptying is good manners before
+# *another process* starts on the same GPU; your own model gains what the interval says, and each
+# emptying waits for the device. `PYTORCH_ALLOC_CONF=expandable_segments:True` is made for sizes
+# that change: one segment that grows leaves no odd ends behind. Compare *rising* lengths with equal
+# ones. It does not cure every hole: *Further*.
+#
+# ## If yours shows no gain
+# | You see | Because | Look at |
+# |---|---|---|
+# | checkpointing saves little | parameters and optimizer are the peak | the chain with few rows |
+# | it saves nothing | one segment holds everything at the end | shorter segments |
+# | it costs far more than a third | random numbers, many small operations: a large forward share | the bars under *Explain* |
+# | the prediction is too low for a convolution | the library rearranges weights and images in memory of its own | larger images; another machine |
+# | pieces of the loss save nothing | a small vocabulary: the scores are not the largest part | the stacked bars |
+#
+# ## Myth: accumulation is the big batch
+# Another way to hold fewer activations: send the batch in pieces, let the gradients add up, update
+# once. "Gradient accumulation is supposed to be mathematically equivalent to full batch training",
+# wrote [Hugging Face](https://huggingface.co/blog/gradient_accumulation) in October 2024, when it
+# came out that in many trainers it was not. Each piece's loss was a mean over *its* tokens, divided
+# by the number of pieces. What lies beyond a sentence's end is labelled −100 and left out.
+
+# %%
+sentences = torch.randn(8, 64, 32, dtype=torch.float64)  # sentences, tokens, width
+
+
+def targets(lengths):
+    beyond = torch.arange(64) >= torch.tensor(lengths)[:, None]
+    return torch.randint(0, 32, (8, 64)).masked_fill(beyond, -100)
+
+
+def tokens_in(labels):
+    return (labels != -100).sum()
+
+
+def accumulated(model, labels, pieces, divisor):
+    """All gradients as one vector; each piece's summed loss is divided by divisor(its labels)."""
+    model.zero_grad()
+    x = sentences.to(next(model.parameters()).dtype)
+    for part, own in zip(x.chunk(pieces), labels.chunk(pieces), strict=True):
+        loss = F.cross_entropy(model(part).flatten(0, 1), own.flatten(), reduction="sum")
+        (loss / divisor(own)).backward()  # adds to what is in .grad
+    return nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+
+
+# %%
+def apart(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+small, uneven = chain(32, 2, p=0.0).double(), targets([64, 3, 50, 4, 12, 5, 33, 2])
+full = accumulated(small, uneven, 1, tokens_in)
+recipe = accumulated(small, uneven, 4, lambda own: 4 * tokens_in(own))
+cured = accumulated(small, uneven, 4, lambda own: tokens_in(uneven))
+print("divided by all tokens of the batch, equal within 1e-12:", apart(cured, full) < 1e-12)
+even = targets([40] * 8)
+null = accumulated(small, even, 4, lambda own: 4 * tokens_in(own))
+same = apart(null, accumulated(small, even, 1, tokens_in)) < 1e-12
+print("the recipe, all sentences of one length, equal within 1e-12:", same)
+
+# %% tags=["nbval-ignore-output"]
+claims.verdict("08.accumulation_equals_the_full_batch", 100 * apart(recipe, full))
+
+# %% [markdown]
+# The recipe gives a token in a short piece more weight than one in a long piece; with equal lengths
+# nothing shows. The cure: divide every piece's *sum* by the tokens of the **whole** batch, counted
+# before you begin (`num_items_in_batch` in today's Transformers; over all workers, in chapter 9).
+# BatchNorm differs whatever you divide by.
+
+# %% [markdown]
+# ## Break it
+# With few rows there is nothing to win: see the chain's parts. And a function that *remembers* does
+# not run a second time as it ran the first. BatchNorm keeps running statistics:
 
 # %%
 counting = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU())
 library(counting, torch.randn(16, 8, requires_grad=True)).sum().backward()
-print("batches seen:", 1, "- batches counted by BatchNorm:", int(counting[1].num_batches_tracked))
+print("batches seen: 1 - batches counted by BatchNorm:", int(counting[1].num_batches_tracked))
 
 # %% [markdown]
 # The gradients are right, and the running mean has moved twice as far as it should, which shows in
-# evaluation only. Freezing the statistics in the second run is a remedy; layers without a memory,
-# such as LayerNorm, need none.
+# evaluation only.
 #
 # ## Exit quiz
 # **1. A batch twice as large doubles**
-# <details><summary>the activations</summary>Right: each layer keeps a tensor with one row per
-# example.</details>
-# <details><summary>Adam's state</summary>It has two numbers a parameter, whatever the
-# batch.</details>
+# <details><summary>Adam's state</summary>Two numbers a parameter, whatever the batch.</details>
+# <details><summary>the activations</summary>Right: one row an example.</details>
 # <details><summary>everything</summary>Parameters, gradients and Adam's state stay.</details>
 #
-# **2. Checkpointing adds a third to the time. This is exact for**
-# <details><summary>the matrix products, if everything is run again</summary>Right: 4 passes in
-# place of 3.</details>
-# <details><summary>the wall clock</summary>It depends on the forward pass's share of the step,
-# which you measured.</details>
-# <details><summary>every segment length</summary>Torch skips the end of each segment, so short
-# segments cost fewer products.</details>
+# **2. Checkpointing adds to the time of a step**
+# <details><summary>a third</summary>So much for the products; a step has more in it.</details>
+# <details><summary>nothing, if the batch is small</summary>Every segment still runs
+# twice.</details>
+# <details><summary>about the forward pass's share of it</summary>Right: it runs again.</details>
 #
-# **3. Your GPU is out of memory, and `empty_cache` is proposed. It helps**
-# <details><summary>if another process needs the memory</summary>Right.</details>
-# <details><summary>your next allocation</summary>The allocator has emptied its cache already before
-# it gave up.</details>
-# <details><summary>against holes within segments</summary>A segment with one living block
+# **3. Your GPU is out of memory, and `empty_cache()` in the loop is proposed. It helps**
+# <details><summary>another process on that GPU</summary>Right: it lowers what is
+# reserved.</details>
+# <details><summary>your next allocation, always</summary>Before it gives up, the allocator empties
+# its cache by itself.</details>
+# <details><summary>against holes between living tensors</summary>A segment with one tenant
 # stays.</details>
 #
-# **4. A tensor that exists is handed to a worker by shared memory. How many times are its bytes
-# copied?**
-# <details><summary>never</summary>It must get into the segment somehow.</details>
-# <details><summary>once</summary>Right: into the segment. Created there, never.</details>
-# <details><summary>as often as with pickle</summary>Pickle and the pipe copy it several times on
-# each way.</details>
+# **4. A language model with 8 layers and 100,000 words runs out of memory at a batch of 16. Look
+# first at**
+# <details><summary>Adam's state</summary>It does not depend on the batch.</details>
+# <details><summary>the scores over the vocabulary</summary>Right: 100,000 numbers a token, three
+# times over in the loss's backward pass.</details>
+# <details><summary>the attention's table</summary>The fused kernel never stores it (chapter
+# 10).</details>
 #
-# **5. Accumulated gradients differ from the big batch's. Look first at**
-# <details><summary>BatchNorm, and pieces of unequal size</summary>Right.</details>
+# **5. Accumulated gradients differ from the big batch's by several percent. Look first at**
+# <details><summary>rounding</summary>In fp32 the whole vector stays far closer; only single numbers
+# that nearly cancel differ by percents.</details>
 # <details><summary>the learning rate</summary>It acts after the gradients are there.</details>
-# <details><summary>rounding</summary>In fp32 it shows in the seventh digit, no earlier.</details>
+# <details><summary>what each piece's loss is divided by, and BatchNorm</summary>Right.</details>
 #
-# **Key points** · layers keep inputs, outputs or masks, and the table predicts the peak ·
-# checkpoint at narrow places, with the random state · the extra time is the forward pass's share ·
-# a cache is not a leak, and emptying it frees nothing of yours · shared memory saves all copies but
-# the first · whoever creates a segment removes it.
+# **Key points** · a dry run predicts the peak · find the part that stands out, then choose the
+# trick · checkpointing keeps the random state and costs the forward pass's share · allocated is not
+# reserved · divide an accumulated loss by all tokens of the batch.
 #
-# **Sources** · T. Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016 · T. Dao et
-# al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022 ·
-# PyTorch's documentation of
-# [torch.utils.checkpoint](https://docs.pytorch.org/docs/stable/checkpoint.html), [CUDA memory
-# management](https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management) and
-# [autograd's saved tensors](https://docs.pytorch.org/docs/stable/notes/autograd.html#saved-tensors)
-# · Python's documentation of
-# [shared_memory](https://docs.python.org/3/library/multiprocessing.shared_memory.html), and
-# [CPython's issue 82300](https://github.com/python/cpython/issues/82300) on who removes a segment.
+# **Sources** · T. Chen et al., [*Training Deep Nets with Sublinear Memory
+# Cost*](https://arxiv.org/abs/1604.06174), 2016 · E. Wijmans et al., [*Cut Your Losses in
+# Large-Vocabulary Language Models*](https://arxiv.org/abs/2411.09009), 2024 · N. Shazeer and M.
+# Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, 2018 · T. Dettmers et al.,
+# [*8-bit Optimizers via Block-wise Quantization*](https://arxiv.org/abs/2110.02861), 2021 · S.
+# Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*, 2020 ·
+# Hugging Face's blog, [*Fixing Gradient
+# Accumulation*](https://huggingface.co/blog/gradient_accumulation), 2024 · PyTorch's documentation
+# of [torch.utils.checkpoint](https://docs.pytorch.org/docs/stable/checkpoint.html), [CUDA memory
+# management](https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), [memory
+# snapshots](https://docs.pytorch.org/docs/stable/torch_cuda_memory.html) and [saved
+# tensors](https://docs.pytorch.org/docs/stable/notes/autograd.html#saved-tensors) · PyTorch's
+# source, `c10/cuda/CUDACachingAllocator.cpp` and `torch/utils/data/_utils/collate.py`.
 #
 # **For the capstone** row 08 of your ledger, *memory*, now says whether a peak can be predicted on
 # your machine, and what lowering it costs. Next: [09 · Distributed
 # training](09_distributed_training.ipynb), where one machine's memory is not enough.
+
+# %% [markdown]
+# ## Further
+# Each part stands alone.
+#
+# ### When is √n the right length?
+# Let a block keep $A$ bytes and take in $b$ bytes. With segments of $s$ blocks you hold the input
+# of each segment, one segment's inside, and two tensors of size $a$ in passing: $M(s) =
+# \frac{n}{s}\, b + s A + 2a$. Its smallest value is at $s^* = \sqrt{n\, b / A}$. For $A = b$ that
+# is $\sqrt n$: the rule is about layers whose inside is no larger than their border. Here $A =
+# 14\,b$ and $a = 4\,b$.
+
+
+# %%
+def activation_peak(model, length=None, rows=256, width=64):
+    """Peak in MiB of a step's activations; with a length, torch's checkpoint over segments."""
+    x, labels = torch.zeros(rows, width, requires_grad=True), torch.zeros(rows, dtype=torch.long)
+    for p in [x, *model.parameters()]:
+        p.grad = torch.zeros_like(p)
+    forward = through(library, segments(model, length)) if length else model
+    return measure.peak_memory(lambda: F.cross_entropy(forward(x), labels).backward()) / MIB
+
+
+# %% tags=["nbval-ignore-output"]
+deep, b = chain(64, 36), 256 * 64 * 4 / MIB
+lengths = [1, 2, 3, 4, 6, 9, 12, 18, 36]
+curve = {
+    "predicted": [36 / s * b + 14 * s * b + 8 * b for s in lengths],
+    "measured": [activation_peak(deep, s) for s in lengths],
+}
+shortest = lengths[int(np.argmin(curve["measured"]))]
+far = max(abs(m / p - 1) for m, p in zip(curve["measured"], curve["predicted"], strict=True))
+plots.lines(
+    lengths,
+    curve,
+    xlabel="blocks a segment",
+    ylabel="peak of activations (MiB)",
+    logx=True,
+    logy=True,
+    title=f"Of 36 blocks, {shortest} a segment need least; √n says 6. Off by {far:.0%} at most",
+    alt="Peak against segment length: lowest at short segments, prediction and measurement close.",
+)
+
+# %% [markdown]
+# The bottom of the valley lies near $s^* = \sqrt{36/14} \approx 1.6$, far left of $\sqrt{36} = 6$.
+# Cut at the narrow places, and often. Does the memory of the $\sqrt n$ rule still *grow* like
+# $\sqrt n$, as promised?
+
+# %% tags=["nbval-ignore-output"]
+depths = [4, 9, 16, 25, 36]
+growth = {"plain": [], "√n segments": [], "every block": []}
+for n in depths:
+    model = chain(64, n)
+    for name, length in zip(growth, (None, math.isqrt(n), 1), strict=True):
+        growth[name].append(activation_peak(model, length))
+slope = {k: float(np.polyfit(np.log(depths), np.log(v), 1)[0]) for k, v in growth.items()}
+print({name: f"n^{power:.2f}" for name, power in slope.items()})
+claims.verdict("08.square_root_memory", slope["√n segments"])
+
+# %% [markdown]
+# The claim is about the *growth*. At depths that you meet, *every block* lies below *√n segments*;
+# the two cross only at about $14^2$ blocks, where $n\,b + A$ has grown to $\sqrt n\,(b + A)$.
+#
+# ### What to compute again: you choose, or the compiler
+# *Selective* checkpointing keeps the results of some operations and computes the rest again. The
+# usual choice: keep what matrix products gave, because they are dear. `torch.compile` chooses by
+# itself, by a minimal cut through the graph, and takes a *budget*: the share of the activations it
+# may keep. (`aot_eager_decomp_partition` cuts and compiles no code.)
+
+# %% tags=["nbval-ignore-output"]
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+DEAR = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # a Linear is one addmm
+keeping = functools.partial(create_selective_checkpoint_contexts, DEAR)
+
+
+def selective(part, x):
+    return checkpoint(part, x, use_reentrant=False, context_fn=keeping)
+
+
+print("selective, bitwise equal:", equal_bits(net, selective, sample, target))
+forms = {"plain": blocks[:4], "selective": through(selective, blocks[:4])}
+for name, form in forms.items():
+    print(f"{name:20} {measure.peak_memory(lambda: step(blocks, form)) / MIB:5.2f} MiB")
+
+# %% tags=["nbval-ignore-output"]
+import torch._functorch.config as compiler
+
+for budget in (1.0,) if SMOKE else (1.0, 0.5, 0.0):
+    torch.compiler.reset()
+    with compiler.patch(activation_memory_budget=budget):
+        cut = torch.compile(blocks[:4], backend="aot_eager_decomp_partition")
+        step(blocks, cut)  # compiles
+    size = measure.peak_memory(lambda: step(blocks, cut)) / MIB
+    print(f"compiler, budget {budget:3} {size:5.2f} MiB")
+
+# %% [markdown]
+# Less budget, fewer bytes, until the last row. With a budget of nothing everything is computed
+# again in one go, and at one moment everything is there: *one segment* again.
+#
+# ### Carry instead of computing again
+# Saved tensors can also be *carried away* and fetched back: `torch.autograd.graph.save_on_cpu`
+# moves a GPU's activations to the CPU's memory. On a CPU the far memory is a disk. The same two
+# hooks as in the first cell, and this time they do something.
+
+
+# %%
+class OnDisk(torch.autograd.graph.saved_tensors_hooks):
+    """Saved tensors of 64 KiB or more become files until they are needed."""
+
+    def __init__(self, folder, keep):
+        own, names = {p.untyped_storage().data_ptr() for p in keep}, iter(range(10**9))
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() in own or t.nbytes < 2**16:
+                return t
+            path = Path(folder) / f"{next(names)}.npy"
+            np.save(path, t.detach().numpy())
+            return path
+
+        def unpack(packed):
+            return torch.from_numpy(np.load(packed)) if isinstance(packed, Path) else packed
+
+        super().__init__(pack, unpack)
+
+
+# %% tags=["nbval-ignore-output"]
+import contextlib
+import tempfile
+
+with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+    places = {
+        "kept": contextlib.nullcontext,
+        "on disk": lambda: OnDisk(folder, blocks.parameters()),
+        "save_on_cpu, on a CPU": torch.autograd.graph.save_on_cpu,
+    }
+    for name, place in places.items():
+
+        def carried():
+            with place():
+                loss = F.cross_entropy(blocks(x), y)
+            loss.backward()
+
+        size, took = measure.peak_memory(carried), measure.latency(carried, seconds=SECONDS / 4)
+        print(f"{name:22} {size / MIB:6.2f} MiB, {measure.pretty(took.median.value)} (a look)")
+
+# %% [markdown]
+# Compare the time with that of checkpointing above: is it quicker here to fetch or to compute
+# again? `save_on_cpu` finds its tensors on the CPU already and does nothing. On a GPU it pays where
+# the bus is idle; pinned memory and a second stream let both run at once.
+#
+# ### Optimizer state in eight bits
+# Dettmers et al. (2021) announce "8-bit statistics while maintaining the performance levels of
+# using 32-bit optimizer states". Their key is *blocks*: each has its own scale, and a format that
+# is fine for small numbers. The rival is what one would write first: 256 even steps over the whole
+# tensor.
+
+
+# %%
+def in_blocks(t, size=256):
+    """t as fp8 numbers (chapter 7) and a scale for each block, and back."""
+    flat = F.pad(t.flatten(), (0, -t.numel() % size)).view(-1, size)
+    scale = flat.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448  # e4m3's largest number
+    codes = (flat / scale).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).flatten()[: t.numel()].view_as(t)
+
+
+def even_steps(t):
+    scale = t.abs().amax().clamp(min=1e-30) / 127
+    return (t / scale).round() * scale
+
+
+STORE = {  # what becomes of Adam's two tables between steps; the root halves the range of squares
+    "32 bits": lambda m, v: (m, v),
+    "8 bits, blocks": lambda m, v: (in_blocks(m), in_blocks(v.sqrt()).square()),
+    "8 bits, even steps": lambda m, v: (even_steps(m), even_steps(v)),
+}
+
+
+# %%
+@torch.no_grad()
+def adam_step(p, state, t, store, lr=1e-3):
+    m, v = state
+    m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad.square()
+    p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    return store(m, v)
+
+
+def train(how, seed, steps=30 if SMOKE else 200):
+    """Test accuracy in percent of an MLP trained with this store."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
+    for t in range(1, steps + 1):
+        some = torch.randint(0, len(images), (64,))
+        model.zero_grad()
+        F.cross_entropy(model(images[some]), digits[some]).backward()
+        for p, tables in state.items():
+            state[p] = adam_step(p, tables, t, STORE[how])
+    return 100 * float((model(test_images).argmax(1) == test_digits).float().mean())
+
+
+# %% tags=["nbval-ignore-output"]
+from course_utils import data, models
+
+(images, digits), (test_images, test_digits) = (
+    data.fashion_mnist("train"),
+    data.fashion_mnist("test"),
+)
+images = models.normalise(images[:10000]).flatten(1)
+test_images = models.normalise(test_images).flatten(1)
+seeds = range(3 if SMOKE else 10)
+scores = {how: [train(how, seed) for seed in seeds] for how in STORE}
+
+# %% tags=["nbval-ignore-output"]
+mean = {how: float(np.mean(found)) for how, found in scores.items()}
+plots.seeds(
+    scores,
+    ylabel="test accuracy (%)",
+    title=f"Adam's state in 8 bits: {mean['8 bits, blocks']:.1f}% with blocks,"
+    f" {mean['8 bits, even steps']:.0f}% with even steps; 32 bits {mean['32 bits']:.1f}%",
+    alt="Test accuracy over seeds: blocks lie with 32 bits, even steps far below.",
+)
+lost = np.subtract(scores["32 bits"], scores["8 bits, blocks"])
+claims.verdict("08.eight_bits_learn_as_well", measure.paired_t(lost, "points"))
+
+# %% [markdown]
+# Even steps round small squares to zero, and Adam then divides by almost nothing. With blocks a
+# state of 8 bytes a parameter becomes one of 2, and a scale for 256 numbers. bitsandbytes and
+# torchao have it ready (`torchao.optim.AdamW8bit`); bitsandbytes can *page* the state to the CPU,
+# too.
+#
+# ### Bytes a parameter in mixed precision
+# Activations aside, a step holds for each parameter (Rajbhandari et al. 2020 count the second row):
+#
+# | | weights | gradients | master weights | Adam | together |
+# |---|---|---|---|---|---|
+# | fp32, or autocast (chapter 7; plus 16-bit copies in passing) | 4 | 4 | – | 8 | 16 |
+# | 16-bit weights with fp32 masters | 2 | 2 | 4 | 8 | 16 |
+# | the same, 8-bit state | 2 | 2 | 4 | 2 | 10 |
+# | 16-bit weights, fp32 masters, step in backward, 8-bit state | 2 | – | 4 | 2 | 8 |
+# | 16 bits only (chapter 7: updates get lost) | 2 | 2 | – | 4 | 8 |
+#
+# Mixed precision saves activations, not these. Chapter 9 divides them among workers.
+#
+# ### Memory over time, and the snapshot viewer
+# The profiler's events, in order, are a picture of the step: it rises in the forward pass and falls
+# in the backward one.
+
+# %% tags=["nbval-ignore-output"]
+events = {
+    name: np.divide(footprint.held(lambda: step(blocks, ways[name])), MIB)
+    for name in ("plain", "√n segments")
+}
+figure, ax = plots.axes(
+    "allocations and releases, as a share of the step's",
+    "activations held (MiB)",
+    title=", ".join(f"{name}: {held.max():.0f} MiB at the top" for name, held in events.items()),
+)
+for i, (name, held) in enumerate(events.items()):
+    ax.plot(np.linspace(0, 1, len(held)), held, color=plots.COLOURS[i], label=name)
+ax.legend()
+plots.show(figure, "Bytes held over a step: plain is one high triangle, checkpointed a low comb.")
+
+# %% [markdown]
+# For a GPU, torch records each allocation with the line of code behind it. Save the record and drop
+# the file on [pytorch.org/memory_viz](https://pytorch.org/memory_viz); the page reads it in your
+# browser and sends nothing. Here the text view of the same tool reads a snapshot of the allocator
+# on paper: letters are tensors, blanks are free pages, one bracket is a segment.
+
+
+# %%
+def snapshot(allocator):
+    """The allocator on paper in the format of torch.cuda.memory._snapshot()."""
+    found = []
+    for segment in allocator.segments:
+        pieces = [p for p in segment.pieces if p.mapped]
+        states = ["active_allocated" if p.used else "inactive" for p in pieces]
+        blocks = [
+            {"size": p.size, "requested_size": p.size, "state": state, "frames": []}
+            for p, state in zip(pieces, states, strict=True)
+        ]
+        found.append({"total_size": sum(p.size for p in pieces), "stream": 0, "blocks": blocks})
+    return {"segments": found}
+
+
+# %%
+from torch.cuda import _memory_viz as viewer
+
+for name, how in {"left alone": False, "expandable": True}.items():
+    gpu = caching.CachingAllocator(expandable=how)
+    caching.runs(gpu, [700, 900, 1100, 1300], layers=1)
+    print(name, viewer.segsum(snapshot(gpu)).partition("Legend")[0], sep="\n")
+
+# %% tags=["nbval-ignore-output"]
+if machine.can("gpu"):
+    torch.cuda.memory._record_memory_history()
+    on_gpu = chain(1024, 4).cuda()
+    on_gpu(torch.randn(4096, 1024, device="cuda")).square().mean().backward()
+    torch.cuda.memory._dump_snapshot(str(FOLDER / "snapshot.pickle"))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    print("drop", FOLDER / "snapshot.pickle", "on the page")
+else:
+    print(machine.skip("gpu", "a memory snapshot of a real GPU"))
+
+# %% [markdown]
+# ### Holes that nothing cures
+# Now make holes: a device with `80 MiB`, sixteen tensors of `5 MiB`, every second one freed. Half
+# is free, and a request for `10 MiB` fails.
+
+# %%
+for expandable in (False, True):
+    gpu = caching.CachingAllocator(80 * MIB, expandable)
+    tensors = [gpu.malloc(5 * MIB) for _ in range(16)]
+    for tensor in tensors[::2]:
+        gpu.free(tensor)
+    print(f"expandable {expandable}: {gpu.allocated // MIB} of {gpu.reserved // MIB} MiB in use")
+    with exercises.fails(MemoryError):
+        gpu.malloc(10 * MIB)
+
+# %% [markdown]
+# Expandable segments give back whole pages of 20 MiB (PyTorch's
+# [source](https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp)), and no
+# page here is without a tenant. They cure odd sizes, not holes between living tensors. Those you
+# avoid by order: make first what lives long.
+#
+# ### Myth: the reentrant version and an input that needs no gradient
+# The first segment of a network reads data, and data need no gradient. The older, *reentrant*
+# version of torch's checkpoint is an autograd function like ours: if no input needs a gradient,
+# autograd skips the node.
+
+# %%
+import warnings
+
+
+def reentrant(part, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a warning is all you get
+        return checkpoint(part, x, use_reentrant=True)
+
+
+for name, wrap in {"reentrant": reentrant, "ours": Checkpoint.apply, "torch": library}.items():
+    net.zero_grad(set_to_none=True)
+    F.cross_entropy(net[1:](wrap(net[0], sample)), target).backward()  # sample needs no gradient
+    trained = sum(p.grad is not None for p in net.parameters())
+    print(f"{name:10} {trained} of {len(list(net.parameters()))} parameters have a gradient")
+
+# %% [markdown]
+# Six parameters of the first block never learn, and the loss still falls, because the others do.
+# The remedy is `use_reentrant=False`. Our own function has the same hole; a `requires_grad_()` on
+# the input closes it.
+#
+# ### Myth: measuring memory by the resident set
+# The operating system knows a process's *resident set*: the pages that are in memory now. Use it to
+# rank two ways whose bytes you know.
+
+# %% tags=["nbval-ignore-output"]
+import threading
+import time
+
+import psutil
+
+
+def resident_growth(call):
+    """The resident set's highest value during call(), less that before, in bytes."""
+    me, done, seen = psutil.Process(), threading.Event(), []
+    seen.append(me.memory_info().rss)
+
+    def watch():
+        while not done.is_set():
+            seen.append(me.memory_info().rss)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen) - seen[0]
+
+
+# %% tags=["nbval-ignore-output"]
+for name in ("plain", "every block") * 3:
+    resident = resident_growth(lambda: step(blocks, ways[name])) / MIB
+    exact = measure.peak_memory(lambda: step(blocks, ways[name])) / MIB
+    print(f"{name:20} allocation events {exact:6.1f} MiB, resident set {resident:6.1f} MiB")
+
+# %% [markdown]
+# The events give each way the same number each time. The resident set depends on what ran before:
+# freed memory often stays with the process, and the next call "needs" little, or nothing. It
+# answers "will this process fit?", not "which way needs more?", unless each way gets a fresh
+# process.
+#
+# ### Modes that keep nothing, and writing in place
+# Without a backward pass nothing needs to be kept. An *in-place* operation (`relu_`) writes over
+# its input and saves one tensor; in training, that input may be what another layer keeps. Autograd
+# counts the writes and refuses.
+
+# %% tags=["nbval-ignore-output"]
+for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+    with mode():
+        forward = measure.peak_memory(lambda: blocks(x)) / MIB
+        out = measure.peak_memory(lambda: torch.relu(x + 1)) / MIB
+        inside = measure.peak_memory(lambda: (x + 1).relu_()) / MIB
+    print(f"{mode.__name__:15} forward {forward:6.2f} MiB, relu {out:.3f}, relu_ {inside:.3f}")
+
+# %%
+z = torch.randn(4, requires_grad=True)
+with exercises.fails(RuntimeError):
+    e = z.exp()  # exp keeps its output: it is its own slope
+    e.add_(1)  # and this writes over it
+    e.sum().backward()
+
+# %% [markdown]
+# ### Where a data loader's batch lies
+# A loader's worker is another process, and its batch must come over. Many write that the batch is
+# then moved by `share_memory_()`. Ask a worker: is its batch shared already when *collate*, which
+# stacks the samples, returns it? The program is a file, because a worker must be able to import it.
+
+# %% tags=["nbval-ignore-output"]
+# %%writefile "$FOLDER/loader.py"
+import json
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+
+def collate(samples):
+    batch = default_collate(samples)
+    shared, address = batch.is_shared(), batch.data_ptr()
+    return shared, batch.share_memory_().data_ptr() != address
+
+
+if __name__ == "__main__":
+    rows = list(torch.randn(8, 1000))
+    found = {n: next(iter(DataLoader(rows, 4, collate_fn=collate, num_workers=n))) for n in (0, 1)}
+    print(json.dumps(found))
+
+# %% tags=["nbval-ignore-output"]
+import json
+import subprocess
+import sys
+
+measure.release()  # the two processes need room
+ran = subprocess.run([sys.executable, FOLDER / "loader.py"], capture_output=True, text=True)
+for workers, (shared, moved) in json.loads(ran.stdout.splitlines()[-1]).items():
+    print(f"{workers} workers: shared when collate returns {shared}, share_memory_ moves {moved}")
+
+# %% [markdown]
+# In a worker, collate *allocates* the batch in shared memory and stacks the samples into it: no
+# copy is left to make. In the process itself there is nobody to share with, and `share_memory_()`
+# must move the batch. Data that are made where they are needed travel for free; chapter 13 measures
+# it.
+#
+# ### On an NVIDIA GPU: the dry run against the device
+# `foreach` is the default there. The library for matrix products takes a workspace of its own,
+# which no dry run knows, and dropout's mask is one byte a number in place of four.
+
+
+# %% tags=["nbval-ignore-output"]
+def on_the_gpu(rows, width=1024):
+    """MiB at the peak of a step of eight blocks: predicted, and counted by the GPU's allocator."""
+    make = functools.partial(chain, width, 8, 0.0)
+    inputs = torch.zeros(rows, width, device="cuda")
+    labels = torch.zeros(rows, dtype=torch.long, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    two_steps(lambda: make().cuda(), inputs, labels, "foreach")()
+    counted = torch.cuda.max_memory_allocated() - before
+    due = sum(predicted(dry_run(make, (rows, width)), "foreach").values())
+    return due / MIB, counted / MIB
+
+
+if machine.can("gpu"):
+    for rows in (512, 8192):
+        print(f"{rows} rows: predicted {{:.0f}} MiB, counted {{:.0f}}".format(*on_the_gpu(rows)))
+else:
+    print(machine.skip("gpu", "the dry run against a GPU's allocator"))
+
+# %% [markdown]
+# And the allocator on paper against the real one, on the same batches:
+
+
+# %% tags=["nbval-ignore-output"]
+class Real:
+    """A device's own allocator behind the names of the one on paper."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def malloc(self, size):
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def free(self, tensor):
+        tensor.untyped_storage().resize_(0)
+
+
+if machine.can("gpu"):
+    paper = caching.CachingAllocator()
+    caching.runs(paper, batches)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    caching.runs(Real("cuda"), batches)
+    real = (torch.cuda.max_memory_reserved() - before) / MIB
+    print(f"reserved at most: {paper.peak_reserved / MIB:.0f} MiB on paper, {real:.0f} MiB here")
+else:
+    print(machine.skip("gpu", "the real caching allocator"))

@@ -77,151 +77,187 @@ def no_length(arrived, finished):
         return float((f - a).sum() / (f.max() - a.min())) if len(a) else 0.0
 
 
-@right("13.B", "asyncio.timeout around the loop")
-async def under_a_timeout(get, max_batch, max_wait):
-    batch = [await get()]
+@right("13.B", "asyncio.timeout_at around the loop, then a drain")
+async def under_a_timeout(queue, max_batch, max_wait):
+    came, first = await queue.get()
+    batch = [first]
     try:
-        async with asyncio.timeout(max_wait):
+        async with asyncio.timeout_at(came + max_wait):
             while len(batch) < max_batch:
-                batch.append(await get())
+                batch.append((await queue.get())[1])
     except TimeoutError:
         pass
+    return _drained(queue, batch, max_batch)
+
+
+def _drained(queue, batch, max_batch):
+    while len(batch) < max_batch and not queue.empty():
+        batch.append(queue.get_nowait()[1])
     return batch
 
 
 @right("13.B", "a tuple, and asyncio.wait on a task that is cancelled at the end")
-async def by_tasks(get, max_batch, max_wait):
-    batch = [await get()]
-    deadline = time.monotonic() + max_wait
+async def by_tasks(queue, max_batch, max_wait):
+    came, first = await queue.get()
+    batch = [first]
     while len(batch) < max_batch:
-        task = asyncio.ensure_future(get())
         try:
-            done, _ = await asyncio.wait([task], timeout=max(deadline - time.monotonic(), 0))
+            batch.append(queue.get_nowait()[1])
+            continue
+        except asyncio.QueueEmpty:
+            pass
+        task = asyncio.ensure_future(queue.get())
+        try:
+            done, _ = await asyncio.wait([task], timeout=max(came + max_wait - time.monotonic(), 0))
         finally:
             if not task.done():
                 task.cancel()
         if not done:
             break
-        batch.append(task.result())
+        batch.append(task.result()[1])
     return tuple(batch)
 
 
 class Collector:
-    def __init__(self, slack):
-        self.slack = slack
-
-    async def __call__(self, get, max_batch, max_wait):
-        return await under_a_timeout(get, max_batch, max_wait - self.slack)
+    async def __call__(self, queue, max_batch, max_wait):
+        return await under_a_timeout(queue, max_batch, max_wait)
 
 
-right("13.B", "an object that is called")(Collector(0.0))
+right("13.B", "an object that is called")(Collector())
 right("13.B", "a partial")(functools.partial(under_a_timeout))
 
 
 @wrong("13.B", "a get that is never cancelled")
-async def getter_left(get, max_batch, max_wait):
-    batch = [await get()]
-    deadline = asyncio.get_running_loop().time() + max_wait
+async def getter_left(queue, max_batch, max_wait):
+    came, first = await queue.get()
+    batch = _drained(queue, [first], max_batch)
     while len(batch) < max_batch:
-        task = asyncio.ensure_future(get())
-        left = max(deadline - asyncio.get_running_loop().time(), 0)
+        task = asyncio.ensure_future(queue.get())
+        left = max(came + max_wait - asyncio.get_running_loop().time(), 0)
         done, _ = await asyncio.wait([task], timeout=left)
         if not done:
             break
-        batch.append(task.result())
+        batch.append(task.result()[1])
     return batch
 
 
 @wrong("13.B", "a get behind a shield")
-async def shielded(get, max_batch, max_wait):
-    batch = [await get()]
-    deadline = asyncio.get_running_loop().time() + max_wait
+async def shielded(queue, max_batch, max_wait):
+    came, first = await queue.get()
+    batch = _drained(queue, [first], max_batch)
     while len(batch) < max_batch:
-        left = deadline - asyncio.get_running_loop().time()
+        left = came + max_wait - asyncio.get_running_loop().time()
         try:
-            batch.append(await asyncio.wait_for(asyncio.shield(get()), left))
+            batch.append((await asyncio.wait_for(asyncio.shield(queue.get()), left))[1])
         except TimeoutError:
             break
     return batch
 
 
 @wrong("13.B", "a pool of gets")
-async def pool(get, max_batch, max_wait):
-    batch = [await get()]
-    tasks = [asyncio.ensure_future(get()) for _ in range(max_batch - 1)]
+async def pool(queue, max_batch, max_wait):
+    batch = [(await queue.get())[1]]
+    tasks = [asyncio.ensure_future(queue.get()) for _ in range(max_batch - 1)]
     if tasks:
         done, _ = await asyncio.wait(tasks, timeout=max_wait)
-        batch += sorted(t.result() for t in done)
+        batch += sorted(t.result()[1] for t in done)
     return batch
 
 
 @wrong("13.B", "no wait means for ever")
-async def for_ever(get, max_batch, max_wait):
-    return await under_a_timeout(get, max_batch, max_wait or None)
+async def for_ever(queue, max_batch, max_wait):
+    return await under_a_timeout(queue, max_batch, max_wait or 1e9)
 
 
 @wrong("13.B", "every exception ends the batch, being cancelled too")
-async def catches_all(get, max_batch, max_wait):
-    batch = [await get()]
-    deadline = asyncio.get_running_loop().time() + max_wait
-    while len(batch) < max_batch:
+async def catches_all(queue, max_batch, max_wait):
+    came, first = await queue.get()
+    batch = [first]
+    while len(_drained(queue, batch, max_batch)) < max_batch:
         try:
-            left = deadline - asyncio.get_running_loop().time()
-            batch.append(await asyncio.wait_for(get(), left))
+            left = came + max_wait - asyncio.get_running_loop().time()
+            batch.append((await asyncio.wait_for(queue.get(), left))[1])
         except BaseException:
             break
     return batch
 
 
 @wrong("13.B", "the wall clock")
-async def wall_clock(get, max_batch, max_wait):
-    batch = [await get()]
-    deadline = time.time() + max_wait
-    while len(batch) < max_batch:
+async def wall_clock(queue, max_batch, max_wait):
+    loop = asyncio.get_running_loop()
+    came, first = await queue.get()
+    batch, deadline = [first], time.time() + came - loop.time() + max_wait
+    while len(_drained(queue, batch, max_batch)) < max_batch:
         try:
-            batch.append(await asyncio.wait_for(get(), deadline - time.time()))
+            batch.append((await asyncio.wait_for(queue.get(), deadline - time.time()))[1])
         except TimeoutError:
             break
     return batch
 
 
+@wrong("13.B", "the wait counts from when the first is picked up")
+async def from_the_pick_up(queue, max_batch, max_wait):
+    batch = [(await queue.get())[1]]
+    try:
+        async with asyncio.timeout(max_wait):
+            while len(batch) < max_batch:
+                batch.append((await queue.get())[1])
+    except TimeoutError:
+        pass
+    return _drained(queue, batch, max_batch)
+
+
+@wrong("13.B", "no wait: the first one alone")
+async def alone_without_a_wait(queue, max_batch, max_wait):
+    return await under_a_timeout(queue, max_batch if max_wait else 1, max_wait)
+
+
+@wrong("13.B", "the pairs, not the requests")
+async def pairs(queue, max_batch, max_wait):
+    return [(0.0, item) for item in await under_a_timeout(queue, max_batch, max_wait)]
+
+
+@wrong("13.B", "drains more than fits")
+async def drains_all(queue, max_batch, max_wait):
+    return _drained(queue, await under_a_timeout(queue, max_batch, max_wait), 10**9)
+
+
 @wrong("13.B", "one more than fits")
-async def one_more(get, max_batch, max_wait):
-    return await under_a_timeout(get, max_batch + 1, max_wait)
+async def one_more(queue, max_batch, max_wait):
+    return await under_a_timeout(queue, max_batch + 1, max_wait)
 
 
 @wrong("13.B", "a wait for one request alone, too")
-async def waits_alone(get, max_batch, max_wait):
-    batch = await under_a_timeout(get, max_batch, max_wait)
+async def waits_alone(queue, max_batch, max_wait):
+    batch = await under_a_timeout(queue, max_batch, max_wait)
     if max_batch == 1:
         await asyncio.sleep(max_wait)
     return batch
 
 
 @wrong("13.B", "the first request has a deadline, too")
-async def impatient(get, max_batch, max_wait):
+async def impatient(queue, max_batch, max_wait):
     try:
-        first = await asyncio.wait_for(get(), max_wait)
+        pair = await asyncio.wait_for(queue.get(), max(max_wait, 1e-3))
     except TimeoutError:
         return []
-    return (
-        [first, *await under_a_timeout(get, max_batch - 1, max_wait)] if max_batch > 1 else [first]
-    )
+    queue._queue.appendleft(pair)
+    return await under_a_timeout(queue, max_batch, max_wait)
 
 
 @wrong("13.B", "the newest first")
-async def newest_first(get, max_batch, max_wait):
-    return (await under_a_timeout(get, max_batch, max_wait))[::-1]
+async def newest_first(queue, max_batch, max_wait):
+    return (await under_a_timeout(queue, max_batch, max_wait))[::-1]
 
 
 @wrong("13.B", "milliseconds")
-async def milliseconds(get, max_batch, max_wait):
-    return await under_a_timeout(get, max_batch, max_wait / 1000)
+async def milliseconds(queue, max_batch, max_wait):
+    return await under_a_timeout(queue, max_batch, max_wait / 1000)
 
 
 @wrong("13.B", "an ordinary function")
-def not_a_coroutine(get, max_batch, max_wait):
-    return [get() for _ in range(max_batch)]
+def not_a_coroutine(queue, max_batch, max_wait):
+    return _drained(queue, [], max_batch)
 
 
 def _grid(simulate, promise, batches=(1, 8, 16, 32, 64), waits=14):
