@@ -328,7 +328,8 @@ plots.lines(
 # same labels as *labels*, the same everything, and it lies far below as well. Go to the right: a
 # smaller loss wants a larger rate, and most of the distance closes.
 #
-# Validation images choose the rate of each arm, with two seeds. Test images judge, with five others.
+# Validation images choose the rate of each arm, with two seeds. Test images judge, with five
+# others.
 
 
 # %% tags=["nbval-ignore-output"]

@@ -338,8 +338,9 @@ def worst_layer(evaluate, names):
 # %% [markdown]
 # ## Measure: spend bits where they are needed
 # Which bits would you give it? Send the layers from 8 bits to 2, one after the other, those first
-# that lose least for each weight they have (a loss below a tenth counts as a tenth). The rival is one width for all, at the same number of
-# bytes (HAWQ, Dong et al. 2019, promises that mixed widths beat it).
+# that lose least for each weight they have (a loss below a tenth counts as a tenth). The rival is
+# one width for all, at the same number of bytes (HAWQ, Dong et al. 2019, promises that mixed widths
+# beat it).
 
 # %% tags=["nbval-ignore-output"]
 size = {name: layer.weight.numel() for name, layer in layers.items()}
@@ -370,8 +371,8 @@ plots.show(figure, "Accuracy against size: one width for all, and layers at 8 or
 
 # %% [markdown]
 # Read it at two places. Near the second circle from the left, three bits everywhere, the curves are
-# close: there mixing buys little or nothing. At the left end one layer makes the difference, and it weighs next to
-# nothing. The choice was made on validation images; the test images decide, once.
+# close: there mixing buys little or nothing. At the left end one layer makes the difference, and it
+# weighs next to nothing. The choice was made on validation images; the test images decide, once.
 
 # %% tags=["nbval-ignore-output"]
 test_images, test_labels = data.fashion_mnist("test")
@@ -494,9 +495,10 @@ done = training.side_by_side([lambda m=m, s=s: an_epoch(m, s) for _, m, s in job
 measure.release()
 
 # %% tags=["nbval-ignore-output"]
-trained = {name: [m for (n, *_), m in zip(jobs, done, strict=True) if n == name] for name in ARMS}
-scores = {name: [100 * right(m).mean() for m in nets] for name, nets in trained.items()}
-then_rounded = [100 * right(rounded(m, 8)).mean() for m in trained["control"]]
+hits = training.side_by_side([lambda m=m: 100 * right(m).mean() for m in done])
+scores = {name: [h for (n, *_), h in zip(jobs, hits, strict=True) if n == name] for name in ARMS}
+plain = [m for (n, *_), m in zip(jobs, done, strict=True) if n == "control"]
+then_rounded = training.side_by_side([lambda m=m: 100 * right(rounded(m, 8)).mean() for m in plain])
 
 # %% tags=["nbval-ignore-output"]
 shown = {
@@ -633,8 +635,8 @@ class StraightThroughB(torch.autograd.Function):
 # ## Exercise C · take the mean error back
 # Rounding a layer's weights shifts the mean of what each channel computes. The bias can take that
 # back: *bias correction* (Nagel et al. 2019), what is left of "BatchNorm anew" when BatchNorm has
-# been folded. Write `corrected_bias(weight, rounded, bias, inputs)` for a linear layer. `weight` and
-# `rounded` are (outputs, inputs), `bias` is (outputs,), `inputs` (N, inputs) are what the layer
+# been folded. Write `corrected_bias(weight, rounded, bias, inputs)` for a linear layer. `weight`
+# and `rounded` are (outputs, inputs), `bias` is (outputs,), `inputs` (N, inputs) are what the layer
 # sees. Return the bias (outputs,) with which the rounded layer's outputs have, channel by channel,
 # the same mean over the N inputs as those of the exact layer with its own bias. For `weight`
 # `[[1.4, -0.6]]`, `rounded` `[[1, -1]]`, `bias` `[0.5]` and the inputs `[[1, 0], [1, 2]]` a right
@@ -719,9 +721,9 @@ def session_of(name):
 
 # %% [markdown]
 # `to_int8` of `course_utils/onnx_int8.py` calls the runtime's own tools: it folds, calibrates, and
-# writes the pairs. Three arms, so that runtime and precision are not confused: eager PyTorch in fp32, ONNX Runtime in
-# fp32, ONNX Runtime in INT8. And a fourth as the null: the runtime's fp32 file, loaded a second
-# time.
+# writes the pairs. Three arms, so that runtime and precision are not confused: eager PyTorch in
+# fp32, ONNX Runtime in fp32, ONNX Runtime in INT8. And a fourth as the null: the runtime's fp32
+# file, loaded a second time.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -876,10 +878,10 @@ here = {
 }
 
 # %% tags=["nbval-ignore-output"]
-starts, capped = 5 if SMOKE else 6, {}
+starts, capped = 5, {}
 if here:
     program = (FOLDER / "product.py").read_text()
-    capped = measure.turns(program, here, rounds=4 if SMOKE else 6, starts=starts)
+    capped = measure.turns(program, here, rounds=4, starts=starts)
 else:
     print(machine.Skip("isa", "no x86 instruction set to cap: oneDNN's caps are for x86."))
 
@@ -1188,7 +1190,7 @@ if have_minilm:
         measure.Arm(lambda s=s: s.run(None, one), name, threads, batch=1)
         for s, name in zip(pair, ("fp32", "dynamic INT8"), strict=True)
     ]
-    minilm = measure.across(*arms, seconds=2 * SECONDS, processes=6)
+    minilm = measure.across(*arms, seconds=SECONDS, processes=6)
     parts = list(zip(ids.split(8), mask.split(8), strict=True))
     a, b = (
         np.concatenate([s.run(None, {"ids": i.numpy(), "mask": m.numpy()})[0] for i, m in parts])
@@ -1207,8 +1209,9 @@ claims.verdict(
 
 # %% [markdown]
 # ### PyTorch's own path, compiled
-# The converted network of *The tool of the field*, compiled, against the two baselines you know. `freezing` lets the compiler
-# treat the weights as constants; without it the Q/DQ pairs are not turned into integer kernels.
+# The converted network of *The tool of the field*, compiled, against the two baselines you know.
+# `freezing` lets the compiler treat the weights as constants; without it the Q/DQ pairs are not
+# turned into integer kernels.
 
 # %% tags=["nbval-ignore-output"]
 import torch._inductor.config as inductor
@@ -1258,7 +1261,7 @@ CALLS = {
 # %% tags=["nbval-ignore-output"]
 for name, call in list(CALLS.items())[1:]:
     arms = (measure.Arm(c, n, 1) for n, c in (("fp32", CALLS["fp32"]), (name, call)))
-    found = measure.across(*arms, seconds=SECONDS, processes=5, threads=1)
+    found = measure.across(*arms, seconds=SECONDS / 2, processes=5, threads=1)
     print(f"{name:30} against fp32: {found.interval}")
 
 # %% tags=["nbval-ignore-output"]
@@ -1393,7 +1396,7 @@ if have_lite:
         torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255
         for p in (*load_sample_images().images, portrait)
     ]
-    n = 4 if SMOKE else 20
+    n = 4 if SMOKE else 12
     calibrate = torch.cat([crops(p, 2 if SMOKE else 6, True, i) for i, p in enumerate(photos)])
     compare_on = torch.cat([crops(p, n, False, 10 + i) for i, p in enumerate(photos)])
 

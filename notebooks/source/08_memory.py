@@ -56,7 +56,7 @@ exercises.predict("08.slowdown", my_slowdown)
 # %% [markdown]
 # ## From scratch: what a backward pass keeps
 # Take $y = x^2$. Its slope is $2x$, so the backward pass needs $x$ again. Autograd therefore
-# *saves* $x$ during the forward pass. You can watch it: a *saved-tensor hook* sees each tensor on
+# *saves* $x$ during the forward pass. A *saved-tensor hook* sees each tensor on
 # its way into the graph.
 
 
@@ -197,7 +197,7 @@ def predicted(dry, adam="loop"):
 # %% [markdown]
 # ## Measure: networks that were held out
 # The walk was made with the chain and an MLP. So judge it on others: four convolutional networks of
-# torchvision, this course's own, and a small GPT-2 with its attention
+# torchvision, this course's own, and a small GPT-2
 # ([how they are made](../course_utils/footprint.py)). `measure.peak_memory` sums the profiler's
 # allocation events. The rival is a short formula, $3P + \max(A + 2a,\ P)$, with $A$ for all that is
 # saved and $a$ for the largest single tensor.
@@ -268,7 +268,7 @@ exercises.reveal("08.parameters", share, "%")
 
 # %% [markdown]
 # With few rows, parameters, gradients and Adam are the peak; with many, the activations. Each part
-# has its own remedy. Begin with the activations.
+# has its own remedy.
 
 # %% [markdown]
 # ## Exercise A · the peak of an MLP
@@ -636,7 +636,7 @@ for name, way in ways.items():
 
 # %% [markdown]
 # *One segment* saves nothing: computing again, it holds everything at one moment. And *every block*
-# needs less than $\sqrt n$; *Further* says why, and when not. Now the time, in fresh processes.
+# needs less than $\sqrt n$ (*Further*). Now the time: fresh processes, one thread.
 
 
 # %%
@@ -649,9 +649,10 @@ def price(model, processes):
     """Speed of the plain step over the checkpointed one, and of the forward pass over the step."""
     checkpointed = through(library, segments(model, math.isqrt(DEPTH)))
     plain, alone = functools.partial(step, model), functools.partial(forward_only, model)
-    often = {"seconds": SECONDS * processes / 4, "processes": processes}
+    often = {"seconds": SECONDS * processes / 2, "processes": processes, "threads": 1}
     slower = measure.across(lambda: step(model, checkpointed), plain, **often)
-    return slower, measure.across(plain, alone, seconds=SECONDS, processes=6, across_modes=True)
+    look = {"seconds": SECONDS, "processes": 6, "threads": 1, "across_modes": True}
+    return slower, measure.across(plain, alone, **look)
 
 
 # %% tags=["nbval-ignore-output"]
