@@ -42,8 +42,8 @@ machine.card()
 # 2. (Chapter 6) Why was BatchNorm folded into the convolution before quantizing?
 #    <details><summary>Answer</summary>So that the output is rounded once, after everything: one
 #    layer in place of two.</details>
-# 3. (Chapter 8) Naive attention keeps a table of $T \times T$ scores. How does its memory grow with
-#    the length $T$?
+# 3. Naive attention keeps a table of $T \times T$ scores. How does its memory grow with the length
+#    $T$?
 #    <details><summary>Answer</summary>With $T^2$: twice the length, four times the bytes.</details>
 #
 # ## Predict
@@ -538,8 +538,7 @@ plots.bars(
 # numbers. To fuse them, a piece of $P$ must be used before all of a row of $S$ is known. But
 # softmax divides by a sum over the *whole* row. The way out: keep a running maximum $m$ and a
 # running sum $\ell$, and when a new maximum appears, scale what you have by $e^{m_\text{old} -
-# m_\text{new}}$ (Milakov and Gimelshein 2018; Dao et al. 2022). [Chapter 8](08_memory.ipynb) cut
-# attention by rows only; this cuts the columns as well.
+# m_\text{new}}$ (Milakov and Gimelshein 2018; Dao et al. 2022).
 
 
 # %%
