@@ -20,6 +20,10 @@ def export(
 ) -> None:
     """Write `model` as ONNX to `path`. The first dimension of every input is free; its example must
     be 2 or larger there.
+
+    >>> export(nn.Conv2d(1, 2, 3).eval(), (torch.zeros(2, 1, 8, 8),), Path("net.onnx"))
+    >>> Path("net.onnx").stat().st_size > 100
+    True
     """
     free = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     torch.onnx.export(
@@ -35,7 +39,11 @@ def export(
 
 
 class Batches:
-    """What ONNX Runtime's calibration asks for its next batch, of one input named x."""
+    """What ONNX Runtime's calibration asks for its next batch, of one input named x.
+
+    >>> Batches([torch.zeros(2, 3)]).get_next()["x"].shape
+    (2, 3)
+    """
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
         self.batches = iter(batches)
@@ -55,6 +63,12 @@ def to_int8(
 ) -> None:
     """Static quantization: fold and infer shapes, calibrate on `batches` (min–max), write Q/DQ
     pairs. Weights are signed, `activations` "QUInt8" or "QInt8". Raises KeyError for another.
+
+    >>> x = torch.randn(8, 1, 8, 8)
+    >>> export(nn.Conv2d(1, 2, 3).eval(), (x,), Path("net.onnx"))
+    >>> to_int8(Path("net.onnx"), Path("int8.onnx"), x.split(4))
+    >>> look_inside(Path("int8.onnx"), x)[0]["QLinearConv"]
+    1
     """
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -79,6 +93,12 @@ def to_dynamic_int8(source: Path, target: Path) -> None:
 
     Matrix products get signed weights with a scale for each channel. ONNX Runtime's integer
     convolution takes unsigned ones on x86.
+
+    >>> x = torch.randn(8, 1, 8, 8)
+    >>> export(nn.Conv2d(1, 2, 3).eval(), (x,), Path("net.onnx"))
+    >>> to_dynamic_int8(Path("net.onnx"), Path("dynamic.onnx"))
+    >>> look_inside(Path("dynamic.onnx"), x)[0]["ConvInteger"]
+    1
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -92,6 +112,12 @@ def to_dynamic_int8(source: Path, target: Path) -> None:
 def look_inside(path: Path, x: Tensor, calls: int = 20) -> tuple[Counter, Counter]:
     """Of the graph that ONNX Runtime *runs* for the file: how many operators of each kind there
     are, and milliseconds a call that each kind takes, on one thread.
+
+    >>> x = torch.randn(8, 1, 8, 8)
+    >>> export(nn.Conv2d(1, 2, 3).eval(), (x,), Path("net.onnx"))
+    >>> found, spent = look_inside(Path("net.onnx"), x)
+    >>> found["Conv"], spent["Conv"] > 0
+    (1, True)
     """
     import onnx
     import onnxruntime

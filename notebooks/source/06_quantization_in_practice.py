@@ -834,7 +834,7 @@ for name in ("net", *KINDS, "dynamic") if have_onnx else ():
 # PyTorch, can be told to ignore instructions. One child process for each cap; all are alive at once
 # and take their turns in random order.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 # %%writefile "$FOLDER/product.py"
 import time
 
