@@ -51,27 +51,6 @@ def by_kind(step: Callable[[], object], *owners: object) -> dict[str, int]:
     return {name: found.get(kind, 0) for kind, name in KINDS.items()}
 
 
-def held(call: Callable[[], object]) -> list[int]:
-    """Bytes that torch holds on the CPU beyond those before, after each allocation and each release
-    during `call()`, in order.
-
-    >>> held(lambda: [torch.zeros(1000) for _ in range(2)])[:2]
-    [4000, 8000]
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        kept = call()
-    del kept
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in record.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
-    ]
-    ordered = sorted(changes, key=lambda change: change[0])
-    return np.cumsum([size for _, size in ordered]).tolist()
-
-
 def stacked(
     parts: Mapping[str, Mapping[str, float]],
     marks: Mapping[str, float],

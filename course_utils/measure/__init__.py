@@ -5,7 +5,7 @@ measure.across(measure.arm(a, x), measure.arm(b, x))  # a speed-up over fresh pr
 measure.derive(lambda s, p: 1 / (1 - p + p / s), speedup, share)  # carries both widths
 measure.latency(call), measure.throughput(call, batch)
 measure.saved_bytes(model), measure.macs(model, x), measure.parameters(model)
-measure.peak_memory(call), measure.roofline(), measure.energy(call)
+measure.peak_memory(call), measure.held(call), measure.roofline(), measure.energy(call)
 measure.child("print(1)"), measure.turns(code, {"capped": env}, rounds=9)
 """
 
@@ -15,6 +15,7 @@ from course_utils.measure.fresh import across
 from course_utils.measure.resources import (
     Roofline,
     energy,
+    held,
     macs,
     parameters,
     peak_memory,
@@ -47,6 +48,7 @@ __all__ = [
     "compare",
     "derive",
     "energy",
+    "held",
     "latency",
     "macs",
     "median_interval",

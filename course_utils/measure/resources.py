@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import sys
 import tempfile
 import time
@@ -64,14 +65,15 @@ def macs(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Most bytes torch held at once during `call()` on the CPU, beyond what it held before.
+def held(call: Callable[[], object]) -> list[int]:
+    """Bytes that torch holds on the CPU beyond those before, after each allocation and each release
+    during `call()`, in order.
 
     Summed from the profiler's allocation events: exact for torch's tensors and blind to every other
-    library. For another runtime use `child`, which reads a process's peak.
+    library.
 
-    >>> peak_memory(lambda: torch.zeros(1000))
-    4000
+    >>> held(lambda: [torch.zeros(1000) for _ in range(2)])[:2]
+    [4000, 8000]
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -83,11 +85,18 @@ def peak_memory(call: Callable[[], object]) -> int:
         for event in record.profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    ordered = sorted(changes, key=lambda change: change[0])
+    return list(itertools.accumulate(size for _, size in ordered))
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes torch held at once during `call()` on the CPU, beyond what it held before.
+    For another runtime use `child`, which reads a process's peak.
+
+    >>> peak_memory(lambda: torch.zeros(1000))
+    4000
+    """
+    return max([0, *held(call)])
 
 
 def release() -> None:

@@ -1378,7 +1378,7 @@ claims.verdict("08.eight_bits_learn_as_well", measure.paired_t(lost, "points"))
 
 # %% tags=["nbval-ignore-output"]
 events = {
-    name: np.divide(footprint.held(lambda: step(blocks, ways[name])), MIB)
+    name: np.divide(measure.held(lambda: step(blocks, ways[name])), MIB)
     for name in ("plain", "√n segments")
 }
 figure, ax = plots.axes(
