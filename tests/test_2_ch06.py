@@ -166,12 +166,12 @@ def test_int8_files_compute_in_integers_and_say_so(tmp_path):
     onnx_int8.export(net, (x,), tmp_path / "net.onnx")
     onnx_int8.to_int8(tmp_path / "net.onnx", tmp_path / "int8.onnx", x.split(4))
     onnx_int8.to_dynamic_int8(tmp_path / "net.onnx", tmp_path / "dynamic.onnx")
-    kinds = {n: onnx_int8.look_inside(tmp_path / f"{n}.onnx", x, 2) for n in ("net", "int8")}
+    kinds = {n: onnx_int8.look_inside(tmp_path / f"{n}.onnx", x, calls=2) for n in ("net", "int8")}
     assert kinds["net"][0]["Conv"] == 2
     assert kinds["net"][1]["Conv"] > 0
     assert kinds["int8"][0]["QLinearConv"] == 2
     assert not kinds["int8"][0]["Conv"]
-    dynamic, _ = onnx_int8.look_inside(tmp_path / "dynamic.onnx", x, 2)
+    dynamic, _ = onnx_int8.look_inside(tmp_path / "dynamic.onnx", x, calls=2)
     assert dynamic["ConvInteger"] == 2
     with pytest.raises(KeyError, match="int7"):
         onnx_int8.to_int8(

@@ -243,8 +243,7 @@ plots.lines(
 # %% [markdown]
 # At 8 and 4 bits there is nothing to choose. At 2 a weight is one of three numbers, and the four
 # ways lie far apart. Look at the two in the middle: each repair alone leaves most of the damage,
-# both together lift most of it. Whoever compares a training method with the lowest curve compares
-# it with carelessness.
+# both together lift most of it. The rival of a training method is the highest curve.
 #
 # ## Measure: which layer breaks?
 # Not all layers suffer alike. Round *one* layer to 2 bits in the best of these ways, the others to
@@ -370,9 +369,9 @@ ax.legend()
 plots.show(figure, "Accuracy against size: one width for all, and layers at 8 or 2 bits.")
 
 # %% [markdown]
-# Read it at two places. Near the second circle from the left, three bits everywhere, the curves are
-# close: there mixing buys little or nothing. At the left end one layer makes the difference, and it
-# weighs next to nothing. The choice was made on validation images; the test images decide, once.
+# Read it at two places: near the second circle from the left, three bits everywhere, and at the
+# left end, where one layer makes the difference and weighs next to nothing. The layers were chosen
+# by these very images, which flatters the squares; the test images decide, once.
 
 # %% tags=["nbval-ignore-output"]
 test_images, test_labels = data.fashion_mnist("test")
@@ -399,7 +398,7 @@ print(f"at the size of 3 bits everywhere, mixed minus uniform: {difference}")
 # %% [markdown]
 # The same method at two sizes. Where a single width is still good, the layers have little to lend
 # each other. Where it breaks, find the layer at which it breaks. (Papers with 2-bit networks keep
-# the first and the last layer at 8 bits, and say so in a subordinate clause.)
+# the first and the last layer at 8 bits.)
 #
 # ## From scratch: train with the rounding in the loop
 # Until here a trained network was quantized and left alone: *post-training quantization* (PTQ).
@@ -524,10 +523,11 @@ pairs = zip(scores["8 bits, learned scale"], then_rounded, strict=True)
 claims.verdict("06.qat_beats_ptq", measure.paired_t([q - p for q, p in pairs], "points"))
 
 # %% [markdown]
-# The second verdict compares two networks that had the same epoch: one saw the rounding while it
+# Both intervals are over seeds; the test images are the same for all. The second verdict compares
+# two networks that had the same epoch: one saw the rounding while it
 # trained, the other was rounded to 8 bits afterwards. "QAT beats PTQ" is missing its number of
 # bits. Where rounding costs nothing there is nothing to win back. Where it costs much, compare the
-# first and third bar as well: a training run with a careless scale may end below the careful way
+# second and third bar: a training run with a careless scale may end below the careful way
 # that needs no training at all.
 
 # %% [markdown]
@@ -806,13 +806,16 @@ claims.verdict("06.dynamic_always_faster", slow["dynamic"] if have_onnx else no_
 # runtime *made* of each. ONNX Runtime writes its optimized graph if you ask, and times every node.
 
 # %% tags=["nbval-ignore-output"]
+threads = torch.get_num_threads()
 for name in ("net", *KINDS, "dynamic") if have_onnx else ():
-    count_of, spent = look_inside(FOLDER / f"{name}.onnx", small)
-    most = [f"{count_of[kind]} {kind} {ms:.2f} ms" for kind, ms in spent.most_common(4)]
-    print(f"{name:9} {', '.join(most)}")
+    for used in sorted({1, threads}):
+        count_of, spent = look_inside(FOLDER / f"{name}.onnx", small, used)
+        most = [f"{count_of[kind]} {kind} {ms:.2f}" for kind, ms in spent.most_common(4)]
+        print(f"{name:9}{used} threads, ms: {', '.join(most)}")
 
 # %% [markdown]
-# `Conv` computes in fp32, `QLinearConv` and `ConvInteger` in integers. Three readings:
+# `Conv` computes in fp32, `QLinearConv` and `ConvInteger` in integers. The comparison above used
+# all threads: look at those lines first, and then at what one thread takes. Three readings:
 #
 # - *unsigned*: every convolution became a `QLinearConv`.
 # - *signed*: if you find `Conv` here, those layers still compute in fp32, with conversions around
@@ -821,7 +824,7 @@ for name in ("net", *KINDS, "dynamic") if have_onnx else ():
 #   version that this was written with does not. On Arm, signed is the fast way.
 # - *dynamic*: is it slow because it looks for the range of each input? That would be
 #   `DynamicQuantizeLinear`. Compare its milliseconds with those of `ConvInteger`, the kernel, and
-#   that kernel's with fp32's `Conv`.
+#   that kernel's with fp32's `Conv`. Does it gain from the second thread?
 #
 # Dynamic quantization is made for another case, large matrix products with few rows; *Further* asks
 # the claim about it.
@@ -1023,10 +1026,7 @@ with exercises.fails(AttributeError):
 
 # %%
 def percentile(share):
-    """An observer that leaves out `share` percent of the numbers of each batch, half at each end.
-
-    As numbers that a ReLU has cut are all 0, what is left out lies at the upper end there.
-    """
+    """An observer that leaves out `share` percent of a batch's numbers, half of it at each end."""
 
     class PercentileObserver(MinMaxObserver):
         def range_of(self, x):
@@ -1064,9 +1064,10 @@ plots.lines(
 
 # %% [markdown]
 # The range grew with the outlier, and the honest activations share the few levels that are left
-# near zero. One image of 256 is `0.39%` of all numbers that a layer sees. A percentile that cuts
-# less does not get rid of it, whatever its name promises; one that cuts more cuts honest numbers
-# too, from every layer. Look at your calibration data as you look at your training data.
+# near zero. One image of 256 is `0.39%` of all numbers that a layer sees, and only half of a cut is
+# at the upper end. A percentile that cuts less there does not get rid of the image, whatever its
+# name promises; one that cuts more cuts honest numbers too, from every layer. Look at your
+# calibration data as you look at your training data.
 #
 # ## Exit quiz
 # **1. INT8 in ONNX Runtime is 5 times faster than eager PyTorch. The 8 bits gave**
