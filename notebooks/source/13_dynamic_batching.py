@@ -849,9 +849,10 @@ for name in CREWS:
     rate = trials.over([rates[name] for rates in rounds])
     print(f"{name:14} {rate} answers a second, {memory[name]:.0f} MB")
 against = trials.over([r["two processes"] / r["two threads"] for r in rounds])
-claims.verdict("13.processes_beat_threads", against)
+print("two processes over two threads:", against)
 
 # %% [markdown]
+# No verdict here: five rounds do not settle a few percent.
 # Each process holds its own copy of the weights, in memory and in the cache; threads share one. If
 # the two are level, the interpreter was never in the way. What processes give in any case is the
 # kill: a crash costs one batch's time, and a batch that hangs can be ended.
