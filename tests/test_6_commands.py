@@ -267,8 +267,9 @@ def test_doctor_names_what_is_missing_with_its_remedy(monkeypatch, capsys):
 
 def test_set_up_is_skipped_when_done_and_repaired_when_interrupted(tmp_path, monkeypatch):
     root = tmp_path / "with space"
-    root.mkdir()
-    for name in ("pyproject.toml", "requirements.lock", "requirements-extended.lock"):
+    (root / "tests").mkdir(parents=True)
+    copied = ("pyproject.toml", "requirements.lock", "requirements-extended.lock")
+    for name in (*copied, setup.OTHER_TENSORRT):
         (root / name).write_bytes((ROOT / name).read_bytes())
     monkeypatch.setattr(setup, "ROOT", root)
     monkeypatch.setattr(setup, "VENV", root / ".venv")

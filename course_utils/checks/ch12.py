@@ -1,12 +1,12 @@
 """Checks of chapter 12, TensorRT."""
 
-import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from course_utils.checks.accept import apart, close, said, sequence, whole
 from course_utils.exercises import Probe, Wrong, exercise
+from course_utils.trt.inspection import Layer, Tensor
 
 HEAVY = ("Conv", "Gemm")
 _CHAIN = [("Conv", ["x", "w1", "b1"], "a"), ("Relu", ["a"], "r")]
@@ -169,67 +169,59 @@ def _judge_profile(answer: Probe, trace: list[int], seconds: Callable) -> None:
 _CONV, _POINT, _POOL = "CaskConvolution", "PointWiseV2", "CaskPooling"
 
 
-def _layer(name: str, kind: str, reads: list[str], writes: str, nodes: str = "") -> dict:
-    """A layer in the inspector's form. Tensors are "name type"; nodes are separated by blanks."""
+def _layer(name: str, kind: str, reads: list[str], writes: str, nodes: str = "") -> Layer:
+    """A layer of an engine. Tensors are "name type"; nodes are separated by blanks."""
 
-    def tensors(said: list[str]) -> list[dict]:
-        pairs = [t.split() for t in said]
-        return [{"Name": n, "Format/Datatype": f"Row major linear {d} format"} for n, d in pairs]
+    def tensors(said: list[str]) -> tuple[Tensor, ...]:
+        return tuple(Tensor(*t.split()) for t in said)
 
-    meta = "\u001e".join(f"[ONNX Layer: {n}]" for n in nodes.split())
-    return {
-        "Name": name,
-        "LayerType": kind,
-        "Inputs": tensors(reads),
-        "Outputs": tensors([writes]),
-        "Metadata": meta,
-    }
+    return Layer(name, kind, tensors(reads), tensors([writes]), "", tuple(nodes.split()))
 
 
-def _after_conv(reads: list[str], nodes: str, kind: str = _POINT, name: str = "L") -> list[dict]:
+def _after_conv(reads: list[str], nodes: str, kind: str = _POINT, name: str = "L") -> list[Layer]:
     """A convolution that writes c, a pooling layer that writes p, and one layer of this kind."""
     return [
-        _layer("conv_a", _CONV, ["image INT8"], "c INT8", "conv_a"),
-        _layer("pool_a", _POOL, ["image INT8"], "p INT8", "pool_a"),
-        _layer(name, kind, reads, "out INT8", nodes),
+        _layer("conv_a", _CONV, ["image int8"], "c int8", "conv_a"),
+        _layer("pool_a", _POOL, ["image int8"], "p int8", "pool_a"),
+        _layer(name, kind, reads, "out int8", nodes),
     ]
 
 
-_RELU = _layer("PWN(relu_b)", _POINT, ["c INT8"], "r INT8", "relu_b")
+_RELU = _layer("PWN(relu_b)", _POINT, ["c int8"], "r int8", "relu_b")
 _DUMPS = [  # the layers, the faults, and what the odd layer is
-    ([_layer("k", _CONV, ["x INT8"], "y FP16", "k")], {}, "its first input is INT8"),
-    ([_layer("k", _CONV, ["x Int8"], "y FP16", "k")], {}, "its first input is Int8, the same"),
-    ([_layer("k", _CONV, ["x FP32"], "y INT8", "k")], {"k": "precision"}, "it reads FP32"),
-    ([_layer("k", _CONV, ["x BF16"], "y INT8", "k")], {"k": "precision"}, "it reads BF16"),
-    ([_layer("k", _CONV, ["x INT8", "r FP16"], "y INT8", "k add_k")], {}, "the first one counts"),
+    ([_layer("k", _CONV, ["x int8"], "y fp16", "k")], {}, "its first input is int8"),
+    ([_layer("k", _CONV, ["x fp8"], "y int8", "k")], {"k": "precision"}, "it reads fp8"),
+    ([_layer("k", _CONV, ["x fp32"], "y int8", "k")], {"k": "precision"}, "it reads fp32"),
+    ([_layer("k", _CONV, ["x bf16"], "y int8", "k")], {"k": "precision"}, "it reads bf16"),
+    ([_layer("k", _CONV, ["x int8", "r fp16"], "y int8", "k add_k")], {}, "the first one counts"),
     (
-        [_layer("k", _CONV, ["x FP16", "r INT8"], "y INT8", "k add_k")],
+        [_layer("k", _CONV, ["x fp16", "r int8"], "y int8", "k add_k")],
         {"k": "precision"},
-        "its first input is FP16",
+        "its first input is fp16",
     ),
     (
-        [_layer("k", "FusedConvolutionAct", ["x FP16"], "y INT8", "k")],
+        [_layer("k", "FusedConvolutionAct", ["x fp16"], "y int8", "k")],
         {"k": "precision"},
-        "its LayerType contains Convolution",
+        "its kind contains Convolution",
     ),
-    ([_layer("Convolution", _POOL, ["x FP16"], "y FP16", "conv_p")], {}, "it is a pooling layer"),
-    (_after_conv(["c INT8"], "relu_b"), {"L": "fusion"}, "it is a ReLU on conv_a's output"),
-    (_after_conv(["c INT8"], "relu_b", name="PWN(pool_b)"), {"PWN(pool_b)": "fusion"}, "a ReLU"),
-    (_after_conv(["c INT8"], "relu_b", "ElementWise"), {"L": "fusion"}, "its nodes tell"),
-    (_after_conv(["c INT8"], "add_b relu_b"), {"L": "fusion"}, "both of its nodes count"),
-    (_after_conv(["c INT8"], "relu_b sigmoid_b"), {}, "it holds a sigmoid, too"),
-    (_after_conv(["c INT8"], "sigmoid_b relu_b"), {}, "it holds a sigmoid, too"),
-    (_after_conv(["c INT8"], "prelu_b"), {}, "prelu_b does not begin with relu"),
-    (_after_conv(["c INT8"], "", "Reformat", "relu_copy"), {}, "it has no ONNX node"),
-    (_after_conv(["p INT8"], "relu_b"), {}, "it reads a pooling layer's output"),
-    (_after_conv(["image INT8"], "relu_b"), {}, "it reads what no layer makes"),
-    (_after_conv(["p INT8", "c INT8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
-    (_after_conv(["c INT8", "p INT8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
-    (_after_conv(["c INT8", "c INT8"], "add_b"), {"L": "fusion"}, "no other layer reads it"),
-    (_after_conv(["c INT8"], "relu_b", _CONV), {}, "it is a convolution, and reads INT8"),
-    ([*_after_conv(["c INT8"], "tanh_b"), _RELU], {}, "L reads c, too"),
-    ([*_after_conv(["p INT8", "c INT8"], "tanh_b"), _RELU], {}, "L reads c, too"),
-    ([_RELU, *_after_conv(["p INT8"], "tanh_b")], {"PWN(relu_b)": "fusion"}, "the order is free"),
+    ([_layer("Convolution", _POOL, ["x fp16"], "y fp16", "conv_p")], {}, "it is a pooling layer"),
+    (_after_conv(["c int8"], "relu_b"), {"L": "fusion"}, "it is a ReLU on conv_a's output"),
+    (_after_conv(["c int8"], "relu_b", name="PWN(pool_b)"), {"PWN(pool_b)": "fusion"}, "a ReLU"),
+    (_after_conv(["c int8"], "relu_b", "ElementWise"), {"L": "fusion"}, "its nodes tell"),
+    (_after_conv(["c int8"], "add_b relu_b"), {"L": "fusion"}, "both of its nodes count"),
+    (_after_conv(["c int8"], "relu_b sigmoid_b"), {}, "it holds a sigmoid, too"),
+    (_after_conv(["c int8"], "sigmoid_b relu_b"), {}, "it holds a sigmoid, too"),
+    (_after_conv(["c int8"], "prelu_b"), {}, "prelu_b does not begin with relu"),
+    (_after_conv(["c int8"], "", "Reformat", "relu_copy"), {}, "it has no ONNX node"),
+    (_after_conv(["p int8"], "relu_b"), {}, "it reads a pooling layer's output"),
+    (_after_conv(["image int8"], "relu_b"), {}, "it reads what no layer makes"),
+    (_after_conv(["p int8", "c int8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
+    (_after_conv(["c int8", "p int8"], "add_b"), {"L": "fusion"}, "it reads conv_a's output"),
+    (_after_conv(["c int8", "c int8"], "add_b"), {"L": "fusion"}, "no other layer reads it"),
+    (_after_conv(["c int8"], "relu_b", _CONV), {}, "it is a convolution, and reads int8"),
+    ([*_after_conv(["c int8"], "tanh_b"), _RELU], {}, "L reads c, too"),
+    ([*_after_conv(["p int8", "c int8"], "tanh_b"), _RELU], {}, "L reads c, too"),
+    ([_RELU, *_after_conv(["p int8"], "tanh_b")], {"PWN(relu_b)": "fusion"}, "the order is free"),
     ([], {}, ""),
 ]
 
@@ -240,7 +232,7 @@ def read_dump(answer: Probe, rng: np.random.Generator) -> None:
     no other.
     """
     for layers, wanted, note in _DUMPS:
-        where = f"with the layers {json.dumps(layers)}"
+        where = f"with the layers {layers}"
         why = f"{note[:1].upper()}{note[1:]}." if note else ""
         _judge_faults(answer, layers, wanted, dict.fromkeys(wanted, why), why, where)
     for _ in range(15):
@@ -250,9 +242,9 @@ def read_dump(answer: Probe, rng: np.random.Generator) -> None:
 
 
 def _judge_faults(
-    answer: Probe, layers: list[dict], wanted: dict, notes: dict, why: str, where: str
+    answer: Probe, layers: list[Layer], wanted: dict, notes: dict, why: str, where: str
 ) -> None:
-    got = answer(json.dumps({"Layers": layers}))
+    got = answer(list(layers))
     if not isinstance(got, Mapping):
         raise Wrong(
             f"{where}: a dict from layer name to 'precision' or 'fusion' was expected; you returned"
@@ -264,23 +256,23 @@ def _judge_faults(
             raise Wrong(f"{where}, layer {name!r}: {yours}. {notes.get(name, why)}")
 
 
-def _dump(rng: np.random.Generator) -> tuple[list[dict], dict, dict]:
+def _dump(rng: np.random.Generator) -> tuple[list[Layer], dict, dict]:
     """A drawn chain of blocks with known faults, in a drawn order: the layers, {name: fault}, and
     {name: what it is}.
     """
-    layers, wanted, notes, current, dtype = [], {}, {}, "image", "INT8"
+    layers, wanted, notes, current, dtype = [], {}, {}, "image", "int8"
     for i in range(int(rng.integers(3, 7))):
         mark = f"{i}_{rng.integers(1000)}"
         if rng.random() < 0.3:
             layers.append(
-                _layer(f"copy {mark}", "Reformat", [f"{current} {dtype}"], f"f{mark} FP16")
+                _layer(f"copy {mark}", "Reformat", [f"{current} {dtype}"], f"f{mark} fp16")
             )
             notes[f"copy {mark}"] = "It is a Reformat: no fault."
-            current, dtype = f"f{mark}", "FP16"
-        name, out = f"conv_{mark}", str(rng.choice(["INT8", "Int8", "FP16"]))
+            current, dtype = f"f{mark}", "fp16"
+        name, out = f"conv_{mark}", str(rng.choice(["int8", "fp8", "fp16"]))
         layers.append(_layer(name, _CONV, [f"{current} {dtype}"], f"t{mark} {out}", name))
         notes[name] = f"It is a convolution, and its first input is {dtype}."
-        if dtype.upper() != "INT8":
+        if dtype != "int8":
             wanted[name] = "precision"
         current, dtype = f"t{mark}", out
         if rng.random() < 0.6:

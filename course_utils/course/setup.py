@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 STAMP = VENV / "course-setup.json"  # written last: a set-up without it did not finish
 OLDEST = (3, 11)
+OTHER_TENSORRT = "tests/tensorrt-10.txt"
 
 
 def venv_python() -> Path:
@@ -43,7 +44,7 @@ def torch_requirements() -> list[str]:
     return [r for r in project["dependencies"] if r.startswith("torch")]
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str | Path) -> None:
     subprocess.run(
         [venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments],
         check=True,
@@ -77,7 +78,7 @@ def install(extended: bool) -> None:
     wanted = {"base": digest("pyproject.toml", "requirements.lock")}
     if extended:
         wanted["extended"] = digest(
-            "pyproject.toml", "requirements.lock", "requirements-extended.lock"
+            "pyproject.toml", "requirements.lock", "requirements-extended.lock", OTHER_TENSORRT
         )
     have = installed()
     if all(have.get(part) == value for part, value in wanted.items()) and venv_python().exists():
@@ -107,6 +108,9 @@ def install(extended: bool) -> None:
             "-r",
             "requirements-extended.lock",
         )
+        # TensorRT 10's Python classes have 11's import name: they lie beside it, for the tests.
+        beside = VENV / "tensorrt-10"
+        pip("--no-deps", "--require-hashes", "--upgrade", "--target", beside, "-r", OTHER_TENSORRT)
     STAMP.write_text(json.dumps(have | wanted))
     print(f"Set up in {time.monotonic() - start:.0f} s.", flush=True)
 

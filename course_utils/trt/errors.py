@@ -25,6 +25,10 @@ class OutOfWorkspace(TrtError):
     """No kernel of a layer got by with the scratch memory that the builder may use."""
 
 
+class UnsupportedLayer(TrtError):
+    """A layer has no kernel in the types and shapes that the file asks for."""
+
+
 class BuildError(TrtError):
     """The builder gave up for another reason; its own last words are in the message."""
 

@@ -17,61 +17,82 @@ _TYPES = {
     "FLOAT": "fp32",
     "INT32": "int32",
     "INT64": "int64",
+    "FP4": "fp4",
+    "INT4": "int4",
+    "UINT8": "uint8",
     "BOOL": "bool",
 }
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One step of an engine: its kernel, the types it reads and writes, the ONNX nodes that went
-    into it.
+class Tensor:
+    """A tensor between two layers: its name and the type in which it is stored.
 
-    >>> Layer("conv1 + relu1", "Convolution", ("int8",), ("fp16",), "", ("conv1", "relu1")).nodes
+    >>> Tensor("image", "int8").dtype
+    'int8'
+    """
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step of an engine: its kernel, the tensors it reads and writes, and the ONNX nodes that
+    went into it (none in a step that the builder added, such as a change of layout).
+
+    >>> image, t1 = Tensor("image", "int8"), Tensor("t1", "fp16")
+    >>> Layer("conv1 + relu1", "Convolution", (image,), (t1,), "", ("conv1", "relu1")).nodes
     ('conv1', 'relu1')
     """
 
     name: str
     kind: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     tactic: str
     nodes: tuple[str, ...]
 
 
 def layers(text: str) -> list[Layer]:
-    """The layers in an inspector's JSON, of TensorRT 10 or 11. Raises TrtError where only names
-    were kept.
+    """The layers in an inspector's JSON, of TensorRT 10 or 11.
 
-    >>> half = {"Format/Datatype": "Row major FP16 format"}
+    TensorRT 10 tells format and type of a tensor under one key, `Format/Datatype`; 11 splits them.
+    Types come out in small letters: fp32, fp16, bf16, fp8, int8 and so on, "unknown" for another.
+    Raises TrtError for text that is no such JSON, and where the engine kept its layers' names only.
+
+    >>> half = {"Name": "a", "Format/Datatype": "Row major FP16 format"}
     >>> said = {"Name": "fc", "LayerType": "gemm", "Inputs": [half], "Outputs": [half]}
-    >>> [(layer.name, layer.reads) for layer in layers(json.dumps({"Layers": [said]}))]
-    [('fc', ('fp16',))]
+    >>> [layer.inputs for layer in layers(json.dumps({"Layers": [said]}))]
+    [(Tensor(name='a', dtype='fp16'),)]
     """
-    found = json.loads(text)["Layers"]
+    try:
+        found = json.loads(text)["Layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrtError(f"this is no engine inspector's JSON ({error!r}): {text[:60]!r}") from error
     if any(isinstance(layer, str) for layer in found):
         raise TrtError(
             "the engine was built with layer names alone; set profiling_verbosity to DETAILED and"
             " build again."
         )
-
-    def types(tensors: list[dict]) -> tuple[str, ...]:
-        words = [
-            f"{t.get('Format/Datatype', '')} {t.get('Datatype', t.get('DataType', ''))}".upper()
-            for t in tensors
-        ]
-        return tuple(
-            next((_TYPES[w] for w in re.findall(r"\w+", text) if w in _TYPES), "unknown")
-            for text in words
-        )
-
     return [
         Layer(
             f["Name"],
             f.get("LayerType", ""),
-            types(f.get("Inputs", [])),
-            types(f.get("Outputs", [])),
+            _tensors(f.get("Inputs", [])),
+            _tensors(f.get("Outputs", [])),
             f.get("TacticName", ""),
             tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", f.get("Metadata", ""))),
         )
         for f in found
     ]
+
+
+def _tensors(said: list[dict]) -> tuple[Tensor, ...]:
+    found = []
+    for t in said:
+        keys = ("Format/Datatype", "Datatype", "DataType")
+        words = re.findall(r"\w+", " ".join(str(t.get(key, "")) for key in keys).upper())
+        dtype = next((_TYPES[word] for word in words if word in _TYPES), "unknown")
+        found.append(Tensor(t.get("Name", ""), dtype))
+    return tuple(found)

@@ -1,6 +1,5 @@
 """Answers to chapter 12's exercises."""
 
-import json
 import re
 
 import numpy as np
@@ -176,28 +175,28 @@ def opt_alone(trace, seconds):
 
 def _faults(
     *,
-    is_int8=lambda tensors: "INT8" in tensors[0]["Format/Datatype"].upper(),
-    nodes_of=lambda layer: re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer["Metadata"]),
+    is_int8=lambda tensors: tensors[0].dtype == "int8",
     movable=lambda nodes: bool(nodes) and all(re.match("relu|add", n) for n in nodes),
-    inputs_of=lambda layer: layer["Inputs"],
-    is_conv=lambda layer: "Convolution" in layer["LayerType"],
+    nodes_of=lambda layer: layer.nodes,
+    inputs_of=lambda layer: layer.inputs,
+    is_conv=lambda layer: "Convolution" in layer.kind,
     alone=lambda count: count == 1,
 ):
     """The right answer, with one of its decisions exchanged."""
 
-    def faults(text):
-        layers, found = json.loads(text)["Layers"], {}
+    def faults(layers):
+        found = {}
         for layer in layers:
             if is_conv(layer):
-                if not is_int8(layer["Inputs"]):
-                    found[layer["Name"]] = "precision"
+                if not is_int8(layer.inputs):
+                    found[layer.name] = "precision"
                 continue
-            names = {t["Name"] for t in inputs_of(layer)}
+            names = {t.name for t in inputs_of(layer)}
             for other in layers:
-                made = names & {t["Name"] for t in other["Outputs"]}
-                readers = [x for x in layers if made & {t["Name"] for t in x["Inputs"]}]
+                made = names & {t.name for t in other.outputs}
+                readers = [x for x in layers if made & {t.name for t in x.inputs}]
                 if made and is_conv(other) and alone(len(readers)) and movable(nodes_of(layer)):
-                    found[layer["Name"]] = "fusion"
+                    found[layer.name] = "fusion"
         return found
 
     return faults
@@ -207,27 +206,31 @@ right("12.C", "two loops, one in the other")(_faults())
 
 
 class Reader:
-    def __call__(self, text):
-        return {str(name): fault for name, fault in _faults()(text).items()}
+    def __call__(self, layers):
+        return {str(name): fault for name, fault in _faults()(tuple(layers)).items()}
 
 
 right("12.C", "an object that is called")(Reader())
 
 
-def _first_type(tensors):
-    return tensors[0]["Format/Datatype"]
+@right("12.C", "a dict of its own kind")
+def own_kind(layers):
+    from collections import OrderedDict
+
+    return OrderedDict(sorted(_faults()(layers).items()))
 
 
-wrong("12.C", "capitals alone")(_faults(is_int8=lambda t: "INT8" in _first_type(t)))
-wrong("12.C", "small letters alone")(_faults(is_int8=lambda t: "Int8" in _first_type(t)))
-wrong("12.C", "FP16 alone is a fault")(_faults(is_int8=lambda t: "FP16" not in _first_type(t)))
-wrong("12.C", "FP16 and FP32 are faults")(
-    _faults(is_int8=lambda t: not re.search("FP16|FP32", _first_type(t)))
+wrong("12.C", "fp16 alone is a fault")(_faults(is_int8=lambda t: t[0].dtype != "fp16"))
+wrong("12.C", "fp16 and fp32 are faults")(
+    _faults(is_int8=lambda t: t[0].dtype not in ("fp16", "fp32"))
 )
-wrong("12.C", "the last input")(_faults(is_int8=lambda t: "INT8" in str(t[-1]).upper()))
-wrong("12.C", "any input in INT8 will do")(_faults(is_int8=lambda t: "INT8" in str(t).upper()))
-wrong("12.C", "every input must be INT8")(
-    _faults(is_int8=lambda t: all("INT8" in str(x).upper() for x in t))
+wrong("12.C", "any eight bits will do")(_faults(is_int8=lambda t: t[0].dtype.endswith("8")))
+wrong("12.C", "the last input")(_faults(is_int8=lambda t: t[-1].dtype == "int8"))
+wrong("12.C", "any input in int8 will do")(
+    _faults(is_int8=lambda t: any(x.dtype == "int8" for x in t))
+)
+wrong("12.C", "every input must be int8")(
+    _faults(is_int8=lambda t: all(x.dtype == "int8" for x in t))
 )
 wrong("12.C", "any node will do")(
     _faults(movable=lambda nodes: any(re.match("relu|add", n) for n in nodes))
@@ -248,31 +251,32 @@ wrong("12.C", "a layer without nodes is a fault")(
     _faults(movable=lambda nodes: all(re.match("relu|add", n) for n in nodes))
 )
 wrong("12.C", "the layer's name in place of its nodes")(
-    _faults(nodes_of=lambda layer: re.findall(r"PWN\((\w+)\)", layer["Name"]))
+    _faults(nodes_of=lambda layer: re.findall(r"PWN\((\w+)\)", layer.name))
 )
-wrong("12.C", "its first input alone")(_faults(inputs_of=lambda layer: layer["Inputs"][:1]))
-wrong("12.C", "its last input alone")(_faults(inputs_of=lambda layer: layer["Inputs"][-1:]))
+wrong("12.C", "its first input alone")(_faults(inputs_of=lambda layer: layer.inputs[:1]))
+wrong("12.C", "its last input alone")(_faults(inputs_of=lambda layer: layer.inputs[-1:]))
 wrong("12.C", "however many read it")(_faults(alone=lambda count: True))
-wrong("12.C", "a convolution by its exact type")(
-    _faults(is_conv=lambda layer: layer["LayerType"] == "CaskConvolution")
+wrong("12.C", "a convolution by its exact kind")(
+    _faults(is_conv=lambda layer: layer.kind == "CaskConvolution")
 )
 wrong("12.C", "a convolution by its name")(
-    _faults(is_conv=lambda layer: "conv" in layer["Name"].lower())
+    _faults(is_conv=lambda layer: "conv" in layer.name.lower())
 )
 
 
 @wrong("12.C", "the layer before it in the list")
-def the_one_before(text):
-    layers, found = json.loads(text)["Layers"], {}
-    for before, layer in zip([{"LayerType": ""}, *layers], layers, strict=False):
-        if "Convolution" in layer["LayerType"]:
-            if "INT8" not in _first_type(layer["Inputs"]).upper():
-                found[layer["Name"]] = "precision"
-        elif "relu" in layer["Metadata"] and "Convolution" in before["LayerType"]:
-            found[layer["Name"]] = "fusion"
+def the_one_before(layers):
+    found, before = {}, ""
+    for layer in layers:
+        if "Convolution" in layer.kind:
+            if layer.inputs[0].dtype != "int8":
+                found[layer.name] = "precision"
+        elif "relu" in str(layer.nodes) and "Convolution" in before:
+            found[layer.name] = "fusion"
+        before = layer.kind
     return found
 
 
 @wrong("12.C", "the faults' names alone")
-def names_alone(text):
-    return list(_faults()(text))
+def names_alone(layers):
+    return list(_faults()(layers))

@@ -241,7 +241,37 @@ def first_and_last(trace, seconds):
     return low, min(options, key=lambda o: _total(trace, seconds, o)), high
 
 
-# ---- C
+# ---- C: written when the exercise gave the inspector's text, and read from it still
+
+
+def _text(layers):
+    """The inspector's JSON of these layers."""
+
+    def tensors(found):
+        return [{"Name": t.name, "Format/Datatype": f"linear {t.dtype} format"} for t in found]
+
+    return json.dumps(
+        {
+            "Layers": [
+                {
+                    "Name": layer.name,
+                    "LayerType": layer.kind,
+                    "Metadata": "\x1e".join(f"[ONNX Layer: {n}]" for n in layer.nodes),
+                    "Inputs": tensors(layer.inputs),
+                    "Outputs": tensors(layer.outputs),
+                }
+                for layer in layers
+            ]
+        }
+    )
+
+
+def wrong_c(what):
+    def register(reader):
+        wrong("12.C", what)(lambda layers: reader(_text(layers)))
+        return reader
+
+    return register
 
 
 def _faults(
@@ -288,77 +318,72 @@ def _faults(
     return found
 
 
-@wrong("12.C", "read only: the answer for DUMP")
+@wrong_c("read only: the answer for DUMP")
 def for_dump(text):
     return {"PWN(relu2)": "fusion", "conv3": "precision"}
 
 
-@wrong("12.C", "read only: INT8 in the case of DUMP only")
-def one_case(text):
-    return _faults(text, int8=lambda t: "Int8" in t)
-
-
-@wrong("12.C", "read only: every input of a convolution must be INT8")
+@wrong_c("read only: every input of a convolution must be INT8")
 def every_input(text):
     return _faults(text, every=True)
 
 
-@wrong("12.C", "read only: the output's type instead of the first input's")
+@wrong_c("read only: the output's type instead of the first input's")
 def output_type(text):
     return _faults(text, where="Outputs")
 
 
-@wrong("12.C", "read only: FP16 and FP32 alone are not INT8")
+@wrong_c("read only: FP16 and FP32 alone are not INT8")
 def floats_alone(text):
     return _faults(text, int8=lambda t: "fp16" not in t.lower() and "fp32" not in t.lower())
 
 
-@wrong("12.C", "read only: only a LayerType CaskConvolution is a convolution")
+@wrong_c("read only: only a LayerType CaskConvolution is a convolution")
 def cask_only(text):
     return _faults(text, kind=lambda k: k == "CaskConvolution")
 
 
-@wrong("12.C", "read only: a LayerType must end with Convolution")
+@wrong_c("read only: a LayerType must end with Convolution")
 def ends_with(text):
     return _faults(text, kind=lambda k: k.endswith("Convolution"))
 
 
-@wrong("12.C", "read only: one relu or add among the nodes is enough")
+@wrong_c("read only: one relu or add among the nodes is enough")
 def any_node(text):
     return _faults(text, quantifier=any)
 
 
-@wrong("12.C", "read only: relu only, no add")
+@wrong_c("read only: relu only, no add")
 def relu_only(text):
     return _faults(text, names=("relu",))
 
 
-@wrong("12.C", "read only: no matter who else reads the convolution's output")
+@wrong_c("read only: no matter who else reads the convolution's output")
 def other_readers(text):
     return _faults(text, readers=False)
 
 
-@wrong("12.C", "read only: a layer without ONNX nodes can be a fault")
+@wrong_c("read only: a layer without ONNX nodes can be a fault")
 def without_nodes(text):
     return _faults(text, empty=True)
 
 
-@wrong("12.C", "read only: the first input only can be a convolution's")
+@wrong_c("read only: the first input only can be a convolution's")
 def first_only(text):
     return _faults(text, first_only=True)
 
 
-@wrong("12.C", "read only: precision faults only")
+@wrong_c("read only: precision faults only")
 def precision_only(text):
     return _faults(text, fusion=False)
 
 
-@wrong("12.C", "read only: fusion faults only")
+@wrong_c("read only: fusion faults only")
 def fusion_only(text):
     return _faults(text, precision=False)
 
 
-@wrong("12.C", "read only: the convolution must stand before the layer")
+@wrong_c("read only: the convolution must stand before the layer")
 def must_stand_before(text):
     layers = json.loads(text)["Layers"]
     found = _faults(text)
@@ -373,7 +398,7 @@ def must_stand_before(text):
     return kept
 
 
-@wrong("12.C", "read only: pointwise layers alone can be fusion faults")
+@wrong_c("read only: pointwise layers alone can be fusion faults")
 def pointwise_only(text):
     layers = {layer["Name"]: layer["LayerType"] for layer in json.loads(text)["Layers"]}
     return {
@@ -383,7 +408,7 @@ def pointwise_only(text):
     }
 
 
-@wrong("12.C", "read only: the layer's name is searched for relu, not its nodes")
+@wrong_c("read only: the layer's name is searched for relu, not its nodes")
 def by_name(text):
     layers = json.loads(text)["Layers"]
     for layer in layers:
@@ -393,7 +418,7 @@ def by_name(text):
     return _faults(json.dumps({"Layers": layers}))
 
 
-@wrong("12.C", "read only: relu and add in any place of a node's name")
+@wrong_c("read only: relu and add in any place of a node's name")
 def anywhere(text):
     layers = json.loads(text)["Layers"]
     for layer in layers:
@@ -405,7 +430,7 @@ def anywhere(text):
     return _faults(json.dumps({"Layers": layers}))
 
 
-@wrong("12.C", "read only: the first ONNX node alone is looked at")
+@wrong_c("read only: the first ONNX node alone is looked at")
 def first_node(text):
     layers = json.loads(text)["Layers"]
     for layer in layers:
