@@ -15,7 +15,7 @@ help:
 	@echo "make test       the whole suite (PROFILE=fast runs the notebooks in fast)"
 	@echo "make soak       ROUNDS=50 times its quick stages with other random draws, CHECKS=1000 times"
 	@echo "                every exercise's solution, JOBS=2 processes at a time: before a release"
-	@echo "make setup      the set-up alone; make setup-extended adds TVM, DeepSpeed, Model Optimizer"
+	@echo "make setup      the set-up alone; make setup-extended adds DeepSpeed and Model Optimizer"
 	@echo "make run        execute every chapter, write ledger and report to build/run"
 	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
 	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv)"

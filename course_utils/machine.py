@@ -268,12 +268,18 @@ def _full() -> "Skip | bool":
     )
 
 
+_USUAL = "Get it with: make setup; DeepSpeed and Model Optimizer with: make setup-extended."
+_REMEDIES = {  # what no set-up of the course installs: it would fix the versions of too much else
+    "executorch": "Get it with: pip install executorch, in an environment of its own.",
+}
+
+
 def _package(name: str) -> "Skip | bool":
     spec = importlib.util.find_spec(name)
     return spec is not None or Skip(
         "package",
         f"the package {name} is not installed.",
-        "Get it with: make setup; TVM, DeepSpeed and Model Optimizer with: make setup-extended.",
+        _REMEDIES.get(name, _USUAL),
     )
 
 

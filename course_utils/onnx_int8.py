@@ -110,11 +110,11 @@ def to_dynamic_int8(source: Path, target: Path) -> None:
 
 
 def look_inside(
-    path: Path, x: Tensor, threads: int = 1, calls: int = 20
+    path: Path, x: Tensor, threads: int = 1, calls: int = 20, name: str = "x"
 ) -> tuple[Counter, Counter]:
     """Of the graph that ONNX Runtime *runs* for the file: how many operators of each kind there
     are, and milliseconds a call that each kind takes. Look with the threads of the comparison that
-    you want to explain: not every kernel gains from a second one.
+    you want to explain: not every kernel gains from a second one. `name` is the file's input.
 
     >>> x = torch.randn(8, 1, 8, 8)
     >>> export(nn.Conv2d(1, 2, 3).eval(), (x,), Path("net.onnx"))
@@ -133,7 +133,7 @@ def look_inside(
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for _ in range(calls):
-            session.run(None, {"x": x.numpy()})
+            session.run(None, {name: x.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
         nodes = onnx.load(Path(folder) / "optimized.onnx", load_external_data=False).graph.node
     spent: Counter = Counter()

@@ -14,7 +14,7 @@ PARTS = {
     "root": "two nodes in chapter 09",
     "two cores": "scaling in chapters 01 and 09",
     "signals": "where a worker hangs in chapter 09, a server paused in chapter 13",
-    "package:tvm": "TVM in chapter 11",
+    "package:executorch": "ExecuTorch in chapter 11",
     "package:deepspeed": "DeepSpeed in chapter 09",
     "package:modelopt": "NVIDIA's Model Optimizer in chapter 12",
     "package:tensorrt": "TensorRT engines in chapter 12",

@@ -76,7 +76,7 @@ def main() -> int:
         if entry.split("==")[0] not in {b.split("==")[0] for b in base}
     ]
     write(
-        ROOT / "requirements-extended.lock", "In addition: TVM, DeepSpeed, Model Optimizer.", extra
+        ROOT / "requirements-extended.lock", "In addition: DeepSpeed, Model Optimizer.", extra
     )
     return 0
 

@@ -99,7 +99,7 @@ def install(extended: bool) -> None:
         pip("--no-deps", "--require-hashes", "-r", "requirements.lock")
         pip("--no-deps", "--no-build-isolation", "-e", ".")
     if extended and have.get("extended") != wanted["extended"]:
-        print("Installing TVM, DeepSpeed and Model Optimizer …", flush=True)
+        print("Installing DeepSpeed and Model Optimizer …", flush=True)
         os.environ["DS_BUILD_OPS"] = "0"  # DeepSpeed's own operators stay uncompiled: none is used
         pip(
             "--no-deps",
@@ -118,7 +118,7 @@ def install(extended: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--extended", action="store_true", help="also TVM, DeepSpeed and Model Optimizer"
+        "--extended", action="store_true", help="also DeepSpeed and Model Optimizer"
     )
     extended = parser.parse_args().extended
     if sys.version_info < OLDEST:

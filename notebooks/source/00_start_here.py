@@ -225,7 +225,7 @@ def speedup(old_seconds, new_seconds):
 # | 08 Memory | predict what a training step needs, and trade it for time | 90 |
 # | 09 Distributed training | train on several processes and know what it costs | 195 |
 # | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 125 |
-# | 11 Runtimes | export a model, check it, choose where to run it | 115 |
+# | 11 Runtimes | export a model, check it, choose where to run it | 75 |
 # | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 90 |
 # | 13 Dynamic batching | serve requests in batches without losing one | 90 |
 # | 14 LLM inference | explain and cut the cost of each generated token | 145 |
