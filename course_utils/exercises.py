@@ -182,6 +182,11 @@ def reveal(question: str, measured: float, unit: str = "") -> None:
     guess = _predictions.get(question)
     said = "you did not predict" if guess is None else f"you predicted {guess} {unit}".rstrip()
     print(f"measured {measured:.3g} {unit}".rstrip() + f"; {said}")
+    if guess is not None:
+        plain = float(guess) if isinstance(guess, int | float) else str(guess)
+        ledger.record(
+            "prediction", question=question, guess=plain, measured=float(measured), unit=unit
+        )
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """The reader's ledger: every verdict, check and skip, one JSON object a line.
 
-The file is COURSE_LEDGER, or build/ledger.jsonl in the course's folder. A full disk, a kill or two
-notebooks at once must not cost more than the line that was being written.
+The file is COURSE_LEDGER, or ledger.jsonl in the workbook (COURSE_WORKBOOK, or workbook/ in the
+course's folder). A full disk, a kill or two notebooks at once must not cost more than the line that
+was being written.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from course_utils import ROOT
@@ -21,15 +23,18 @@ def path() -> Path:
     >>> path().suffix
     '.jsonl'
     """
-    return Path(os.environ.get("COURSE_LEDGER", ROOT / "build" / "ledger.jsonl"))
+    folder = os.environ.get("COURSE_WORKBOOK", ROOT / "workbook")
+    return Path(os.environ.get("COURSE_LEDGER", Path(folder) / "ledger.jsonl"))
 
 
 def record(event: str, **fields: object) -> None:
-    """Append an event (a verdict, a check, a skip); without a writable place it is only shown.
+    """Append an event (a verdict, a check, a skip, a prediction) with its time; without a writable
+    place it is only shown.
 
     >>> record("check", exercise="99.A", status="passed")
     """
-    line = json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n"
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = json.dumps({"event": event, **fields, "at": moment}, ensure_ascii=False).encode() + b"\n"
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)

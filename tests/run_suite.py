@@ -88,7 +88,9 @@ def main() -> int:
     parser.add_argument("--profile", default="smoke", choices=["smoke", "fast", "full"])
     os.environ["COURSE_PROFILE"] = parser.parse_args().profile
     os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+    # The suite leaves a reader's own work alone, and does not read it.
     os.environ.pop("COURSE_LEDGER", None)
+    os.environ["COURSE_WORKBOOK"] = tempfile.mkdtemp(prefix="course-suite-")
     failed, todo = [], stages()
     side_by_side = todo[-2:] if os.environ["COURSE_PROFILE"] == "smoke" else []
     for name, command in todo[: len(todo) - len(side_by_side)]:

@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, help="seed of the first round; new ones by default")
     given = parser.parse_args()
     os.environ.pop("COURSE_LEDGER", None)
+    os.environ["COURSE_WORKBOOK"] = tempfile.mkdtemp(prefix="course-soak-")
     first = int(time.time()) % 10**8 if given.first is None else given.first
     with ThreadPoolExecutor(given.jobs) as pool:
         seeds = range(first, first + given.rounds)

@@ -20,6 +20,7 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from course_utils import exercises
+from course_utils.course import workbook
 from course_utils.course.chapters import UsageError, chapters
 
 _KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -35,12 +36,14 @@ class Asked:
 
 
 def notebooks(wanted: list[str]) -> list[Path]:
-    """The files asked for: as paths, or as chapters of notebooks/; all chapters by default. Raises
-    UsageError for one that is not there.
+    """The files asked for: as paths, or as chapters, the reader's copy where there is one; all
+    chapters by default. Raises UsageError for one that is not there.
     """
     files = [Path(w) for w in wanted if w.endswith(".ipynb")]
     names = [w for w in wanted if not w.endswith(".ipynb")]
-    files += [c.learner for c in chapters(names)] if names or not files else []
+    for chapter in chapters(names) if names or not files else []:
+        own = workbook.FOLDER / chapter.learner.name
+        files.append(own if own.is_file() else chapter.learner)
     for path in files:
         if not path.is_file():
             raise UsageError(f"there is no notebook {path}.")

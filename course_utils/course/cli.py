@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="course", description="Efficient Deep Learning, Measured."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_doctor, _selftest, _lab, _check, _build, _run, _report, _data, _badges):
+    parts = (_doctor, _selftest, _lab, _reset, _progress, _check, _build, _run, _report, _data)
+    for add in (*parts, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -73,25 +74,86 @@ def _selftest(commands: argparse._SubParsersAction) -> None:
 
 def _lab(commands: argparse._SubParsersAction) -> None:
     def do(options: argparse.Namespace) -> int:
-        first = next(iter(sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))), None)
-        if first is None:
-            raise UsageError("notebooks/ is empty; build the chapters with: course build")
+        first, root = _opened(options.update_only), ROOT
+        if options.update_only:
+            return 0
+        if not first.is_relative_to(root):
+            root = first.parent
         command = [
             sys.executable,
             "-m",
             "jupyter",
             "lab",
             "--ip=127.0.0.1",
-            f"--ServerApp.root_dir={ROOT}",
+            f"--ServerApp.root_dir={root}",
         ]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--allow-root")
-        os.chdir(ROOT)
-        command.append(f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}")
+        os.chdir(root)
+        command.append(f"--LabApp.default_url=/lab/tree/{first.relative_to(root).as_posix()}")
         os.execv(sys.executable, [*command, *options.rest])
 
     parser = commands.add_parser(
-        "lab", help="open the first chapter in JupyterLab (further options go to jupyter lab)"
+        "lab",
+        help="copy the chapters into workbook/, keep what you wrote there, and open them in"
+        " JupyterLab (further options go to jupyter lab)",
+    )
+    parser.add_argument("--update-only", action="store_true", help="copy, and open nothing")
+    parser.set_defaults(do=do)
+
+
+def _opened(strict: bool) -> Path:
+    """The first chapter of the reader's workbook, brought up to date; where that can't be written,
+    the shipped one.
+    """
+    from course_utils.course import workbook
+
+    shipped = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not shipped:
+        raise UsageError("notebooks/ is empty; build the chapters with: course build")
+    try:
+        changes = workbook.update(shipped)
+    except UsageError as error:
+        if strict:
+            raise
+        print(f"{error} What you write in notebooks/ is not kept apart.", file=sys.stderr)
+        return shipped[0]
+    for change in changes:
+        if change.what != "unchanged":
+            print(change)
+    print(f"Your copy: {workbook.FOLDER}")
+    return workbook.FOLDER / shipped[0].name
+
+
+def _reset(commands: argparse._SubParsersAction) -> None:
+    def do(options: argparse.Namespace) -> int:
+        from course_utils.course import workbook
+
+        for chapter in chapters(options.chapters):
+            kept = workbook.reset(chapter.learner)
+            old = f"; your old copy lies in {kept}" if kept else ""
+            print(f"{chapter.name}: fresh{old}")
+        return 0
+
+    parser = commands.add_parser(
+        "reset", help="put a fresh copy of a chapter into your workbook and keep the old one"
+    )
+    parser.add_argument("chapters", nargs="+", metavar="CHAPTER")
+    parser.set_defaults(do=do)
+
+
+def _progress(commands: argparse._SubParsersAction) -> None:
+    def do(options: argparse.Namespace) -> int:
+        from course_utils import ledger
+        from course_utils.course import progress, workbook
+
+        rows = progress.gather(chapters(), workbook.FOLDER, ledger.events())
+        print(progress.table(rows))
+        print(progress.write(writable(workbook.FOLDER), rows))
+        return 0
+
+    parser = commands.add_parser(
+        "progress", help="how far you are: cells run, predictions, exercises, verdicts"
     )
     parser.set_defaults(do=do)
 
@@ -178,16 +240,18 @@ def _run(commands: argparse._SubParsersAction) -> None:
 
 def _report(commands: argparse._SubParsersAction) -> None:
     def do(options: argparse.Namespace) -> int:
+        from course_utils import ledger
         from course_utils.course import report
 
-        for path in report.report([Path(p) for p in options.ledgers], writable(Path(options.out))):
+        ledgers = [Path(p) for p in options.ledgers] or [ledger.path()]
+        for path in report.report(ledgers, writable(Path(options.out))):
             print(path)
         return 0
 
     parser = commands.add_parser(
         "report", help="one page and one picture from the ledgers of one or many machines"
     )
-    parser.add_argument("ledgers", nargs="+", metavar="LEDGER")
+    parser.add_argument("ledgers", nargs="*", metavar="LEDGER", help="your own by default")
     parser.add_argument("--out", default=str(ROOT / "build" / "report"), metavar="DIR")
     parser.set_defaults(do=do)
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from course_utils import claims as registry
+from course_utils import ledger
 from course_utils.claims import FILLS, WORDS
 from course_utils.course.chapters import UsageError
 
@@ -25,7 +26,11 @@ FIELDS = {
 
 
 def read(path: Path) -> list[dict]:
-    """A ledger's rows. UsageError, naming the file, if it is none."""
+    """A ledger's rows: of a ledger.json that `course run` wrote, or of a reader's own
+    ledger.jsonl. UsageError, naming the file, if it is none.
+    """
+    if path.suffix == ".jsonl":
+        return _own(path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -33,7 +38,7 @@ def read(path: Path) -> list[dict]:
     except ValueError:
         raise UsageError(
             f"{path} is no ledger: it is not JSON. A ledger is the ledger.json that `course run`"
-            " writes."
+            " writes, or a reader's ledger.jsonl."
         ) from None
     if not isinstance(rows, list) or not rows:
         raise UsageError(
@@ -46,6 +51,25 @@ def read(path: Path) -> list[dict]:
         if row["verdict"] not in WORDS:
             raise UsageError(f"{path} is no ledger: {row['verdict']!r} is no verdict.")
     return rows
+
+
+def _own(path: Path) -> list[dict]:
+    """The last verdict of each claim in a reader's ledger, each with the machine whose card was
+    shown before it.
+    """
+    if not path.is_file():
+        raise UsageError(f"cannot read {path}: there is no such file. Run a chapter first.")
+    rows, machine = {}, {}
+    for event in ledger.events(path):
+        if event["event"] == "card" and isinstance(event.get("machine"), dict):
+            machine = event["machine"]
+        elif event["event"] == "verdict":
+            row = {"machine": machine} | event
+            if row.keys() >= FIELDS and row["verdict"] in WORDS:
+                rows[row["claim"]] = row
+    if not rows:
+        raise UsageError(f"{path} holds no verdict yet: run a chapter first.")
+    return list(rows.values())
 
 
 def report(paths: list[Path], folder: Path) -> list[Path]:

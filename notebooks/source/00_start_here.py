@@ -251,7 +251,7 @@ for what in ("gpu", "vnni", "bf16", "compiler", "energy", "two cores"):
 
 # %% [markdown]
 # Words that you forget stand in the glossary in [TEACHING.md](../TEACHING.md). In Colab the ledger
-# goes when the session ends: download `build/ledger.jsonl` before you leave.
+# goes when the session ends: download `workbook/ledger.jsonl` before you leave.
 #
 # Go on with [01 · Measurement](01_measurement.ipynb). The interval that you took on trust here you
 # build there yourself, and you see what goes wrong without it.
