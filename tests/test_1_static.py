@@ -266,7 +266,10 @@ def test_the_formatter_is_never_switched_off():
 def test_types_travel_with_the_package():
     assert (ROOT / "course_utils" / "py.typed").is_file()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert settings["tool"]["setuptools"]["package-data"]["course_utils"] == ["py.typed"]
+    assert settings["tool"]["setuptools"]["package-data"]["course_utils"] == [
+        "py.typed",
+        "kernels/*.cpp",
+    ]
 
 
 def test_instruments_do_not_import_the_makers_wing():

@@ -337,7 +337,7 @@ def test_a_worker_without_faulthandlers_signal_keeps_its_traceback(tmp_path, win
     """The worker is started alone: torchrun would start it no otherwise, and takes its time."""
     (tmp_path / "sitecustomize.py").write_text(LACKING)  # so that the worker lacks it, too
     (tmp_path / "lost.py").write_text(LOST)
-    monkeypatch.setattr(distributed, "command", lambda tail, *_: [sys.executable, *tail])
+    monkeypatch.setattr(distributed.launcher, "command", lambda tail, *_: [sys.executable, *tail])
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
     names |= {"PYTHONPATH": os.pathsep.join(map(str, [tmp_path, ROOT]))}
@@ -348,7 +348,7 @@ def test_a_worker_without_faulthandlers_signal_keeps_its_traceback(tmp_path, win
 def test_where_workers_hang_is_not_known_without_that_signal(tmp_path, windows, monkeypatch):
     (tmp_path / "slow.py").touch()
     slow = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(distributed, "command", lambda *_: slow)
+    monkeypatch.setattr(distributed.launcher, "command", lambda *_: slow)
     with pytest.raises(TimeoutError, match="no signal to ask them"):
         distributed.launch(tmp_path / "slow.py", workers=1, timeout=0.2)
 

@@ -1,6 +1,7 @@
 """Checks of chapter 09, Distributed training."""
 
 import itertools
+import numbers
 import sys
 import threading
 import time
@@ -16,36 +17,47 @@ from course_utils.exercises import Probe, Wrong, exercise
 
 @exercise("09.A")
 def bytes_per_rank(answer: Probe, rng: np.random.Generator) -> None:
-    """Counted on tensors that were really padded and cut."""
-    cases = [(numbers, n, stage) for numbers, n in ((10, 4), (8, 4), (3, 8)) for stage in range(4)]
-    cases += [(7, 1, 0), (7, 1, 3), (1, 2, 3)]
+    """Small models are counted on tensors that were really padded and cut; large ones by whole
+    numbers, where a float's 53 bits do not reach.
+    """
+    cases = [(count, n, stage) for count, n in ((10, 4), (8, 4), (3, 8)) for stage in range(4)]
+    cases += [(7, 1, 0), (7, 1, 3), (1, 2, 3), (1001, 1000, 3), (1001, 500, 2)]
     cases += [
         (int(rng.integers(1, 5000)), int(rng.integers(1, 40)), int(rng.integers(0, 4)))
-        for _ in range(12)
+        for _ in range(8)
     ]
-    for numbers, n, stage in cases:
-        where = f"for {numbers} parameters on {n} workers, stage {stage}"
-        got = number(answer(numbers, n, stage), where)
-        want = _held(numbers, n, stage)
+    cases += [(count, n, stage) for count, n in _LARGE for stage in range(4)]
+    for count, n, stage in cases:
+        where = f"for {count} parameters on {n} workers, stage {stage}"
+        given = answer(count, n, stage)
+        if number(given, where) != int(number(given, where)):
+            raise Wrong(f"{where} you say {said(given)}. Nobody can hold a part of a byte.")
+        got, want = _exact(given, where), _held(count, n, stage)
         if got != want:
-            yours, due = apart(got, want)
-            why = "" if got % 4 == 0 else " Nobody can hold a part of a number."
-            raise Wrong(f"{where}, each worker holds {due} bytes; you say {yours}.{why}")
+            raise Wrong(f"{where}, each worker holds {want} bytes; you say {got}.")
 
 
-def _held(numbers: int, n: int, stage: int) -> int:
+_LARGE = [(7_000_000_001, 8), (1_000_000_000_001, 1024), (2**57 + 1, 3)]
+
+
+def _exact(value: object, where: str) -> int:
+    """As `whole`; a whole number in a type of its own keeps all of its digits."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.number):
+        value = value.item()
+    return int(value) if isinstance(value, numbers.Rational) else whole(value, where)
+
+
+def _held(count: int, n: int, stage: int) -> int:
     """Bytes of worker 0's tensors, each cut by torch after padding to a multiple of n."""
+    kinds = (2, stage >= 3), (4, stage >= 2), (12, stage >= 1)  # weight, gradient, state
+    if count > 5000:
+        return sum(each * (-(-count // n) if cut else count) for each, cut in kinds)
     total = 0
-    for sharded in (
-        stage >= 3,
-        stage >= 2,
-        stage >= 1,
-        stage >= 1,
-    ):  # weights, gradients, Adam's two numbers
-        whole = torch.zeros(numbers)
-        if sharded:
-            whole = torch.nn.functional.pad(whole, (0, -numbers % n)).view(n, -1)[0].clone()
-        total += whole.nbytes
+    for each, cut in kinds:
+        held = torch.zeros(count, each, dtype=torch.uint8)
+        if cut:
+            held = torch.nn.functional.pad(held, (0, 0, 0, -count % n)).view(n, -1, each)[0]
+        total += held.numel()
     return total
 
 
@@ -54,7 +66,8 @@ class _Ring:
     for one another, that is noticed at once, and without a clock.
     """
 
-    def __init__(self, p: int) -> None:
+    def __init__(self, p: int, spoil: bool = False) -> None:
+        self.spoil = spoil  # one number of worker 0's first message changes on its way
         self.boxes: list[deque[torch.Tensor]] = [deque() for _ in range(p)]
         self.sent: list[list[int]] = [[] for _ in range(p)]
         self.results: list[object] = [None] * p
@@ -91,7 +104,11 @@ class _Ring:
                 raise Wrong(f"send takes a tensor, not a {type(tensor).__name__}.")
             with self.news:
                 self.sent[rank].append(tensor.numel())
-                self.boxes[(rank + 1) % p].append(tensor.clone())
+                arrives = tensor.detach().clone()
+                if self.spoil and rank == 0 and arrives.numel():
+                    arrives.view(-1)[0] += 1
+                    self.spoil = False
+                self.boxes[(rank + 1) % p].append(arrives)
                 self.news.notify_all()
 
         def receive() -> torch.Tensor:
@@ -127,8 +144,9 @@ class _Ring:
 @exercise("09.B")
 def ring(answer: Probe, rng: np.random.Generator) -> None:
     """The sum on every worker, for every length, with 2(p-1) messages of a p-th each."""
-    cases = [(1, 3), (2, 4), (3, 6), (4, 1), (3, 0), (3, 7), (5, 13), (6, 2)]
-    cases += [(int(rng.integers(2, 7)), int(rng.integers(1, 60))) for _ in range(4)]
+    cases = [(1, 3), (2, 4), (3, 6), (4, 1), (3, 0), (3, 7), (5, 13), (6, 2), (1, 0), (7, 20)]
+    cases += [(int(rng.integers(2, 10)), int(rng.integers(1, 60))) for _ in range(3)]
+    cases += [(8, 24), (8, 9), (9, 30)]
     types = itertools.cycle([torch.float32, torch.float64, torch.int64])
     for (p, length), dtype in zip(cases, types, strict=False):
         vectors = [torch.from_numpy(rng.integers(-9999, 9999, length)) for _ in range(p)]
@@ -149,6 +167,20 @@ def ring(answer: Probe, rng: np.random.Generator) -> None:
                     f"{where}, worker {rank} sent {max(sent)} numbers in a message; a p-th of the"
                     f" vector is {-(-length // p)}."
                 )
+    _judge_need(answer, rng)
+
+
+def _judge_need(answer: Probe, rng: np.random.Generator) -> None:
+    """A message changed on its way must change a result: else the numbers came otherwise."""
+    vectors = [torch.from_numpy(rng.integers(-99, 99, 12)) for _ in range(3)]
+    workers = _Ring(3, spoil=True)
+    workers.run(Probe(_apart_from_x(answer)), vectors)
+    total = torch.stack(vectors).sum(0)
+    if not workers.errors and all(torch.equal(got, total) for got in workers.results):
+        raise Wrong(
+            "with p = 3 the results stay what they are when a message is changed on its way: so the"
+            " workers know each other's numbers by another way."
+        )
 
 
 def _apart_from_x(answer: Probe) -> Callable:
@@ -158,7 +190,9 @@ def _apart_from_x(answer: Probe) -> Callable:
 
     def call(x: torch.Tensor, *rest: object) -> object:
         got = answer.answer(x, *rest)
-        if isinstance(got, torch.Tensor) and got.numel() and got.data_ptr() == x.data_ptr():
+        if got is x or (
+            isinstance(got, torch.Tensor) and got.numel() and got.data_ptr() == x.data_ptr()
+        ):
             raise Wrong("your code returned x itself; a new tensor was expected.")
         return got
 
@@ -192,6 +226,10 @@ _RULES = [  # the plan, and a time: each rule, if forgotten, lets a faster plan 
     ((6, 6, 6, 9), lambda data, tensor, pipe: 20 - data),  # 6 and 2 do not divide 9
     ((4, 2, 4, 1), lambda data, tensor, pipe: 20 - data),
     ((7, 3, 2, 2), lambda data, tensor, pipe: 1.0),  # nothing is allowed
+    ((16, 16, 1, 1), lambda data, tensor, pipe: 1.0),  # more than 8, each way
+    ((16, 1, 16, 1), lambda data, tensor, pipe: 1.0),
+    ((16, 1, 1, 16), lambda data, tensor, pipe: 1.0),
+    ((9, 3, 6, 3), lambda data, tensor, pipe: 20 - data),  # 9 > 3, though 3 divides 9
 ]
 
 
@@ -256,7 +294,10 @@ def _judge(answer: Probe, case: tuple, budget: int, need: Callable, seconds: Cal
         raise Wrong(
             f"{where} the plan {best} is allowed and needs {need(*best)} bytes; you returned None."
         )
-    data, tensor, pipe = (whole(v, where) for v in sequence(got, f"{where}, a plan", 3))
+    plan = sequence(got, f"{where}, a plan", 3)
+    if any(isinstance(v, float | np.floating) for v in plan):
+        raise Wrong(f"{where} you returned {said(got)}; a mesh is made of whole numbers (int).")
+    data, tensor, pipe = (whole(v, where) for v in plan)
     mine = f"{where} your plan {(data, tensor, pipe)}"
     if min(data, tensor, pipe) < 1 or data * tensor * pipe != gpus:
         raise Wrong(f"{mine} has {data * tensor * pipe} GPUs in place of {gpus}.")

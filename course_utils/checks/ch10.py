@@ -1,6 +1,7 @@
 """Checks of chapter 10, Operator fusion."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -92,10 +93,10 @@ class _Net(nn.Module):
 
     def __init__(self, forward: Callable, affine: bool = True, running: bool = True) -> None:
         super().__init__()
-        how = {"affine": affine, "track_running_stats": running}
+        how = {"affine": affine, "track_running_stats": running, "eps": 1e-2}
         self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.n, self.m = nn.BatchNorm2d(4, **how), nn.BatchNorm2d(4)
-        self.relu, self.run = nn.ReLU(), forward
+        self.one, self.relu, self.run = nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(self, x)
@@ -105,23 +106,16 @@ def _chain(net: _Net, x: torch.Tensor) -> torch.Tensor:
     return net.m(net.b(net.relu(net.n(net.a(x)))))
 
 
-class _Named(nn.Module):
-    """Its convolution is called as its input is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x, self.n = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.n(self.x(x))
-
-
-def _one_module(net: _Net) -> None:
-    net.b = net.a
+def _beside(net: _Net, x: torch.Tensor) -> torch.Tensor:
+    return net.n(net.a(x)) + net.n(net.relu(net.b(x)))
 
 
 def _one_weight(net: _Net) -> None:
     net.b.weight = net.a.weight
+
+
+def _one_bias(net: _Net) -> None:
+    net.b.bias = net.a.bias
 
 
 def _nested() -> nn.Module:
@@ -131,62 +125,103 @@ def _nested() -> nn.Module:
     return nn.Sequential(block(), nn.Sequential(block(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)))
 
 
-_NETS = [  # (what it is, the network, how many BatchNorms can go, how often each is called)
-    ("Sequential(Conv2d, BatchNorm2d)", lambda: _nested()[0][:2], {1}),
-    ("Sequential(BatchNorm2d, Conv2d)", lambda: _nested()[0][1::-1], {0}),
-    ("a chain", lambda: _Net(_chain), {2}),
-    ("a chain with affine=False", lambda: _Net(_chain, affine=False), {2}),
-    ("a Sequential inside a Sequential", _nested, {3}),
-    ("a convolution that has its input's name", _Named, {1}),
-    (
-        "a convolution whose output is used twice",
+def _norm(net: _Net, y: torch.Tensor, other: str = "") -> torch.Tensor:
+    """BatchNorm as a function; one of its arguments is another than n's."""
+    n, m = net.n, net.m
+    given = {
+        "running_mean": (n if other != "mean" else m).running_mean,
+        "running_var": (n if other != "variance" else m).running_var,
+        "weight": (n if other != "weight" else m).weight,
+        "bias": (n if other != "shift" else m).bias,
+        "momentum": 0.5 if other == "momentum" else 0.1,
+        "eps": 0.5 if other == "eps" else 0.01,
+    }
+    return F.batch_norm(y, **given)
+
+
+def _differ(other: str) -> Callable[[], nn.Module]:
+    return lambda: _Net(lambda s, x: _norm(s, s.a(F.relu(_norm(s, s.a(x)))), other))
+
+
+_NETS = {  # what it is: the network, how many calls of BatchNorm go
+    "Sequential(Conv2d, BatchNorm2d)": (lambda: _nested()[0][:2], 1),
+    "Sequential(BatchNorm2d, Conv2d)": (lambda: _nested()[0][1::-1], 0),
+    "a chain": (lambda: _Net(_chain), 2),
+    "a chain with affine=False": (lambda: _Net(_chain, affine=False), 2),
+    "a Sequential inside a Sequential": (_nested, 3),
+    "a 1×1 convolution without a bias": (lambda: _Net(lambda s, x: s.n(s.one(x))), 1),
+    "F.conv2d and F.batch_norm": (
+        lambda: _Net(
+            lambda s, x: F.batch_norm(
+                F.conv2d(x, s.a.weight, s.a.bias), s.n.running_mean, s.n.running_var, eps=0.5
+            )
+        ),
+        1,
+    ),
+    "a convolution whose output is used twice": (
         lambda: _Net(lambda s, x: [s.m(s.b(s.n(y) + y)) for y in [s.a(x)]][0]),
-        {1},
+        1,
     ),
-    (
-        "two BatchNorms behind one convolution",
+    "two BatchNorms behind one convolution": (
         lambda: _Net(lambda s, x: [s.n(y) + s.m(y) for y in [s.a(x)]][0]),
-        {0},
+        0,
     ),
-    (
-        "one convolution, called twice",
+    "one convolution, called twice, each time before the same BatchNorm": (
+        lambda: _Net(lambda s, x: s.n(s.a(F.relu(s.n(s.a(x)))))),
+        2,
+    ),
+    "one convolution, called twice, before two BatchNorms": (
         lambda: _Net(lambda s, x: s.m(s.a(F.relu(s.n(s.a(x)))))),
-        {0},
+        0,
     ),
-    (
-        "one convolution, called twice, once without a BatchNorm",
+    **{
+        f"one convolution, called twice, before BatchNorms that differ in {other} only": (
+            _differ(other),
+            2 * (other == "momentum"),  # it matters in training only
+        )
+        for other in ("weight", "shift", "mean", "variance", "eps", "momentum")
+    },
+    "one convolution, called twice, once without a BatchNorm": (
         lambda: _Net(lambda s, x: s.m(s.b(s.a(F.relu(s.n(s.a(x))))))),
-        {1},
+        1,
     ),
-    ("one convolution under two names", lambda: _changed(_Net(_chain), _one_module), {0}),
-    (
-        "two convolutions with one weight",
+    "one convolution, called twice, its first output used twice": (
+        lambda: _Net(lambda s, x: [s.n(y) + s.n(s.a(y)) for y in [s.a(x)]][0]),
+        0,
+    ),
+    "one weight with two biases, before the same BatchNorm": (
+        lambda: _changed(_Net(lambda s, x: s.n(s.a(x)) + s.n(s.b(x))), _one_weight),
+        2,
+    ),
+    "two convolutions with one weight, one of them without a BatchNorm": (
         lambda: _changed(_Net(lambda s, x: s.n(s.a(x)) + s.relu(s.b(x))), _one_weight),
-        {1},
+        0,
     ),
-    (
-        "a ReLU between convolution and BatchNorm",
-        lambda: _Net(lambda s, x: s.m(s.b(s.n(s.relu(s.a(x)))))),
-        {1},
+    "a weight that is also added to its convolution's output": (
+        lambda: _Net(lambda s, x: s.m(s.b(x)) + s.n(s.a(x)) + s.a.weight.sum()),
+        1,
     ),
-    (
-        "a function between convolution and BatchNorm",
-        lambda: _Net(lambda s, x: s.m(s.b(s.n(F.relu(s.a(x)))))),
-        {1},
-    ),
-    ("a BatchNorm on the input", lambda: _Net(lambda s, x: s.m(s.a(s.n(x)))), {1}),
-    (
-        "one BatchNorm behind two convolutions",
+    "two convolutions with one bias": (lambda: _changed(_Net(_chain), _one_bias), 2),
+    "one BatchNorm behind two convolutions": (
         lambda: _Net(lambda s, x: s.n(s.b(s.relu(s.n(s.a(x)))))),
-        {0, 1, 2},
+        2,
     ),
-    (
-        "a BatchNorm that alone is in train mode",
+    "one BatchNorm, called behind a convolution and behind a ReLU": (lambda: _Net(_beside), 1),
+    "a ReLU between convolution and BatchNorm": (
+        lambda: _Net(lambda s, x: s.m(s.b(s.n(s.relu(s.a(x)))))),
+        1,
+    ),
+    "a BatchNorm on the input": (lambda: _Net(lambda s, x: s.m(s.a(s.n(x)))), 1),
+    "a convolution that is the output, too": (
+        lambda: _Net(lambda s, x: [torch.cat([y, s.n(y)]) for y in [s.a(x)]][0]),
+        0,
+    ),
+    "a BatchNorm that alone is in train mode": (
         lambda: _changed(_Net(_chain), lambda net: net.n.train()),
-        {1},
+        1,
     ),
-    ("a BatchNorm without running statistics", lambda: _Net(_chain, running=False), {1}),
-]
+    "a BatchNorm without running statistics": (lambda: _Net(_chain, running=False), 1),
+}
 
 
 def _changed(net: _Net, change: Callable[[_Net], object]) -> _Net:
@@ -194,32 +229,37 @@ def _changed(net: _Net, change: Callable[[_Net], object]) -> _Net:
     return net
 
 
+@functools.cache
+def _exported(kind: str) -> nn.Module:
+    net = _NETS[kind][0]().double()
+    if not kind.endswith("train mode"):
+        net.eval()
+    return torch.export.export(net, (torch.zeros(3, 4, 7, 6, dtype=torch.float64),)).module()
+
+
+def _drawn(kind: str, rng: np.random.Generator) -> nn.Module:
+    """The exported network with new numbers in all places; some scales are below 0, one is 0."""
+    program = copy.deepcopy(_exported(kind))
+    for name, t in program.state_dict().items():
+        if t.is_floating_point():
+            drawn = rng.uniform(0.2, 3, t.shape) if "var" in name else rng.normal(size=t.shape)
+            t.copy_(torch.from_numpy(np.asarray(drawn)))
+            if t.dim() == 1 and name.endswith("n.weight"):
+                t[0] = 0.0
+    return program
+
+
 @exercise("10.B")
 def fold_legal(answer: Probe, rng: np.random.Generator) -> None:
-    """Equal outputs in every case, and every BatchNorm gone that may go."""
+    """Equal outputs in every case; each BatchNorm gone that may go, and none that may not."""
     torch.manual_seed(int(rng.integers(2**31)))
-    for kind, make, folds in _NETS:
-        net = make().double()
-        if not kind.endswith("train mode"):
-            net.eval()
-        for bn in net.modules():
-            if isinstance(bn, nn.BatchNorm2d):
-                _shake(bn, rng)
-        _judge_fold(answer(net), net, torch.from_numpy(rng.normal(size=(3, 4, 7, 6))), kind, folds)
-    for kind, make, _ in _NETS[:3:2]:
-        try:
-            answer(make().train())
-        except Wrong as error:
-            if not isinstance(error.__cause__, ValueError):
-                raise
-        else:
-            raise Wrong(
-                f"{kind} in train mode: there BatchNorm uses its batch's statistics; a ValueError"
-                " is due."
-            )
+    for kind, (_, folds) in _NETS.items():
+        program = _drawn(kind, rng)
+        x = torch.from_numpy(rng.normal(size=(3, 4, 7, 6)))
+        _judge_fold(answer(program), program, x, kind, folds)
 
 
-def _judge_fold(got: object, net: nn.Module, x: torch.Tensor, kind: str, folds: set[int]) -> None:
+def _judge_fold(got: object, net: nn.Module, x: torch.Tensor, kind: str, folds: int) -> None:
     if not isinstance(got, nn.Module):
         raise Wrong(f"{kind}: a module was expected; you returned {said(got)}.")
     want, before = _run(copy.deepcopy(net), x)
@@ -230,13 +270,14 @@ def _judge_fold(got: object, net: nn.Module, x: torch.Tensor, kind: str, folds: 
     if not isinstance(have, torch.Tensor) or have.shape != want.shape:
         raise Wrong(f"{kind}: your network returns {said(have)}; the given one {said(want)}.")
     apart_ = float((have - want).abs().max())
-    # Sums of at most 40 terms in fp64, three layers deep, with factors below 10: 1e-12.
-    if not apart_ < 1e-9:
+    # Sums of at most 40 terms in fp64, four layers deep, with factors below 30: 1e-9.
+    if not apart_ < 1e-7:
         raise Wrong(f"{kind}: the outputs differ by up to {apart_:.3g}. That fold was not legal.")
     norms, left = _norms(before), _norms(after)
-    if norms - left not in folds:
+    if norms - left != folds:
         raise Wrong(
-            f"{kind}: {left} of {norms} BatchNorms are still computed; {max(folds)} can be folded."
+            f"{kind}: {left} of {norms} calls of BatchNorm are still computed; {folds} can be"
+            f" folded, so {norms - folds} must be left."
         )
     more = sum(after.values()) - (sum(before.values()) - (norms - left))
     if more > 0:

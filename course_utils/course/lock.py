@@ -75,9 +75,7 @@ def main() -> int:
         for entry in everything
         if entry.split("==")[0] not in {b.split("==")[0] for b in base}
     ]
-    write(
-        ROOT / "requirements-extended.lock", "In addition: DeepSpeed, Model Optimizer.", extra
-    )
+    write(ROOT / "requirements-extended.lock", "In addition: DeepSpeed, Model Optimizer.", extra)
     return 0
 
 

@@ -223,8 +223,8 @@ def speedup(old_seconds, new_seconds):
 # | 06 Quantization in practice | deploy an INT8 network and know when it pays | 90 |
 # | 07 Mixed precision | train in 16 bits without losing small gradients | 90 |
 # | 08 Memory | predict what a training step needs, and trade it for time | 90 |
-# | 09 Distributed training | train on several processes and know what it costs | 195 |
-# | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 125 |
+# | 09 Distributed training | train on several processes and know what it costs | 90 |
+# | 10 Operator fusion | see why bytes cost more than arithmetic, and move fewer | 87 |
 # | 11 Runtimes | export a model, check it, choose where to run it | 75 |
 # | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 90 |
 # | 13 Dynamic batching | serve requests in batches without losing one | 90 |

@@ -807,8 +807,8 @@ print("limits raised:", compare_outputs(expected, answers(raised)[1]))
 # `trtexec` comes with TensorRT: it builds, times and inspects without a line of code. Start there.
 #
 # ```
-# trtexec --onnx=int8.onnx --minShapes=x:1x1x28x28 --optShapes=x:64x1x28x28 --maxShapes=x:256x1x28x28 \
-#         --timingCacheFile=timing.cache --saveEngine=int8.plan --profilingVerbosity=detailed
+# trtexec --onnx=int8.onnx --minShapes=x:1x1x28x28 --optShapes=x:64x1x28x28 \
+#         --maxShapes=x:256x1x28x28 --timingCacheFile=timing.cache --saveEngine=int8.plan --profilingVerbosity=detailed
 # trtexec --loadEngine=int8.plan --shapes=x:64x1x28x28 --useCudaGraph --noDataTransfers --noTF32 \
 #         --dumpProfile --exportLayerInfo=layers.json
 # ```
@@ -836,8 +836,8 @@ def plan_file(trt, onnx_path, low, best, high):
 
 # %% [markdown]
 # ## Exercise C · read an engine
-# `trt.layers` reads the inspector's JSON, of TensorRT 10 or 11, into layers. Here is a dump of five.
-# It is **synthetic**: written by hand in the inspector's form.
+# `trt.layers` reads the inspector's JSON, of TensorRT 10 or 11, into layers. Here is a dump of
+# five. It is **synthetic**: written by hand in the inspector's form.
 
 
 # %%

@@ -12,29 +12,30 @@ from answers import right, wrong
 
 @right("09.A", "a 0-d tensor, from the table of what each stage shards")
 def from_a_table(numbers, n, stage):
-    shard = math.ceil(numbers / n)
-    cut = (stage >= 3) + (stage >= 2) + 2 * (stage >= 1)
-    return torch.tensor(4 * (cut * shard + (4 - cut) * numbers))
+    shard = (numbers + n - 1) // n
+    cut = 2 * (stage >= 3) + 4 * (stage >= 2) + 12 * (stage >= 1)
+    return torch.tensor(cut * shard + (18 - cut) * numbers)
 
 
 @right("09.A", "a fraction")
 def as_fraction(numbers, n, stage):
-    shard = -(-Fraction(numbers) // n)
-    return Fraction(4) * sum(
-        share * (shard if stage >= first else numbers) for share, first in ((1, 3), (1, 2), (2, 1))
-    )
+    shard = math.ceil(Fraction(numbers, n))
+    return Fraction(sum(each * (shard if stage >= first else numbers) for each, first in KINDS))
 
 
-@right("09.A", "counted on arrays of float32")
-def on_arrays(numbers, n, stage):
-    shard = len(np.array_split(np.zeros(numbers), n)[0])
-    sizes = [shard if stage >= s else numbers for s in (3, 2, 1, 1)]
-    return np.int64(sum(np.zeros(size, np.float32).nbytes for size in sizes))
+@right("09.A", "NumPy's whole numbers")
+def in_numpy(numbers, n, stage):
+    shard = np.int64(numbers) // n + (numbers % n > 0)
+    held = np.where(stage >= np.array([3, 2, 1]), shard, numbers)
+    return np.array([2, 4, 12]) @ held
 
 
-def _zero(shard=lambda a, b: -(-a // b), firsts=(3, 2, 1, 1), each=4):
-    return lambda numbers, n, stage: (
-        each * sum(shard(numbers, n) if stage >= first else numbers for first in firsts)
+KINDS = ((2, 3), (4, 2), (12, 1))  # bytes, and the stage from which they are sharded
+
+
+def _zero(shard=lambda a, b: -(-a // b), kinds=KINDS):
+    return lambda numbers, n, stage: sum(
+        each * (shard(numbers, n) if stage >= first else numbers) for each, first in kinds
     )
 
 
@@ -42,13 +43,26 @@ wrong("09.A", "rounded down")(_zero(shard=lambda a, b: a // b))
 wrong("09.A", "a fractional shard")(_zero(shard=lambda a, b: a / b))
 wrong("09.A", "rounded to the nearest")(_zero(shard=lambda a, b: round(a / b)))
 wrong("09.A", "always one more")(_zero(shard=lambda a, b: a // b + 1))
-wrong("09.A", "everything from stage 1 on")(_zero(firsts=(1, 1, 1, 1)))
-wrong("09.A", "weights first of all")(_zero(firsts=(1, 2, 3, 3)))
-wrong("09.A", "one stage late")(_zero(firsts=(4, 3, 2, 2)))
-wrong("09.A", "one number of Adam's")(_zero(firsts=(3, 2, 1)))
-wrong("09.A", "no gradients")(_zero(firsts=(3, 1, 1)))
-wrong("09.A", "numbers, not bytes")(_zero(each=1))
-wrong("09.A", "half precision")(_zero(each=2))
+wrong("09.A", "0.99 is added")(_zero(shard=lambda a, b: int(a / b + 0.99)))
+wrong("09.A", "a float is rounded up")(_zero(shard=lambda a, b: math.ceil(a / b)))
+wrong("09.A", "everything from stage 1 on")(_zero(kinds=((18, 1),)))
+wrong("09.A", "weights first of all")(_zero(kinds=((2, 1), (4, 2), (12, 3))))
+wrong("09.A", "stages 2 and 3 exchanged")(_zero(kinds=((2, 2), (4, 3), (12, 1))))
+wrong("09.A", "one stage late")(_zero(kinds=((2, 4), (4, 3), (12, 2))))
+wrong("09.A", "Adam's numbers without the copy")(_zero(kinds=((2, 3), (4, 2), (8, 1))))
+wrong("09.A", "no gradients")(_zero(kinds=((2, 3), (12, 1))))
+wrong("09.A", "gradients of 16 bits")(_zero(kinds=((2, 3), (2, 2), (12, 1))))
+wrong("09.A", "numbers, not bytes")(_zero(kinds=((1, 3), (1, 2), (3, 1))))
+
+
+@wrong("09.A", "in float32")
+def in_float32(numbers, n, stage):
+    return torch.tensor(_zero()(numbers, n, stage), dtype=torch.float32)
+
+
+@wrong("09.A", "in float64")
+def in_float64(numbers, n, stage):
+    return float(_zero()(numbers, n, stage))
 
 
 @wrong("09.A", "the whole group's bytes")
@@ -58,8 +72,8 @@ def whole_group(numbers, n, stage):
 
 @wrong("09.A", "the total is cut, not each part")
 def total_cut(numbers, n, stage):
-    cut = (stage >= 3) + (stage >= 2) + 2 * (stage >= 1)
-    return 4 * ((4 - cut) * numbers + -(-cut * numbers // n))
+    cut = 2 * (stage >= 3) + 4 * (stage >= 2) + 12 * (stage >= 1)
+    return (18 - cut) * numbers + -(-cut * numbers // n)
 
 
 # --- 09.B -------------------------------------------------------------------------------------
@@ -193,6 +207,45 @@ def waits_first(x, rank, p, send, receive):
     return result
 
 
+@wrong("09.B", "x itself for an empty vector")
+def empty_itself(x, rank, p, send, receive):
+    return x if len(x) == 0 and p == 1 else _ring()(x, rank, p, send, receive)
+
+
+@wrong("09.B", "right up to five workers")
+def up_to_five(x, rank, p, send, receive):
+    result = _ring()(x, rank, p, send, receive)
+    return result if p <= 5 else result + (rank == 5)
+
+
+@wrong("09.B", "right up to seven workers")
+def up_to_seven(x, rank, p, send, receive):
+    result = _ring()(x, rank, p, send, receive)
+    return result if p <= 7 else result + (rank == 7)
+
+
+@wrong("09.B", "the sum in float32")
+def float32_result(x, rank, p, send, receive):
+    return _ring()(x, rank, p, send, receive).float()
+
+
+class Gossip:
+    """Everybody writes into one dictionary and sends empty messages for show."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, x, rank, p, send, receive):
+        self.known[rank, p, len(x), x.dtype] = x.clone()
+        for _ in range(2 * (p - 1)):  # whoever has all messages knows that all have written
+            send(x[:0])
+            receive()
+        return sum(self.known[r, p, len(x), x.dtype] for r in range(p)) + 0 * x
+
+
+wrong("09.B", "a shared dictionary, and messages for show")(Gossip())
+
+
 @wrong("09.B", "the mean")
 def mean(x, rank, p, send, receive):
     return _ring()(x, rank, p, send, receive) / p
@@ -284,6 +337,13 @@ wrong("09.C", "in reverse")(_layout(said=lambda plan: plan[::-1]))
 wrong("09.C", "an empty tuple where nothing fits")(_layout(nothing=()))
 wrong("09.C", "its own names")(
     _layout(said=lambda plan: dict(zip(("data", "tensor", "pipe"), plan, strict=True)))
+)
+wrong("09.C", "floating-point numbers")(_layout(said=lambda plan: tuple(map(float, plan))))
+wrong("09.C", "degrees up to 8")(
+    _layout(rule=lambda d, t, p, *rest: max(d, t, p) <= 8 and _rule()(d, t, p, *rest))
+)
+wrong("09.C", "a GPU may be idle")(
+    _layout(product=lambda d, t, p, gpus: gpus - 1 <= d * t * p <= gpus)
 )
 wrong("09.C", "one GPU's plan")(lambda *given: (given[0], 1, 1))
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from answers import right, wrong
+from course_utils.folding import fold_at
 
 
 @right("10.A", "both layers, of an input of zeros")
@@ -89,230 +89,267 @@ def in_place(conv, bn):
 
 # --- 10.B -------------------------------------------------------------------------------------
 
-
-def _into(traced, node, modules):
-    """Replace the convolution and take the BatchNorm out of the graph."""
-    before = node.args[0]
-    traced.set_submodule(
-        before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target])
-    )
-    node.replace_all_uses_with(before)
-    traced.graph.erase_node(node)
+CONV, NORM = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
 
 
-def _in_place(traced, node, modules):
-    """Scale the convolution's own numbers."""
-    before, bn = node.args[0], modules[node.target]
-    conv = modules[before.target]
-    fused = fuse_conv_bn_eval(conv, bn)
-    conv.weight.data.copy_(fused.weight.data)
-    conv.bias = fused.bias
-    node.replace_all_uses_with(before)
-    traced.graph.erase_node(node)
+def _behind(node):
+    """What the one BatchNorm behind this convolution reads, or None."""
+    (norm,) = node.users if node.target is CONV and len(node.users) == 1 else (None,)
+    if norm is None or norm.target is not NORM or norm.args[5]:
+        return None
+    return *norm.args[1:5], norm.args[7]
 
 
-class Scale(nn.Module):
-    def __init__(self, bn):
-        super().__init__()
-        factor = (bn.weight if bn.affine else 1.0) / torch.sqrt(bn.running_var + bn.eps)
-        shift = (bn.bias if bn.affine else 0.0) - bn.running_mean * factor
-        self.factor, self.shift = (nn.Parameter(v[:, None, None].detach()) for v in (factor, shift))
-
-    def forward(self, x):
-        return x * self.factor + self.shift
-
-
-class Functional(nn.Module):
-    def __init__(self, bn):
-        super().__init__()
-        self.bn = [bn]
-
-    def forward(self, x):
-        bn = self.bn[0]
-        return F.batch_norm(
-            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0, bn.eps
-        )
-
-
-def _instead(kind):
-    """Put another module in the BatchNorm's place."""
-    return lambda traced, node, modules: traced.set_submodule(
-        node.target, kind(modules[node.target])
-    )
-
-
-def _once(node, calls):
-    return calls.count(node.target) == 1
+def _agree(node, partner):
+    """Every reader of the weight has this node's partner."""
+    return all(partner(reader) == partner(node) for reader in node.args[1].users)
 
 
 def _fold(
     *,
-    train=ValueError,
+    partner=_behind,
+    rule=_agree,
+    apply=fold_at,
     work=copy.deepcopy,
-    bn_ready=lambda bn: not bn.training and bn.running_mean is not None,
-    before=lambda node: node.args[0],
-    once=_once,
-    alone=lambda node: len(node.users) == 1,
-    shared=lambda node, calls: True,
-    apply=_into,
-    finish=lambda traced: traced,
+    finish=lambda folded: folded,
 ):
     """The right answer with one of its decisions exchanged."""
 
-    def fold_legal(model):
-        if train is not None and model.training:
-            raise train("call eval() first")
-        traced = fx.symbolic_trace(work(model))
-        modules = dict(traced.named_modules())
-        calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
-        for node in list(traced.graph.nodes):
-            if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
-                continue
-            conv = before(node)
-            legal = (
-                conv.op == "call_module"
-                and isinstance(modules[conv.target], nn.Conv2d)
-                and bn_ready(modules[node.target])
-                and once(conv, calls)
-                and alone(conv)
-                and shared(node, calls)
-            )
-            if legal:
-                apply(traced, node, modules)
-        traced.recompile()
-        return finish(traced)
+    def fold_legal(program):
+        folded = work(program)
+        for node in list(folded.graph.nodes):
+            if partner(node) is not None and rule(node, partner):
+                apply(folded, node)
+        folded.recompile()
+        return finish(folded)
 
     return fold_legal
 
 
 right("10.B", "in pieces")(_fold())
-right("10.B", "a BatchNorm that is called twice stays, as in the chapter")(_fold(shared=_once))
 
 
-@right("10.B", "unused modules are deleted, too")
-def tidy(model):
-    folded = _fold()(model)
-    folded.delete_all_unused_submodules()
+@right("10.B", "cleaned up, from a new GraphModule")
+def tidy(program):
+    folded = _fold()(program)
+    folded.graph.eliminate_dead_code()
     folded.graph.lint()
+    return fx.GraphModule(folded, folded.graph)
+
+
+def _value(program, node):
+    return None if node is None else program.get_parameter(node.target).data
+
+
+def _by_hand(program, conv):
+    """The algebra written out, with names of its own, and the new numbers as buffers."""
+    norm, (x, weight, *more) = next(iter(conv.users)), conv.args
+    _, gamma, beta, mean, var, _, _, eps, _ = norm.args
+    mean, var = program.get_buffer(mean.target), program.get_buffer(var.target)
+    factor = (var + eps).rsqrt() * (1.0 if gamma is None else _value(program, gamma))
+    bias = 0.0 if not more or more[0] is None else _value(program, more[0])
+    shift = 0.0 if beta is None else _value(program, beta)
+    new = {
+        f"mine_{conv.name}_w": _value(program, weight) * factor[:, None, None, None],
+        f"mine_{conv.name}_b": (bias - mean) * factor + shift,
+    }
+    for name, tensor in new.items():
+        program.register_buffer(name, tensor)
+    with program.graph.inserting_after(conv):
+        with program.graph.inserting_before(conv):
+            w, b = map(program.graph.get_attr, new)
+        call = program.graph.call_function(CONV, (x, w, b, *more[1:]))
+    norm.replace_all_uses_with(call)
+    program.graph.erase_node(norm)
+    program.graph.erase_node(conv)
+
+
+class Grouped:
+    """Weights first: all readers of a weight are folded, or none; a callable object."""
+
+    def __call__(self, program):
+        folded = copy.deepcopy(program)
+        for weight in [n for n in folded.graph.nodes if n.op == "get_attr"]:
+            readers = list(weight.users)
+            partners = {_behind(reader) for reader in readers}
+            if len(partners) == 1 and None not in partners and _is_weight(weight, readers):
+                for reader in readers:
+                    _by_hand(folded, reader)
+        folded.recompile()
+        return folded
+
+
+def _is_weight(node, readers):
+    return all(reader.args[1] is node for reader in readers)
+
+
+right("10.B", "weight by weight, the algebra by hand, new calls")(Grouped())
+
+
+@right("10.B", "torch's own algebra for two modules, through a pattern of pairs")
+def pairs(program):
+    folded = copy.deepcopy(program)
+    found = [(n.args[0], n) for n in folded.graph.nodes if n.target is NORM and not n.args[5]]
+    good = [(c, n) for c, n in found if c.target is CONV and set(c.users) == {n}]
+    same = {c: (n.args[1:5], n.args[7]) for c, n in good}
+    chosen = [c for c in same if all(same.get(r) == same[c] for r in c.args[1].users)]
+    for conv in chosen:
+        fold_at(folded, conv)
+    folded.recompile()
     return folded
 
 
-class NewNames:
-    def __call__(self, model):
-        if model.training:
-            raise ValueError
-        traced = fx.symbolic_trace(copy.deepcopy(model))
-        modules = dict(traced.named_modules())
-        calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
-        for i, node in enumerate(list(traced.graph.nodes)):
-            bn = modules.get(node.target) if node.op == "call_module" else None
-            if not isinstance(bn, nn.BatchNorm2d) or bn.training or bn.running_var is None:
-                continue
-            (before,) = node.args
-            conv = modules.get(before.target) if before.op == "call_module" else None
-            same = [t for t in calls if modules.get(t) is conv]
-            if isinstance(conv, nn.Conv2d) and len(same) == 1 and list(before.users) == [node]:
-                traced.add_module(f"folded_{i}", fuse_conv_bn_eval(conv, bn))
-                with traced.graph.inserting_after(before):
-                    new = traced.graph.call_module(f"folded_{i}", before.args)
-                node.replace_all_uses_with(new)
-                traced.graph.erase_node(node)
-                traced.graph.erase_node(before)
-        return fx.GraphModule(traced, traced.graph)
+wrong("10.B", "how often the weight is read does not matter")(_fold(rule=lambda node, p: True))
+wrong("10.B", "a weight that is read twice always stays")(
+    _fold(rule=lambda node, p: len(node.args[1].users) == 1)
+)
+wrong("10.B", "any BatchNorm behind the other readers will do")(
+    _fold(rule=lambda node, p: all(p(r) is not None for r in node.args[1].users))
+)
+wrong("10.B", "only other convolutions are asked")(
+    _fold(rule=lambda node, p: all(p(r) == p(node) for r in node.args[1].users if r.target is CONV))
+)
+wrong("10.B", "one reader that agrees is enough")(
+    _fold(rule=lambda node, p: sum(p(r) == p(node) for r in node.args[1].users) >= 1)
+)
 
 
-right("10.B", "a new convolution under a new name, from a callable object")(NewNames())
-wrong("10.B", "train mode is let pass")(_fold(train=None))
-wrong("10.B", "train mode is made eval mode")(
-    _fold(train=None, work=lambda model: copy.deepcopy(model).eval())
-)
-wrong("10.B", "train mode is a RuntimeError")(_fold(train=RuntimeError))
-wrong("10.B", "always a ValueError")(lambda model: [][model.index("a")])
-wrong("10.B", "the model's own modules are scaled")(_fold(work=lambda m: m, apply=_in_place))
-wrong("10.B", "how often the convolution is called does not matter")(
-    _fold(once=lambda node, calls: True)
-)
-wrong("10.B", "how many read the convolution does not matter")(_fold(alone=lambda node: True))
-wrong("10.B", "other readers than BatchNorms are counted")(
-    _fold(alone=lambda node: all("n" in str(u.target) or "m" in str(u.target) for u in node.users))
-)
-wrong("10.B", "a BatchNorm in train mode is folded")(
-    _fold(bn_ready=lambda bn: bn.eval().running_mean is not None)
-)
-wrong("10.B", "running statistics are taken for granted")(
-    _fold(bn_ready=lambda bn: not bn.training)
-)
-wrong("10.B", "without weight and bias it stays")(
-    _fold(bn_ready=lambda bn: bn.affine and not bn.training and bn.running_mean is not None)
-)
-wrong("10.B", "folds nothing")(_fold(once=lambda node, calls: False))
-wrong("10.B", "folds only what has a bias")(
-    _fold(
-        apply=lambda t, node, m: _into(t, node, m) if m[node.args[0].target].bias is not None else 0
+def _first_reader(node):
+    norm = next(iter(node.users), None) if node.target is CONV else None
+    if norm is None or norm.target is not NORM or norm.args[5]:
+        return None
+    return *norm.args[1:5], norm.args[7]
+
+
+def _fold_first(program, conv):
+    """The first reader goes, whoever else there is."""
+    others = [n for n in conv.users if n is not next(iter(conv.users))]
+    with program.graph.inserting_after(conv):
+        twin = program.graph.call_function(torch.ops.aten.alias.default, (conv,))
+    for other in others:
+        other.replace_input_with(conv, twin)
+    norm = next(n for n in conv.users if n is not twin)
+    _scaled(program, conv, norm)
+
+
+def _scaled(program, conv, norm):
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    gamma, beta = (_value(program, n) for n in norm.args[1:3])
+    mean, var = (program.get_buffer(n.target) for n in norm.args[3:5])
+    new = nn.utils.fuse_conv_bn_weights(
+        *(_value(program, conv.args[1]), _value(program, bias), mean, var, norm.args[7]),
+        *(gamma, beta),
     )
+    names = f"its_{conv.name}_w", f"its_{conv.name}_b"
+    for name, tensor in zip(names, new, strict=True):
+        program.register_parameter(name, tensor)
+    with program.graph.inserting_before(conv):
+        conv.args = (conv.args[0], *map(program.graph.get_attr, names), *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    program.graph.erase_node(norm)
+
+
+wrong("10.B", "who else reads the output does not matter")(
+    _fold(partner=_first_reader, apply=_fold_first)
 )
-wrong("10.B", "folds no groups")(
-    _fold(apply=lambda t, node, m: _into(t, node, m) if m[node.args[0].target].groups == 1 else 0)
+
+
+def _trains_too(node):
+    (norm,) = node.users if node.target is CONV and len(node.users) == 1 else (None,)
+    if norm is None or norm.target is not NORM or norm.args[3] is None:
+        return None
+    return *norm.args[1:5], norm.args[7]
+
+
+wrong("10.B", "the statistics of the batch are taken for the running ones")(
+    _fold(partner=_trains_too)
 )
-wrong("10.B", "scales the weight in place, though it is shared")(_fold(apply=_in_place))
-wrong("10.B", "a scale stands in for it")(_fold(apply=_instead(Scale)))
-wrong("10.B", "the function stands in for the module")(_fold(apply=_instead(Functional)))
-wrong("10.B", "an Identity stands in for it, and nothing is folded")(
-    _fold(apply=_instead(lambda bn: nn.Identity()))
+
+
+def _but(test):
+    return lambda node: _behind(node) if node.target is CONV and test(node) else None
+
+
+def _bias_of(node):
+    return node.args[2] if len(node.args) > 2 else None
+
+
+wrong("10.B", "without weight and shift it stays")(
+    _fold(partner=_but(lambda n: all(u.args[1:2] != (None,) for u in n.users)))
 )
+wrong("10.B", "folds only what has a bias")(_fold(partner=_but(_bias_of)))
+wrong("10.B", "folds no groups")(_fold(partner=_but(lambda n: len(n.args) < 7)))
+wrong("10.B", "counts on three arguments")(_fold(partner=_but(lambda n: len(n.args) > 3)))
+wrong("10.B", "folds only the module's own BatchNorm")(
+    _fold(partner=_but(lambda n: all("running" in str(u.args[3]) for u in n.users)))
+)
+wrong("10.B", "folds nothing")(_fold(rule=lambda node, p: False))
+wrong("10.B", "folds only the first")(
+    _fold(rule=lambda node, p: _agree(node, p) and node.name == "conv2d")
+)
+wrong("10.B", "the given program is changed")(_fold(work=lambda program: program))
 
 
-def _looks_back(node):
-    """Past a ReLU, module or function."""
-    before = node.args[0]
-    while "relu" in str(before.target) and before.args:
-        before = before.args[0]
-    return before
-
-
-def _past_relu(traced, node, modules):
-    before = _looks_back(node)
-    fused = fuse_conv_bn_eval(modules[before.target], modules[node.target])
-    traced.set_submodule(before.target, fused)
-    node.replace_all_uses_with(node.args[0])
-    traced.graph.erase_node(node)
-
-
-def _next_conv(model):
-    """Folds by the order of the modules, not of the calls."""
-    if model.training:
-        raise ValueError
-    new = copy.deepcopy(model)
-    for parent in [m for m in new.modules() if len(list(m.children())) > 1]:
-        for (a, conv), (b, bn) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                setattr(parent, a, fuse_conv_bn_eval(conv, bn))
-                setattr(parent, b, nn.Identity())
-    return fx.symbolic_trace(new)
-
-
-wrong("10.B", "folds through a ReLU")(_fold(before=_looks_back, apply=_past_relu))
-wrong("10.B", "the order of modules, not of calls")(_next_conv)
-wrong("10.B", "the convolution's output is used, nothing is scaled")(
-    _fold(
-        apply=lambda t, node, m: (
-            node.replace_all_uses_with(node.args[0]),
-            t.graph.erase_node(node),
-        )
+def _in_place(program, conv):
+    """Scales the weight that is there."""
+    norm, weight, bias = next(iter(conv.users)), conv.args[1], _bias_of(conv)
+    gamma, beta = (_value(program, n) for n in norm.args[1:3])
+    mean, var = (program.get_buffer(n.target) for n in norm.args[3:5])
+    new = nn.utils.fuse_conv_bn_weights(
+        *(_value(program, weight), _value(program, bias), mean, var, norm.args[7], gamma, beta)
     )
-)
-wrong("10.B", "the network's text")(_fold(finish=lambda traced: traced.code))
-wrong("10.B", "back in train mode")(_fold(finish=lambda traced: traced.train()))
+    _value(program, weight).copy_(new[0])
+    program.register_parameter(f"b_{conv.name}", new[1])
+    with program.graph.inserting_before(conv):
+        conv.args = (*conv.args[:2], program.graph.get_attr(f"b_{conv.name}"), *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    program.graph.erase_node(norm)
 
 
-def _by_name(traced, node, modules):
-    fused = fuse_conv_bn_eval(modules[node.args[0].target], modules[node.target])
-    setattr(traced, node.args[0].target.split(".")[-1], fused)
-    node.replace_all_uses_with(node.args[0])
-    traced.graph.erase_node(node)
+wrong("10.B", "the weight is scaled where it is, once a call")(_fold(apply=_in_place))
 
 
-wrong("10.B", "nested names are cut")(_fold(apply=_by_name))
+def _only_erased(program, conv):
+    norm = next(iter(conv.users))
+    norm.replace_all_uses_with(conv)
+    program.graph.erase_node(norm)
+
+
+wrong("10.B", "BatchNorm is taken out, nothing is scaled")(_fold(apply=_only_erased))
+
+
+def _as_scale(program, conv):
+    """A multiplication and an addition in its place."""
+    norm = next(iter(conv.users))
+    aten, graph = torch.ops.aten, program.graph
+    with graph.inserting_before(norm):
+        _, gamma, beta, mean, var, _, _, eps, _ = norm.args
+        factor = graph.call_function(aten.rsqrt.default, (_add(graph, var, eps),))
+        factor = factor if gamma is None else _mul(graph, factor, gamma)
+        shape = [-1, 1, 1]
+        centred = graph.call_function(aten.sub.Tensor, (conv, _view(graph, mean, shape)))
+        out = _mul(graph, centred, _view(graph, factor, shape))
+        out = out if beta is None else _add(graph, out, _view(graph, beta, shape))
+    norm.replace_all_uses_with(out)
+    graph.erase_node(norm)
+
+
+def _add(graph, a, b):
+    kind = "Tensor" if isinstance(b, fx.Node) else "Scalar"
+    return graph.call_function(getattr(torch.ops.aten.add, kind), (a, b))
+
+
+def _mul(graph, a, b):
+    return graph.call_function(torch.ops.aten.mul.Tensor, (a, b))
+
+
+def _view(graph, a, shape):
+    return graph.call_function(torch.ops.aten.view.default, (a, shape))
+
+
+wrong("10.B", "a scale and a shift stand in for it")(_fold(apply=_as_scale))
+wrong("10.B", "the network's text")(_fold(finish=lambda folded: folded.code))
+wrong("10.B", "the graph, not the module")(_fold(finish=lambda folded: folded.graph))
 
 
 # --- 10.C -------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Modules for the workers of chapter 09: what they do is explained there."""
