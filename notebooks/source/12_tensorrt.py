@@ -808,7 +808,8 @@ print("limits raised:", compare_outputs(expected, answers(raised)[1]))
 #
 # ```
 # trtexec --onnx=int8.onnx --minShapes=x:1x1x28x28 --optShapes=x:64x1x28x28 \
-#         --maxShapes=x:256x1x28x28 --timingCacheFile=timing.cache --saveEngine=int8.plan --profilingVerbosity=detailed
+#         --maxShapes=x:256x1x28x28 --timingCacheFile=timing.cache --saveEngine=int8.plan \
+#         --profilingVerbosity=detailed
 # trtexec --loadEngine=int8.plan --shapes=x:64x1x28x28 --useCudaGraph --noDataTransfers --noTF32 \
 #         --dumpProfile --exportLayerInfo=layers.json
 # ```
