@@ -237,7 +237,7 @@ def build_in_place(model, x):
         conv, times = model.get_submodule(name), {}
         for tactic, kind in TACTICS.items():
             engine.set_submodule(name, kind(conv))
-            times[tactic] = fastest(lambda: engine(x), repeat=3)
+            times[tactic] = fastest(lambda: engine(x))
         engine.set_submodule(name, TACTICS[min(times, key=times.get)](conv))
     return engine
 
@@ -265,7 +265,8 @@ plots.intervals(
 
 # %% [markdown]
 # Read the first row first: how far it lies from 1 is what two builds of one engine differ by. Only
-# a row that lies beyond it says something about tuning. TensorRT's race is wider than ours, and
+# a row that lies beyond it says something about tuning: right of it, an engine that its race chose
+# well; left of it, one that its race misjudged. TensorRT's race is wider than ours, and
 # changes of order are layers of their own in it, named *Reformat*. To serve small and large
 # batches, one engine can hold several *optimization profiles*: smallest, best and largest shape,
 # `min`, `opt` and `max`. Tactics are raced at `opt`; memory is planned for `max`.
