@@ -1,11 +1,35 @@
-"""The work on the graph that folding needs: take one BatchNorm out of an exported network. Whether
+"""The work on the graph that folding needs: take BatchNorms out of an exported network. Whether
 that is legal is the caller's question, and chapter 10's.
 """
 
+import copy
+from collections.abc import Callable
 from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
+
+CONV2D, BATCH_NORM = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
+
+
+def fold_where(program: fx.GraphModule, legal: Callable[[fx.Node], bool]) -> fx.GraphModule:
+    """A copy of `program` in which the BatchNorm behind every node for which `legal(node)` holds is
+    folded into that node (`fold_at`); asked of each node in order, and of the graph as it is by
+    then.
+
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    >>> program = torch.export.export(model, (x,)).module()
+    >>> folded = fold_where(program, lambda node: node.target is CONV2D)
+    >>> "batch_norm" in program.code, "batch_norm" in folded.code
+    (True, False)
+    """
+    folded = copy.deepcopy(program)
+    for node in list(folded.graph.nodes):
+        if legal(node):
+            fold_at(folded, node)
+    folded.recompile()
+    return folded
 
 
 def fold_at(program: fx.GraphModule, conv: fx.Node) -> None:
@@ -25,11 +49,11 @@ def fold_at(program: fx.GraphModule, conv: fx.Node) -> None:
     >>> "batch_norm" in program.code, torch.allclose(program(x), model(x), atol=1e-6)
     (False, True)
     """
-    aten, readers = torch.ops.aten, list(conv.users)
-    if conv.target is not aten.conv2d.default or len(readers) != 1:
+    readers = list(conv.users)
+    if conv.target is not CONV2D or len(readers) != 1:
         raise ValueError(f"{conv.name} is no conv2d with one reader; it has {len(readers)}.")
     (norm,) = readers
-    if norm.target is not aten.batch_norm.default:
+    if norm.target is not BATCH_NORM:
         raise ValueError(f"{conv.name} is read by {norm.name}, which is no batch_norm.")
 
     def value(node: fx.Node | None) -> Tensor | None:

@@ -1,37 +1,12 @@
-"""What chapter 12's builder works on: a network whose BatchNorms are folded, and the input that
-reaches each of its convolutions.
-"""
+"""What chapter 12's builder races on: the input that reaches each convolution of a network."""
 
-import copy
-
-import torch
 from torch import Tensor, nn
-
-from course_utils.models import MiniResNet
-
-
-def folded(model: MiniResNet) -> MiniResNet:
-    """A copy of a mini-ResNet in eval mode with every BatchNorm inside its convolution, by torch's
-    own `fuse_conv_bn_eval`.
-
-    >>> from course_utils import models
-    >>> sum(isinstance(m, nn.BatchNorm2d) for m in folded(models.mini_resnet(8)).modules())
-    0
-    """
-    fold = torch.nn.utils.fusion.fuse_conv_bn_eval
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    model.stem = nn.Sequential(fold(model.stem[0], model.stem[1]), model.stem[2])
-    for block in model.stages:
-        block.conv1, block.bn1 = fold(block.conv1, block.bn1), nn.Identity()
-        block.conv2, block.bn2 = fold(block.conv2, block.bn2), nn.Identity()
-        if isinstance(block.shortcut, nn.Sequential):
-            block.shortcut = fold(*block.shortcut)
-    return model
 
 
 def convolutions(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Conv2d, Tensor]]:
     """Each convolution of `model` by name, with the input that reaches it when the model gets `x`.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3))
     >>> found = convolutions(net, torch.ones(1, 1, 9, 9))
     >>> {name: given.shape[1] for name, (_, given) in found.items()}

@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import taught
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from course_utils import data, models, onnx_int8, training
 
 
 @pytest.fixture(scope="module")
 def ch06():
-    space = taught("06", copy=copy, training=training, models=models, fold=fuse_conv_bn_eval)
-    space.net = space.folded(models.baseline())
+    space = taught("06", copy=copy, training=training, models=models)
+    space.net = models.folded(models.baseline())
     return space
 
 
@@ -35,7 +34,7 @@ def shaken(width: int = 8) -> nn.Module:
 def test_folding_changes_no_output_and_leaves_no_batchnorm(ch06):
     x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
     net = shaken()
-    folded = ch06.folded(net)
+    folded = models.folded(net)
     assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert torch.allclose(net(x), folded(x), atol=1e-10)
 
@@ -44,7 +43,7 @@ def test_folding_changes_no_output_and_leaves_no_batchnorm(ch06):
 def test_with_a_scale_a_channel_folding_and_rounding_can_be_exchanged(ch06, bits):
     x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
     net = shaken()
-    one, other = ch06.folded(ch06.rounded(net, bits)), ch06.rounded(ch06.folded(net), bits)
+    one, other = models.folded(ch06.rounded(net, bits)), ch06.rounded(models.folded(net), bits)
     assert torch.allclose(one(x), other(x), atol=1e-8)
 
 

@@ -66,7 +66,7 @@ def test_all_tactics_compute_the_same_convolution(ch12, side, stride, padding):
 
 
 def test_the_builder_measures_once_and_its_engine_agrees(ch12, monkeypatch):
-    network = tactics.folded(models.mini_resnet(8, seed=1).eval())
+    network = models.folded(models.mini_resnet(8, seed=1)).requires_grad_(False)
     x, cache, calls = torch.randn(2, 1, 28, 28), {}, []
     monkeypatch.setitem(
         inspect.unwrap(ch12.build).__globals__,
@@ -84,7 +84,10 @@ def test_the_builder_measures_once_and_its_engine_agrees(ch12, monkeypatch):
 
 
 def test_a_race_in_place_times_the_whole_network(ch12, monkeypatch):
-    network, x = tactics.folded(models.mini_resnet(8, seed=1).eval()), torch.randn(2, 1, 28, 28)
+    network, x = (
+        models.folded(models.mini_resnet(8, seed=1)).requires_grad_(False),
+        torch.randn(2, 1, 28, 28),
+    )
     outputs = []
     # two of the nine convolutions are alike; in place, the second tactic is the fastest
     times = iter([1.0] * 24 + [3.0, 1.0, 2.0] * 9)

@@ -58,28 +58,12 @@ exercises.predict("06.resnet50", my_guess)
 # The course's network has a BatchNorm after each convolution. In inference it multiplies each
 # channel by a constant and adds another, and both can move into the convolution before it. An INT8
 # convolution needs them there: its output is rounded once, and after that nothing is left to scale.
-# PyTorch has a function that does it; chapter 10 writes it by hand.
-
-
-# %%
-from torch.nn.utils.fusion import fuse_conv_bn_eval as fold
-
-
-def folded(model):
-    """The course's network in inference, without BatchNorm."""
-    model = copy.deepcopy(model).eval()
-    model.stem = nn.Sequential(fold(*model.stem[:2]), model.stem[2])
-    for block in model.stages:
-        block.conv1, block.bn1 = fold(block.conv1, block.bn1), nn.Identity()
-        block.conv2, block.bn2 = fold(block.conv2, block.bn2), nn.Identity()
-        if isinstance(block.shortcut, nn.Sequential):
-            block.shortcut = fold(*block.shortcut)
-    return model
-
+# PyTorch has a function that does it, [`models.folded`](../course_utils/models.py) calls it for
+# each pair, and chapter 10 writes it by hand.
 
 # %%
 baseline = models.baseline()
-net = folded(baseline)
+net = models.folded(baseline)
 probe = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     torch.testing.assert_close(net(probe), baseline(probe), atol=1e-4, rtol=1e-4)

@@ -28,6 +28,7 @@ from torch import nn
 
 from course_utils import claims, distributed, exercises, machine, measure, plots, scratch
 
+# %% tags=["nbval-ignore-output"]
 SMOKE, FULL = PROFILE == "smoke", PROFILE == "full"
 FOLDER = scratch("09")  # what the workers run and write
 W = Path(os.path.relpath(FOLDER)).as_posix()

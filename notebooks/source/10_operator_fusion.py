@@ -571,9 +571,10 @@ print("two calls, equal within 1e-5:", differs(fuse(twice), twice, picture) < 1e
 # `program` is what `torch.export.export(model, (x,)).module()` gives. `fold_legal(program)` returns
 # a copy that computes the same, in which every `aten.batch_norm` that may be folded into the
 # `aten.conv2d` before it is gone, and every other is still there. The work on the graph is done for
-# you: `fold_at(folded, node)`. Write the question. `partner(node)`: what the BatchNorm behind this
-# node reads, as a tuple of arguments, if rules 1 and 2 hold, and otherwise None. `legal(node)` adds
-# rule 3: every reader of its weight has the same partner.
+# you: `folding.fold_where(program, legal)` folds into every node of a copy for which `legal(node)`
+# is true. Write the question. `partner(node)`: of the BatchNorm behind a conv2d, `(weight, shift,
+# mean, variance, eps)`, if rules 1 and 2 hold, and otherwise None. `legal(node)` adds rule 3: every
+# reader of its weight has the same partner.
 #
 # So a convolution that is called twice is folded where the same BatchNorm follows both times. A
 # weight that a second convolution shares, with another BatchNorm or none, stays: folded, it would
@@ -585,33 +586,22 @@ print("two calls, equal within 1e-5:", differs(fuse(twice), twice, picture) < 1e
 
 # %% tags=["exercise"]
 def fold_legal(program):
-    import copy
+    from course_utils import folding
 
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
-
-    def partner(
-        node,
-    ): ...  # (weight, shift, mean, variance, eps) of the BatchNorm behind a conv2d, or None
+    def partner(node): ...
 
     def legal(node): ...
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %%
 exercises.check("10.B", fold_legal)
 
 # %% [markdown] tags=["hint"]
-# `node.target is conv2d` tells what a node is, `list(node.users)` who reads it. A placeholder's
-# target is a text. `batch_norm`'s arguments: x, weight, shift, mean, variance, training, momentum,
-# eps.
+# `node.target is folding.CONV2D` tells what a node is, `list(node.users)` who reads it. The other
+# one is `folding.BATCH_NORM`. A placeholder's target is a text. `batch_norm`'s arguments: x,
+# weight, shift, mean, variance, training, momentum, eps.
 
 # %% [markdown] tags=["hint"]
 # Two BatchNorms are the same if they read the same nodes and have the same eps: compare the tuples.
@@ -620,18 +610,13 @@ exercises.check("10.B", fold_legal)
 
 # %% tags=["solution"]
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or len(node.users) != 1:
+        if node.target is not folding.CONV2D or len(node.users) != 1:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, batch, _, eps, _ = norm.args
         return None if batch else (weight, shift, mean, variance, eps)
@@ -640,28 +625,19 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None and all(partner(r) == mine for r in node.args[1].users)
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]
 # Never asks who else reads the convolution's output.
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or not node.users:
+        if node.target is not folding.CONV2D or not node.users:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, batch, _, eps, _ = norm.args
         return None if batch else (weight, shift, mean, variance, eps)
@@ -670,28 +646,19 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None and all(partner(r) == mine for r in node.args[1].users)
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]
 # Asks rules 1 and 2 only: a weight with two readers is folded for one of them.
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or len(node.users) != 1:
+        if node.target is not folding.CONV2D or len(node.users) != 1:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, batch, _, eps, _ = norm.args
         return None if batch else (weight, shift, mean, variance, eps)
@@ -700,28 +667,19 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]
 # Every reader has a BatchNorm, but not the same one.
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or len(node.users) != 1:
+        if node.target is not folding.CONV2D or len(node.users) != 1:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, batch, _, eps, _ = norm.args
         return None if batch else (weight, shift, mean, variance, eps)
@@ -730,28 +688,19 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None and all(partner(r) is not None for r in node.args[1].users)
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]
 # Folds nothing that is called twice, not even where it is exact.
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or len(node.users) != 1:
+        if node.target is not folding.CONV2D or len(node.users) != 1:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, batch, _, eps, _ = norm.args
         return None if batch else (weight, shift, mean, variance, eps)
@@ -760,28 +709,19 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None and len(node.args[1].users) == 1
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]
 # Does not look whether BatchNorm uses its batch: the edge is one that alone is in train mode.
 def fold_legal(program):
-    import copy
-
-    from course_utils.folding import fold_at
-
-    conv2d, batch_norm = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
-    folded = copy.deepcopy(program)
+    from course_utils import folding
 
     def partner(node):
-        if node.target is not conv2d or len(node.users) != 1:
+        if node.target is not folding.CONV2D or len(node.users) != 1:
             return None
         norm = next(iter(node.users))
-        if norm.target is not batch_norm:
+        if norm.target is not folding.BATCH_NORM:
             return None
         _, weight, shift, mean, variance, _, _, eps, _ = norm.args
         return None if mean is None else (weight, shift, mean, variance, eps)
@@ -790,11 +730,7 @@ def fold_legal(program):
         mine = partner(node)
         return mine is not None and all(partner(r) == mine for r in node.args[1].users)
 
-    for node in list(folded.graph.nodes):
-        if legal(node):
-            fold_at(folded, node)
-    folded.recompile()
-    return folded
+    return folding.fold_where(program, legal)
 
 
 # %% tags=["wrong"]

@@ -212,15 +212,16 @@ from course_utils import onnx_int8
 for name in ("traced", "repaired", "tidied"):
     path = FOLDER / f"{name}.onnx"
     _, spent = onnx_int8.look_inside(path, photo, THREADS, calls=5, name="image")
-    whole = sum(spent.values())
-    shares = {kind: f"{100 * ms / whole:.0f}%" for kind, ms in spent.most_common(3)}
-    zeros = 100 * (spent["Expand"] + spent["Cast"]) / whole
-    print(f"{name:9}{whole:6.1f} ms in operations: {shares}, Expand and Cast {zeros:.1f}%")
+    share = {kind: 100 * ms / sum(spent.values()) for kind, ms in spent.most_common()}
+    most = ", ".join(f"{kind} {percent:.0f}%" for kind, percent in list(share.items())[:3])
+    zeros = share.get("Expand", 0) + share.get("Cast", 0)
+    print(f"{name:9} {most}; Expand and Cast together {zeros:.1f}% of the time")
 
 # %% [markdown]
 # Most of the nodes that *repaired* has and *tidied* has not are *Expand* and *Cast*. Their share of
-# the time is the last number. If it were large, the two files could not be equally fast. A profile is a look with an
-# instrument attached: its sum is a little larger than the time of an unobserved call.
+# the time is the last number. If it were large, the two files could not be equally fast. (Shares,
+# not seconds: five calls with an instrument attached are a look. The figure above is the
+# comparison.)
 #
 # ## From scratch: is it the same model?
 # An export is a translation, so check it, over several batch sizes, with inputs that are not zeros.
@@ -594,10 +595,10 @@ exercises.reveal("11.runtime", lead["hot 1"]["ONNX Runtime"].value, "times")
 claims.verdict("11.onnx_runtime_is_faster_than_eager", lead["hot 1"]["ONNX Runtime"])
 
 # %% [markdown]
-# First find the rows of *eager again*. They should hold 1, and their width is what this
-# machine resolves: a way that leads by less has not led. Then compare a way's row when cold with
-# its row when hot. A service with pauses between requests lives in the cold rows; a benchmark loop
-# shows you the hot ones. At batch 1 the cost of *calling* operators counts, at batch 32 the
+# First find the rows of *eager again*: equal arms. How wide they are, and how far off 1, is what
+# this machine resolves: a way that leads by less has not led. Then compare a way's row when cold
+# with its row when hot. A service with pauses between requests lives in the cold rows; a benchmark
+# loop shows you the hot ones. At batch 1 the cost of *calling* operators counts, at batch 32 the
 # kernels, so a way may lead in one and not in the other.
 #
 # ## The tool of the field: a table that says when it does not know

@@ -43,9 +43,9 @@ machine.card()
 # %% [markdown]
 # *TensorRT* is NVIDIA's compiler for inference. You give it a graph, usually an ONNX file. Its
 # *builder* works for seconds or minutes and gives you an *engine*: GPU kernels in order, with their
-# weights and the memory they use, for one GPU architecture and one TensorRT version. A CPU can't
-# run an engine. It can run what decides whether the engine will be good: the graph, its types, its
-# pairs, its shapes, and a race of kernels.
+# weights and memory, for one GPU architecture and one TensorRT version. A CPU can't run an engine.
+# It can run what decides whether the engine will be good: the graph, its types, its pairs, its
+# shapes, and a race of kernels.
 #
 # ## Recall
 # 1. (Chapter 5) A tensor holds values from −3 to 2. What are scale and zero-point of symmetric
@@ -74,13 +74,13 @@ exercises.predict("12.qdq", my_factor)
 # ## From scratch: a race of kernels
 # A builder *fuses* layers, *chooses a kernel* for each by running the candidates, *remembers* what
 # it measured, and *plans memory*. Fusing is chapter 10's: here every BatchNorm is folded already.
-# TensorRT calls a way to compute a layer a *tactic*. It has hundreds; we take three. The first two
-# differ in the order of the data in memory.
+# TensorRT calls a way to compute a layer a *tactic*. We take three of its hundreds. The first two
+# differ in the order of the data.
 
 # %%
 from course_utils import tactics
 
-network = tactics.folded(models.baseline())
+network = models.folded(models.baseline()).requires_grad_(False)
 
 
 class Planes(nn.Module):
@@ -165,10 +165,9 @@ print(len(plan), "convolutions, the same answer within 0.0001")
 # %% [markdown]
 # ## Measure: another batch, another kernel?
 # You will read that an engine must be tuned for the shape it serves, because another batch size
-# wants other kernels. Building once for each size and comparing would show you differences. It
-# would show you differences for *one* size, too: timing has noise, and where two tactics are nearly
-# equal, noise decides. So build several times for each of two batch sizes, and compare pairs of
-# engines of the same size with pairs of different sizes.
+# wants other kernels. Build once for each size, and you will see differences. You would see them
+# for *one* size, too: where two tactics are nearly equal, noise decides. So build several times for
+# each of two batch sizes, and compare pairs of the same size with pairs of different sizes.
 
 # %% tags=["nbval-ignore-output"]
 plans = {b: [build(network, x[b], {})[1] for _ in range(BUILDS)] for b in x}
