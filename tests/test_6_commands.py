@@ -276,12 +276,13 @@ def test_set_up_is_skipped_when_done_and_repaired_when_interrupted(tmp_path, mon
     monkeypatch.setattr(setup, "STAMP", root / ".venv" / "course-setup.json")
     calls: list[tuple] = []
 
-    def pip(*arguments):
+    def pip(*arguments, **_):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(setup, "pip", pip)
+    monkeypatch.setattr(setup, "torch_backend", lambda: None)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     assert setup.main() == 130
     assert not setup.STAMP.exists()

@@ -30,8 +30,8 @@ QUIET = {
     "extra_arguments": ["--IPKernelApp.log_level=40"]
 }  # local kernels warn of unencrypted transport at every start
 START = """\
-# Opened alone, in Colab for example? Then this cell fetches the course.
-# Inside the course it does nothing.
+# Opened alone, in Colab for example? Then this cell fetches the course, and adds the packages that
+# this chapter uses and that are missing here. Inside the course it does nothing.
 import importlib.util
 import os
 import pathlib
@@ -43,15 +43,18 @@ if importlib.util.find_spec("course_utils") is None:
     if not repository:
         raise SystemExit(
             "This notebook needs the course, and this copy names no repository to fetch it from. "
-            "Open it inside the course's folder, or set COURSE_REPOSITORY."
+            "Choose the kernel of the course's own environment (.venv), or set COURSE_REPOSITORY."
         )
     if repository.count("/") == 1 and not pathlib.Path(repository).exists():
         repository = f"https://github.com/{{repository}}"
     folder = pathlib.Path.cwd() / "efficient-deep-learning-measured"
     if not folder.exists():
         subprocess.run(["git", "clone", "-q", "--depth", "1", repository, folder], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", folder], check=True)
-    sys.path.insert(0, str(folder))"""
+    add = [sys.executable, folder / "course_utils" / "course" / "start.py"]
+    subprocess.run([*add, *"{packages}".split()], check=True)
+    sys.path.insert(0, str(folder))
+    here = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the programs that a chapter starts"""
 
 
 def cells(chapter: Chapter) -> list[NotebookNode]:
@@ -133,7 +136,9 @@ def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     built.cells.insert(
         first,
         new_code_cell(
-            START.format(repository=repository()), id=f"c{chapter.number}-start", metadata=metadata
+            START.format(repository=repository(), packages=" ".join(chapter.packages())),
+            id=f"c{chapter.number}-start",
+            metadata=metadata,
         ),
     )
 

@@ -47,6 +47,13 @@ class Chapter:
         found = re.search(r"^# # (.+)$", self.text(), re.M)
         return found.group(1) if found else self.name
 
+    def packages(self) -> list[str]:
+        """What it uses beside torch and the course's own dependencies: the line *Packages* of its
+        header, by the names under which they are installed.
+        """
+        found = re.search(r"^# Packages: ([\w-]+(?:,\s(?:# )?[\w-]+)*)$", self.text(), re.M)
+        return re.split(r",\s(?:# )?", found.group(1)) if found else []
+
 
 def chapters(wanted: list[str] | None = None, folder: Path = SOURCES) -> list[Chapter]:
     """All chapters in order, or those asked for as "1", "01" or "01_measurement"."""

@@ -43,6 +43,8 @@ def compile_lock(*arguments: str) -> list[str]:
             "--extra",
             "all",
             "--extra",
+            "lab",
+            "--extra",
             "dev",
         ]
         subprocess.run([*command, *arguments, "pyproject.toml", "-o", out], cwd=ROOT, check=True)

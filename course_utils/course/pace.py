@@ -72,7 +72,8 @@ def minutes(chapter: Chapter) -> int:
         if cell.cell_type == "code":
             lines += len(cell.source.splitlines())
         else:
-            prose = re.sub(r"<[^>]+>|\*\*Sources\*\*.*", " ", cell.source, flags=re.S)
+            prose = re.sub(r"(?m)^Packages: [\w-]+(,\s[\w-]+)*$", " ", cell.source)
+            prose = re.sub(r"<[^>]+>|\*\*Sources\*\*.*", " ", prose, flags=re.S)
             words += len(re.findall(r"\w[\w.'’-]*", prose))
     return math.ceil(words / WORDS + lines / LINES + exercises)
 

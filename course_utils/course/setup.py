@@ -44,12 +44,53 @@ def torch_requirements() -> list[str]:
     return [r for r in project["dependencies"] if r.startswith("torch")]
 
 
-def pip(*arguments: str | Path) -> None:
-    subprocess.run(
-        [venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments],
-        check=True,
-        cwd=ROOT,
-    )
+def pip(*arguments: str | Path, quiet: bool = True) -> None:
+    """`pip install` in .venv; not `quiet`, it shows its download bar."""
+    command = [venv_python(), "-m", "pip", "install", "--disable-pip-version-check"]
+    subprocess.run([*command, *(["-q"] if quiet else []), *arguments], check=True, cwd=ROOT)
+
+
+def torch_backend() -> str | None:
+    """Which build of torch fits, in uv's words: "cpu" without an NVIDIA GPU (200 MB in place of 3
+    GB), "auto" with one, None where the usual index has the only one (macOS).
+    """
+    if sys.platform == "darwin":
+        return None
+    look = shutil.which("nvidia-smi")
+    seen = look and subprocess.run([look], capture_output=True).returncode == 0
+    return "auto" if seen else "cpu"
+
+
+def by_uv(*arguments: str) -> bool:
+    """`uv pip install` in .venv; whether it went in."""
+    # a place that can't be reached shall not cost minutes
+    settings = os.environ | {"UV_HTTP_TIMEOUT": os.environ.get("UV_HTTP_TIMEOUT", "30")}
+    command = [venv_python(), "-m", "uv", "pip", "install", "--python", venv_python(), *arguments]
+    try:
+        pip("uv>=0.9")
+        subprocess.run(command, check=True, cwd=ROOT, env=settings)
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def install_torch() -> None:
+    """torch and torchvision by uv, which knows where torch's own builds lie; by pip, with CUDA's
+    libraries, where that place can't be reached. A build that is there and fits is kept.
+    """
+    backend, wanted = torch_backend(), torch_requirements()
+    if backend:
+        print(f"Installing torch and torchvision (the {backend} build, by uv) …", flush=True)
+        if by_uv(f"--torch-backend={backend}", *wanted):
+            return
+        print(
+            "torch's own index can't be used (the reason stands above). Taking torch from the usual"
+            " one: on Linux with CUDA's libraries, a download of about 3 GB …",
+            flush=True,
+        )
+    else:
+        print("Installing torch and torchvision …", flush=True)
+    pip(*wanted, quiet=not sys.stdout.isatty())
 
 
 def works(python: Path) -> bool:
@@ -90,11 +131,7 @@ def install(extended: bool) -> None:
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     STAMP.unlink(missing_ok=True)
     if have.get("base") != wanted["base"]:
-        print(
-            "Installing torch and torchvision (with CUDA's libraries, several GB on Linux) …",
-            flush=True,
-        )
-        pip(*torch_requirements())
+        install_torch()
         print("Installing what the chapters use …", flush=True)
         pip("--no-deps", "--require-hashes", "-r", "requirements.lock")
         pip("--no-deps", "--no-build-isolation", "-e", ".")

@@ -35,7 +35,7 @@ PARTS = (
 )
 OTHER_SHAPE = (
     "00",
-    "15",
+    "16",
 )  # the door and the capstone are built differently; the rest of the checks hold for them
 MACHINE_PATH = re.compile(r"/(home|root|Users|work|farm|tmp|private/var)/[\w.-]+")
 REGISTRY = re.compile(r"https?://[^/\s]*(py[p]i|npm[j]s|pyth[o]nhosted|deb[.]deb)")

@@ -8,6 +8,8 @@
 # *prediction*, a *measurement*, a *verdict* and a *check*.
 #
 # 20 minutes · before this: nothing but Python · runs on any CPU, offline
+#
+# Packages: onnx, onnxruntime, onnxscript
 
 # %% tags=["parameters"]
 import os

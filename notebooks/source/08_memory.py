@@ -9,6 +9,8 @@
 # *tell* what tensors hold from what the allocator holds.
 #
 # 90 minutes · before this: 1 Measurement; 5 and 7 help · runs on any CPU
+#
+# Packages: transformers
 
 # %% tags=["parameters"]
 import os

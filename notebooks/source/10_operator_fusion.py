@@ -10,6 +10,8 @@
 # recompiles · *count* its compile time in.
 #
 # 87 minutes · before this: 1 Measurement; 6 and 8 help · runs on any CPU
+#
+# Packages: onnx, onnxruntime, onnxscript
 
 # %% tags=["parameters"]
 import os

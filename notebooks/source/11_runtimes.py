@@ -9,6 +9,8 @@
 # intervals separate.
 #
 # 75 minutes · before this: 1 Measurement, 10 Operator fusion · runs on any CPU
+#
+# Packages: onnx, onnxruntime, onnxscript, openvino
 
 # %% tags=["parameters"]
 import os

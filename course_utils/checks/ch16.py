@@ -1,15 +1,15 @@
-"""Checks of chapter 15, Capstone."""
+"""Checks of chapter 16, Capstone."""
 
-import bisect
 import math
 
 import numpy as np
 
+from course_utils import fleet
 from course_utils.checks.accept import apart, close, number, said, sequence, whole
 from course_utils.exercises import Probe, Wrong, exercise
 
 
-@exercise("15.A")
+@exercise("16.A")
 def binding(answer: Probe, rng: np.random.Generator) -> None:
     """The share of every budget, in both directions, and the largest of them."""
     cases = [
@@ -62,7 +62,7 @@ def _used(measured: float, target: float, kind: str) -> float:
     return math.inf if measured <= 0 else target / measured
 
 
-@exercise("15.B")
+@exercise("16.B")
 def front(answer: Probe, rng: np.random.Generator) -> None:
     """Nobody on the front is dominated, everybody off it is, and the order is by time."""
     cases: list[list[tuple[str, float, float]]] = [
@@ -112,7 +112,7 @@ def _judge_front(answer: Probe, points: list[tuple[str, float, float]]) -> None:
         )
 
 
-@exercise("15.C")
+@exercise("16.C")
 def choose(answer: Probe, rng: np.random.Generator) -> None:
     """Each choice met its brief on arrivals drawn just now, and no smaller file could have."""
     for case in _CASES:
@@ -150,7 +150,7 @@ def _judge_choice(
             )
     if not (batch >= 1 and 0 <= wait < math.inf):
         raise Wrong(f"max_batch {batch} and max_wait_ms {wait}: at least 1 and at least 0 is due.")
-    p99 = _simulate(chosen, brief, batch, wait, rng)
+    p99 = fleet.p99_ms(chosen, brief, batch, wait, seed=rng)
     if not p99 <= brief["p99_ms"]:
         raise Wrong(
             f"{name} with max_batch {batch} and max_wait_ms {wait:g} has a p99 of {p99:.3g} ms in"
@@ -161,27 +161,6 @@ def _judge_choice(
             "nothing fits" if wanted is None else f"{wanted} fits, too, and its file is smaller"
         )
         raise Wrong(f"{name} was chosen, and {better}; {asked}.")
-
-
-def _simulate(
-    candidate: dict, brief: dict, max_batch: int, max_wait_ms: float, rng: np.random.Generator
-) -> float:
-    """p99 in ms of one service under 6,000 Poisson arrivals; a batch starts when it is full or its
-    oldest has waited enough.
-    """
-    arrivals = np.cumsum(rng.exponential(1e3 / brief["rate"], 6000))
-    due, count = arrivals.tolist(), len(arrivals)
-    fixed, each = candidate["fixed_ms"], candidate["image_ms"] * brief["images"]
-    free, i, ends, sizes = 0.0, 0, [], []
-    while i < count:
-        full = due[i + max_batch - 1] if i + max_batch <= count else math.inf
-        begin = max(free, min(full, due[i] + max_wait_ms))
-        n = bisect.bisect_right(due, begin, i, min(i + max_batch, count)) - i
-        free = begin + fixed + each * n
-        ends.append(free)
-        sizes.append(n)
-        i += n
-    return float(np.percentile(np.repeat(ends, sizes) - arrivals, 99))
 
 
 def _candidate(name: str, fixed: float, image: float, kb: float, right: float = 0.92) -> dict:
