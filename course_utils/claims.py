@@ -31,6 +31,20 @@ FILLS = {HOLDS: "#bfe3c5", FAILS: "#f4b6ae", OPEN: "#f5e6a8", UNTESTED: "#e0e0e0
 """The colour behind it."""
 
 
+def badge(colour: str) -> str:
+    """White on a dark colour: at least 4.5 : 1 on a light page and on a dark one.
+
+    >>> badge("#1b7837")
+    'background:#1b7837;color:#fff;padding:1px 6px'
+    """
+    return f"background:{colour};color:#fff;padding:1px 6px"
+
+
+def _fill(verdict: str | None) -> str:
+    """Black on the verdict's colour; where there is none, as the page has it."""
+    return f"background:{FILLS[verdict]};color:#000;padding:0 4px" if verdict else ""
+
+
 class ClaimError(ValueError):
     """A claim's id is unknown or its entry in the TOML file is not complete."""
 
@@ -120,7 +134,7 @@ class Verdict:
         e = html.escape
         return (
             f"<div style='border-left:4px solid {colour};padding:2px 12px'><b"
-            f" style='color:{colour}'>{e(self.heading())}</b><br>“{e(self.claim.statement)}”"
+            f" style='{badge(colour)}'>{e(self.heading())}</b><br>“{e(self.claim.statement)}”"
             f" <small>({e(self.claim.source)})</small><br>Measured here:"
             f" <b>{e(self.measured().rstrip('.'))}</b>. The claim holds for"
             f" {e(self.band())}.<br><small>Condition: {e(self.claim.condition)}</small></div>"
@@ -247,7 +261,7 @@ class Techniques:
         e, body = html.escape, ""
         for row in self.rows:
             said = "<br>".join(
-                f"<span title='{e(claim)}' style='background:{FILLS.get(v, 'none')}'>"
+                f"<span title='{e(claim)}' style='{_fill(v)}'>"
                 f"{WORDS.get(v, 'not run')}</span> {e(statement)}"
                 for claim, statement, v in row["verdicts"]
             )

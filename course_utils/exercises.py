@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from course_utils import aside, ledger
+from course_utils import aside, claims, ledger
 
 _predictions: dict[str, object] = {}
 _COLOURS = {"passed": "#1b7837", "wrong": "#b2182b", "pending": "#666666"}
@@ -56,12 +56,11 @@ class Result:
         return f"Exercise {self.id}: {_LABELS[self.status]}{self.message}"
 
     def _repr_html_(self) -> str:
-        colour = _COLOURS[self.status]
+        colour, label = _COLOURS[self.status], _LABELS[self.status].rstrip(": ")
         text = html.escape(self.message).replace("\n", "<br>")
         return (
             f"<div style='border-left:4px solid {colour};padding:2px 12px'><b"
-            f" style='color:{colour}'>Exercise {self.id}: {_LABELS[self.status].rstrip(': ')}</b>"
-            f" {text}</div>"
+            f" style='{claims.badge(colour)}'>Exercise {self.id}: {label}</b> {text}</div>"
         )
 
 

@@ -6,6 +6,7 @@ finished with `show`, and `explore`, which returns a figure with sliders.
 """
 
 import io
+import os
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -68,6 +69,9 @@ def show(figure: Figure, alt: str) -> None:
     """Display a figure with its alternative text, for screen readers and for whoever reads the
     notebook as text. Outside a notebook, the text alone is printed.
 
+    Front ends drop the text of a plain picture, so the figure is also an HTML image that carries
+    it; with COURSE_FIGURES=png it is not: so the pages that the course ships are half as large.
+
     >>> figure, _ = axes("n", "seconds", title="Nothing yet")
     >>> show(figure, "An empty figure.")
     Figure: An empty figure.
@@ -85,6 +89,8 @@ def show(figure: Figure, alt: str) -> None:
         print(f"Figure: {alt}")
         return
     bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
+    if os.environ.get("COURSE_FIGURES") != "png":
+        bundle["text/html"] = _as_html(buffer.getvalue(), alt)
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
@@ -114,7 +120,8 @@ def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
     def draw() -> None:
         with capture_output() as shown:
             picture(**{name: knob.value for name, knob in knobs.items()})
-        frame.value = "".join(_as_html(output) for output in shown.outputs)
+        pictures = ((o.data["image/png"], o.metadata["image/png"]["alt"]) for o in shown.outputs)
+        frame.value = "".join(_as_html(png, alt) for png, alt in pictures)
 
     def redraw(_: object) -> None:
         try:
@@ -333,10 +340,7 @@ def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray,
     return middle, low, high
 
 
-def _as_html(output: object) -> str:
-    """A captured figure as an image that a widget can hold, its alternative text with it."""
-    alt = output.metadata["image/png"]["alt"]
-    return (
-        f'<img alt="{escape(alt)}"'
-        f' src="data:image/png;base64,{b64encode(output.data["image/png"]).decode()}">'
-    )
+def _as_html(png: bytes, alt: str) -> str:
+    """A figure as an image that carries its alternative text."""
+    data = b64encode(png).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

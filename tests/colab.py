@@ -70,7 +70,7 @@ def first_gain(out: Path) -> str:
     for cell in nbformat.read(out, 4).cells:
         for output in cell.get("outputs", ()):
             text = output.get("text") or output.get("data", {}).get("text/plain", "")
-            if found := re.search(r"[\d.]+ ?x\b[^\n]*", text):
+            if found := re.search(r"\d+\.\d+ ?x\b[^\n]*", text):
                 return found.group()[:80]
     return "none"
 

@@ -90,6 +90,7 @@ def main() -> int:
     os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
     # The suite leaves a reader's own work alone, and does not read it.
     os.environ.pop("COURSE_LEDGER", None)
+    os.environ["COURSE_FIGURES"] = "png"  # nbval compares with what was built
     os.environ["COURSE_WORKBOOK"] = tempfile.mkdtemp(prefix="course-suite-")
     failed, todo = [], stages()
     side_by_side = todo[-2:] if os.environ["COURSE_PROFILE"] == "smoke" else []

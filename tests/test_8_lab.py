@@ -1,7 +1,8 @@
 """The chapter as a reader meets it: JupyterLab in a browser, a fresh kernel, all cells run, no
-error.
+error; and its outputs as a reader meets them who hears the page, or has chosen the dark theme.
 """
 
+import json
 import os
 import re
 import secrets
@@ -35,8 +36,13 @@ STATE = """() => {
   return {left: left.length,
           last: ran.length ? JSON.stringify(ran[ran.length - 1].outputs.toJSON()) : '',
           errors: errors.map(o => o.ename + ': ' + o.evalue),
-          images: outputs.filter(o => o.data && o.data['image/png']).length};
+          figures: outputs.filter(o => o.data && o.data['image/png']).length};
 }"""
+ALTS = "() => [...document.querySelectorAll('.jp-OutputArea-output img')].map(i => i.alt)"
+THEME = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
+SPOIL = """() => { document.querySelector('.jp-OutputArea-output').innerHTML =
+  '<img src="data:,"> <b style="color:#ccc;background:#fff">pale</b>'; }"""
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
 
 
 @pytest.fixture
@@ -56,8 +62,13 @@ def lab(tmp_path):
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
+    # every cell in the page, not only those in the window
+    settings = tmp_path / ".jupyter/lab/user-settings/@jupyterlab/notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
     environment = os.environ | {
         "COURSE_PROFILE": "smoke",
+        "COURSE_FIGURES": "",
         "COURSE_LEDGER": str(tmp_path / "ledger.jsonl"),
         "HOME": str(tmp_path),
     }
@@ -106,8 +117,32 @@ def test_the_chapter_runs_in_jupyterlab(lab):
                 and time.monotonic() < end
             ):
                 time.sleep(1)
+            alts = page.evaluate(ALTS)
+            found = {theme: serious(page, theme) for theme in THEMES}
+            page.evaluate(SPOIL)
+            spoilt = " ".join(serious(page, THEMES[0]))
         finally:
             browser.close()
     assert state["errors"] == []
     assert state["left"] == 0, f"after the last cell that ran, which showed {state['last'][:500]}"
-    assert state["images"] >= 4
+    assert state["figures"] >= 4
+    assert len(alts) >= state["figures"]
+    assert all(alt.strip() for alt in alts), "a figure without a text for who does not see it"
+    assert found == {theme: [] for theme in THEMES}
+    assert "image-alt" in spoilt, "the inspection sees nothing"
+    assert "color-contrast" in spoilt, "the inspection sees nothing"
+
+
+def serious(page, theme: str) -> list[str]:
+    """What axe-core finds serious or critical in the outputs, in this theme."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate(THEME, theme)
+    page.wait_for_timeout(1500)
+    result = Axe().run(page, context={"include": [[".jp-OutputArea-output"]]})
+    return [
+        f"{v['id']}: {v['help']}: {node['html'][:200]}"
+        for v in result.response["violations"]
+        if v["impact"] in ("serious", "critical")
+        for node in v["nodes"][:3]
+    ]

@@ -244,6 +244,7 @@ def environment(scratch: str, profile: str) -> Iterator[None]:
         "COURSE_PROFILE": profile,
         "COURSE_LEDGER": f"{scratch}/ledger.jsonl",
         "COURSE_SCRATCH": f"{scratch}/scratch",
+        "COURSE_FIGURES": "png",
     }
     saved = {key: os.environ.get(key) for key in wanted}
     os.environ |= wanted
