@@ -269,6 +269,7 @@ def test_types_travel_with_the_package():
     assert settings["tool"]["setuptools"]["package-data"]["course_utils"] == [
         "py.typed",
         "kernels/*.cpp",
+        "programs/*.py",
     ]
 
 

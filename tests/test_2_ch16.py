@@ -118,7 +118,7 @@ def answers(due: np.ndarray, waited_ms, status=200) -> serving.Answers:
 
 
 def test_a_late_order_counts_in_its_own_stretch_and_a_refused_one_is_late(ch16):
-    due = np.array([0.1, 0.2, 0.6, 0.7, 1.1, 1.2])
+    due = np.array([0.1, 0.2, 0.5, 0.6, 0.9, 1.0])
     shares = ch16.late_shares(answers(due, [5, 50, 5, 5, 5, 5], [200, 200, 429, 0, 200, 200]), 10)
     assert shares.tolist() == [0.5, 1.0, 0.0]
 
@@ -150,7 +150,7 @@ def loaded(ch16, monkeypatch, waited) -> tuple[acceptance.Requirement, list[int]
 def test_a_good_service_needs_several_starts_with_other_arrivals(ch16, monkeypatch):
     found, seeds = loaded(ch16, monkeypatch, lambda seed: 5.0)
     assert (found.verdict, found.measured) == ("met", 0.0)
-    assert len(seeds) == math.ceil(ch16.needed(0.05) / 12)
+    assert len(seeds) == math.ceil(ch16.needed(0.05) / (6 / NUMBERS["STRETCH"]))
     assert len(set(seeds)) == len(seeds)
 
 

@@ -56,8 +56,13 @@ class Chapter:
 
 
 def chapters(wanted: list[str] | None = None, folder: Path = SOURCES) -> list[Chapter]:
-    """All chapters in order, or those asked for as "1", "01" or "01_measurement"."""
+    """All chapters in order, or those asked for as "1", "01" or "01_measurement". A class's copy
+    has notebooks and no sources: there a chapter is known by its notebook, and has no text.
+    """
     known = [Chapter(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
+    if not folder.is_dir():
+        shipped = sorted(folder.parent.glob("[0-9][0-9]_*.ipynb"))
+        known = [Chapter(folder / f"{path.stem}.py") for path in shipped]
     if not wanted:
         return known
     by_key = {key: c for c in known for key in (c.name, c.number, str(int(c.number)))}

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = (_doctor, _selftest, _lab, _reset, _progress, _check, _build, _run, _report, _data)
-    for add in (*parts, _badges):
+    for add in (*parts, _class, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -280,6 +280,22 @@ def _data(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("data", help="fetch all 70,000 images of Fashion-MNIST (30 MB)")
     parser.add_argument("--full", action="store_true")
     parser.set_defaults(do=do)
+
+
+def _class(commands: argparse._SubParsersAction) -> None:
+    def do(options: argparse.Namespace) -> int:
+        from course_utils.course import pack
+
+        target = pack.pack(Path(options.out), options.chapters)
+        print(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
+        return 0
+
+    parser = commands.add_parser("class", help="for teachers: a package for learners")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("pack", help="one zip: student notebooks, data, set-up")
+    action.add_argument("chapters", nargs="*", metavar="CHAPTER")
+    action.add_argument("--out", default=str(ROOT / "build" / "class.zip"), metavar="FILE")
+    action.set_defaults(do=do)
 
 
 def _badges(commands: argparse._SubParsersAction) -> None:

