@@ -103,7 +103,7 @@ class Trial:
             [
                 f"{self.name}: {self.verdict}, by {self.decided_by.name}",
                 *(
-                    f"  {r.name:14} {r.measured:7.3g} of {r.limit:6.3g} {r.unit:7} {r.verdict}"
+                    f"  {r.name:14} {r.measured:7.4g} of {r.limit:6.4g} {r.unit:7} {r.verdict}"
                     for r in self.requirements
                 ),
             ]

@@ -1,43 +1,54 @@
-"""Checks of chapter 14, LLM inference."""
-
-import itertools
+"""Checks of chapter 14, LLM serving."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from course_utils.checks.accept import apart, close, number, said, sequence, whole
+from course_utils.checks.accept import apart, close, number, said
 from course_utils.exercises import Probe, Wrong, exercise
 
-_NAMES = ("layers", "heads", "kv_heads", "width", "length", "batch", "bits")
+_NAMES = ("lengths", "layers", "kv_heads", "head_width", "block", "window", "bits")
 
 
 @exercise("14.A")
 def kv_bytes(answer: Probe, rng: np.random.Generator) -> None:
-    """Counted on real tensors: one key and one value a layer, text and position, of key heads only,
-    down to 3 bits.
-    """
+    """Counted position by position: a block is held if it has one that a token still needs."""
     cases = [
-        (1, 1, 1, 8, 1, 1, 16),
-        (2, 4, 2, 32, 10, 1, 16),
-        (1, 2, 2, 16, 3, 2, 4),
-        (1, 3, 1, 6, 5, 1, 3),
-        (2, 4, 2, 10, 3, 1, 8),  # a head has 10 // 4 numbers
+        ([10], 1, 1, 2, 4, None, 8),
+        ([10], 1, 1, 2, 4, 3, 8),
+        ([8], 1, 1, 2, 4, 4, 8),  # the window begins with a block
+        ([9], 1, 1, 2, 4, 4, 8),  # and lies across two
+        ([3], 1, 1, 2, 4, 9, 8),  # a text shorter than the window
+        ([3], 1, 1, 2, 1, 9, 8),
+        ([0], 1, 1, 2, 4, None, 8),
+        ([0, 5], 1, 1, 2, 4, 2, 8),
+        ([], 1, 1, 2, 4, None, 8),
+        ([1, 1], 1, 1, 2, 4, None, 8),
+        ([6], 2, 3, 5, 1, None, 4),
+        ([7, 20], 3, 2, 6, 8, 1, 3),
     ]
-    for _ in range(8):
-        kv, group, d = int(rng.integers(1, 5)), int(rng.integers(1, 5)), 2 * int(rng.integers(2, 9))
-        layers, length, batch = (int(n) for n in rng.integers(1, 9, 3))
-        bits = int(rng.choice([3, 4, 8, 16, 32]))
-        cases.append((layers, kv * group, kv, kv * group * d, length, batch, bits))
+    for _ in range(10):
+        lengths = rng.integers(0, 60, int(rng.integers(1, 6))).tolist()
+        layers, kv, width = (int(n) for n in rng.integers(1, 9, 3))
+        window = None if rng.random() < 0.4 else int(rng.integers(1, 40))
+        block, bits = int(rng.integers(1, 20)), int(rng.choice([3, 4, 8, 16, 32]))
+        cases.append((lengths, layers, kv, width, block, window, bits))
     for case in cases:
-        layers, heads, kv_heads, width, length, batch, bits = case
+        lengths, layers, kv, width, block, window, bits = case
         where = ", ".join(f"{n}={v}" for n, v in zip(_NAMES, case, strict=True))
         got = number(answer(*case), where)
-        one = torch.empty(batch, kv_heads, length, width // heads, dtype=torch.uint8)
-        want = sum(t.nbytes for _ in range(layers) for t in (one, one)) * bits / 8
+        held = [
+            {p // block for p in range(n) if window is None or n - p <= window} for n in lengths
+        ]
+        blocks = sum(map(len, held))
+        both = [torch.empty(block, kv, width, dtype=torch.uint8) for _ in range(2)]
+        want = blocks * layers * sum(t.numel() for t in both) * bits / 8
         if not close(got, want):
             yours, due = apart(got, want)
-            raise Wrong(f"{where}: the tensors hold {due} bytes, you say {yours}.")
+            raise Wrong(
+                f"{where}: the texts hold {[len(h) for h in held]} blocks, {due} bytes; you say"
+                f" {yours}."
+            )
 
 
 @exercise("14.B")
@@ -130,70 +141,75 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return _tensors(vars(value)) if hasattr(value, "__dict__") else []
 
 
-_PLANS = [  # options, budget
-    ([[(8, 0.0), (4, 0.5)]], 8),
-    ([[(8, 0.0), (4, 0.5)]], 7.5),
-    ([[(8, 0.0), (4, 0.5)]], 3),
-    ([[(8, 0.0), (4, 0.5)]], 100),
-    ([[(8, 0.0), (4, -0.5)]], 8),
-    ([[(4, 0.5), (8, 0.0)]], 4),  # the widest need not come first
-    ([[(8, 0.0), (4, 0.5)], [(8, 0.1), (4, 0.2)]], 12),
-    ([[(8, 0.0), (4, 0.1)], [(8, 0.0), (4, 0.9)]], 12),
-    ([[(8, 0.13), (4, 0.11)]], 8),  # fewer bits, less loss: measured on few tokens
-    ([[(8, 0.0), (4, -0.02)], [(8, 0.0), (4, 0.01)]], 12),
-    ([[(8, -0.5), (4, -0.02)]], 8),  # losses below 0 are not all alike
-    ([[(8, -0.02), (4, -0.5)]], 8),
-    ([[(9, 0.0)], [(9, 0.0), (2, 5.0), (1, 6.0)]], 11),  # one option alone
-    # By loss a byte the first part gives up bits first; then the second must, too.
-    ([[(10, 0.0), (9, 0.01)], [(10, 0.0), (4, 1.0)]], 14),
-    ([[(10, 0.0), (6, 0.5)], [(10, 0.0), (6, 0.5)], [(10, 0.0), (2, 0.9)]], 22),
+_PAIRS = [  # p, q
+    ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]),
+    ([0.5, 0.5], [0.5, 0.5]),  # no guess is ever refused
+    ([1.0], [1.0]),
+    ([1.0, 0.0], [0.0, 1.0]),  # none is ever kept
+    ([0.0, 1.0], [0.5, 0.5]),
+    ([0.5, 0.5], [0.0, 1.0]),  # a token that is never guessed
+    ([0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.0, 0.5]),
+    ([0.0, 0.4, 0.6], [0.0, 0.9, 0.1]),  # one that nobody says
+    ([0.6, 0.3, 0.1], [0.5, 0.3, 0.2]),
 ]
 
 
 @exercise("14.C")
-def allocate(answer: Probe, rng: np.random.Generator) -> None:
-    """Within the budget to the byte, and no plan that fits loses less."""
-    cases = list(_PLANS)
-    for _ in range(12):
-        options = [
-            [
-                (int(rng.integers(2, 30)), float(rng.integers(-4, 40)) / 8)
-                for _ in range(int(rng.integers(1, 4)))
-            ]
-            for _ in range(int(rng.integers(2, 5)))
-        ]
-        sums = sorted({sum(o[0] for o in pick) for pick in itertools.product(*options)})
-        cases.append((options, sums[int(rng.integers(0, len(sums)))]))
-    for _ in range(3):  # as the chapter measures them: four parts at 8, 4 and 3 bits
-        sizes, loss = rng.integers(10**6, 5 * 10**7, 4), rng.normal(0.0, 0.3, (4, 3))
-        options = [
-            [(n * bits / 8, float(x)) for bits, x in zip((8, 4, 3), row, strict=True)]
-            for n, row in zip(sizes.tolist(), loss, strict=True)
-        ]
-        cases.append((options, 0.55 * float(sizes.sum())))
-    for options, budget in cases:
-        _judge_plan(answer, options, budget)
+def rule(answer: Probe, rng: np.random.Generator) -> None:
+    """Exact on the distribution, and no rule can keep more guesses: 1 less half of what the two
+    distributions differ by.
+    """
+    cases = [(np.array(p), np.array(q)) for p, q in _PAIRS]
+    for size in (2, 3, 5, 40, 2000):
+        for sharp in (0.3, 3.0):
+            cases.append(tuple(rng.dirichlet(np.full(size, sharp)) for _ in range(2)))
+    p = rng.dirichlet(np.ones(30))
+    cases += [(p, p.copy()), (p, (p * (1 + 1e-3 * rng.normal(size=30))).clip(0))]
+    cases[-1] = (p, cases[-1][1] / cases[-1][1].sum())
+    for p, q in cases:
+        few = len(p) < 6
+        where = f"p = {p.round(4)}, q = {q.round(4)}" if few else f"{len(p)} tokens"
+        got = answer(p, q)
+        if not isinstance(got, tuple | list) or len(got) != 2:
+            raise Wrong(f"{where}: a pair (keep, instead) was expected; you returned {said(got)}.")
+        keep, instead = (
+            _array(v, len(p), f"{where}: {n}") for v, n in zip(got, _BOTH, strict=True)
+        )
+        _judge_rule(p, q, keep, instead, where)
 
 
-def _judge_plan(answer: Probe, options: list[list[tuple]], budget: float) -> None:
-    where = f"allocate({options}, {budget})"
-    got = answer(options, budget)
-    fitting = [p for p in itertools.product(*options) if sum(o[0] for o in p) <= budget]
-    if got is None:
-        if fitting:
-            least = min(sum(o[1] for o in p) for p in fitting)
-            raise Wrong(f"{where}: a plan fits, with a loss of {least:g}; you returned None.")
-        return
-    if not fitting:
-        raise Wrong(f"{where}: nothing fits, so None is due; you returned {said(got)}.")
-    plan = [whole(i, where) for i in sequence(got, f"{where}, one index a part", len(options))]
-    if not all(0 <= i < len(o) for i, o in zip(plan, options, strict=True)):
-        raise Wrong(f"{where}: {plan} holds an index that its part does not have.")
-    chosen = [o[i] for i, o in zip(plan, options, strict=True)]
-    spent, lost = sum(c[0] for c in chosen), sum(c[1] for c in chosen)
-    least = min(sum(o[1] for o in p) for p in fitting)
-    if spent > budget:
-        raise Wrong(f"{where}: your plan {plan} takes {spent} bytes.")
-    if not lost <= least + 1e-9:
-        yours, due = apart(lost, least)
-        raise Wrong(f"{where}: your plan {plan} loses {yours}; {due} is possible.")
+_BOTH = ("keep", "instead")
+
+
+def _judge_rule(
+    p: np.ndarray, q: np.ndarray, keep: np.ndarray, instead: np.ndarray, where: str
+) -> None:
+    for name, values in zip(_BOTH, (keep, instead), strict=True):
+        if not ((values >= -1e-12) & (values <= 1 + 1e-12)).all():  # NaN is neither
+            raise Wrong(
+                f"{where}: {name} must lie between 0 and 1; yours has"
+                f" {values[np.argmax(~((values >= -1e-12) & (values <= 1 + 1e-12)))]:.4g}."
+            )
+    if abs(instead.sum() - 1) > 1e-6:
+        raise Wrong(f"{where}: instead must sum to 1; yours sums to {instead.sum():.4g}.")
+    kept = q * keep
+    found = kept + (1 - kept.sum()) * instead
+    if (off := np.abs(found - p)).max() > 1e-7:
+        x = int(off.argmax())
+        yours, due = apart(float(found[x]), float(p[x]))
+        raise Wrong(f"{where}: token {x} comes with probability {yours}; p says {due}.")
+    most = 1 - np.abs(p - q).sum() / 2
+    if kept.sum() < most - 1e-7:
+        yours, due = apart(float(kept.sum()), float(most))
+        raise Wrong(f"{where}: you keep {yours} of the guesses; {due} can be kept.")
+
+
+def _array(value: object, size: int, what: str) -> np.ndarray:
+    """Numbers from an array, a tensor or a list."""
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise Wrong(f"{what} must be {size} numbers; yours is {said(value)}.") from None
+    if array.shape != (size,):
+        raise Wrong(f"{what} must be {size} numbers; yours has the shape {array.shape}.")
+    return array

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language":
 QUIET = {
     "extra_arguments": ["--IPKernelApp.log_level=40"]
 }  # local kernels warn of unencrypted transport at every start
-START = """\
+START = '''\
 # Opened alone, in Colab for example? Then this cell fetches the course, and adds the packages that
 # this chapter uses and that are missing here. Inside the course it does nothing.
 import importlib.util
@@ -51,10 +52,13 @@ if importlib.util.find_spec("course_utils") is None:
     if not folder.exists():
         subprocess.run(["git", "clone", "-q", "--depth", "1", repository, folder], check=True)
     add = [sys.executable, folder / "course_utils" / "course" / "start.py"]
-    subprocess.run([*add, *"{packages}".split()], check=True)
+    packages = """
+{packages}
+    """
+    subprocess.run([*add, *packages.split()], check=True)
     sys.path.insert(0, str(folder))
     here = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the programs that a chapter starts"""
+    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the programs that a chapter starts'''
 
 
 def cells(chapter: Chapter) -> list[NotebookNode]:
@@ -127,6 +131,17 @@ def _folded(summary: str, text: str, cell_id: str) -> NotebookNode:
     )
 
 
+def _wrapped(names: list[str]) -> str:
+    """Names in lines that fit into a cell."""
+    return textwrap.fill(
+        " ".join(names),
+        92,
+        initial_indent=" " * 8,
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+    )
+
+
 def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     """The cell that fetches the course stands before the first code cell."""
     first = next(i for i, c in enumerate(built.cells) if c.cell_type == "code")
@@ -136,7 +151,7 @@ def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     built.cells.insert(
         first,
         new_code_cell(
-            START.format(repository=repository(), packages=" ".join(chapter.packages())),
+            START.format(repository=repository(), packages=_wrapped(chapter.packages())),
             id=f"c{chapter.number}-start",
             metadata=metadata,
         ),

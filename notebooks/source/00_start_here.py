@@ -230,8 +230,9 @@ def speedup(old_seconds, new_seconds):
 # | 11 Runtimes | export a model, check it, choose where to run it | 75 |
 # | 12 TensorRT | build engines for NVIDIA GPUs with today's API | 90 |
 # | 13 Dynamic batching | serve requests in batches without losing one | 90 |
-# | 14 LLM inference | explain and cut the cost of each generated token | 145 |
-# | 15 Capstone | bring a model under a latency, size and accuracy target | 130 |
+# | 14 LLM serving | explain and cut the cost of each generated token | 90 |
+# | 15 LLM compression | say what a smaller language model loses, and win it back | 90 |
+# | 16 Capstone | bring a model under a latency, size and accuracy target | 90 |
 #
 # The minutes count reading, code and exercises; take more than 90 in two sittings. After 01 you may
 # go in any order that the *before this* line of a chapter allows.

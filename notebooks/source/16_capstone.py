@@ -182,8 +182,8 @@ for limit in (0.10, 0.05, 0.01):
 
 # %% [markdown]
 # *99 of 100 in time* costs five times as many as *95 of 100*. This is why the brief says `5 %`
-# here, and `1 %` only in the profile `full`, which takes the minutes. A stretch lasts 0.4
-# seconds.
+# here, and `1 %` only in the profile `full`, which takes the minutes. A stretch lasts
+# `0.4 s`.
 #
 # ## Measure: what each acceptance lets through
 # Now both tests, on services that exist only in a simulation, because there you know the truth. The
@@ -393,8 +393,8 @@ pictures.show(
 
 # %% [markdown]
 # Good is at the lower left; a black edge means that file and accuracy keep to the brief. *Cut* is
-# far up: fast, and useless. *Healed* came back down and kept the time. INT8 on top of it shrinks the
-# file a second time. Points here are single looks; the intervals come next. The order matters:
+# far up: fast, and useless. *Healed* came back down and kept the time. INT8 on top shrinks the file
+# a second time. Points here are single looks; the intervals come next. The order matters:
 # healing after quantization would need training through the rounding (chapter 6).
 #
 # ## A claim: speed-ups multiply
@@ -475,8 +475,8 @@ def load(d):
 
 
 # %% [markdown]
-# If both bets are won, because a load turned from good to bad, the verdict is *missed*. Accuracy has
-# an interval, too, from the images on which the two networks disagree (chapter 3).
+# If both bets are won, because a load turned from good to bad, the verdict is *missed*. Accuracy
+# has an interval, too, from the images on which the two networks disagree (chapter 3).
 
 
 # %%

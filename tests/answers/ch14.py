@@ -11,51 +11,77 @@ import torch.nn.functional as F
 from answers import right, wrong
 
 
-@right("14.A", "a fraction")
-def in_fractions(layers, heads, kv_heads, width, length, batch, bits):
-    return Fraction(2 * layers * kv_heads * (width // heads) * length * batch * bits, 8)
+@right("14.A", "a fraction, position by position")
+def in_fractions(lengths, layers, kv_heads, head_width, block, window, bits):
+    held = {
+        (i, p // block)
+        for i, n in enumerate(lengths)
+        for p in range(n)
+        if window is None or p >= n - window
+    }
+    return Fraction(len(held) * block * 2 * layers * kv_heads * head_width * bits, 8)
 
 
-@right("14.A", "NumPy, in float32")
-def in_numpy(layers, heads, kv_heads, width, length, batch, bits):
-    factors = [2, layers, kv_heads, width // heads, length, batch, bits / 8]
-    return np.prod(np.array(factors, dtype=np.float32))
+@right("14.A", "NumPy, all texts at once")
+def in_numpy(lengths, layers, kv_heads, head_width, block, window, bits):
+    n = np.array(lengths, dtype=np.int64)
+    first = 0 * n if window is None else np.maximum(n - window, 0)
+    blocks = ((n + block - 1) // block - first // block).sum()
+    return np.float64(blocks) * block * 2 * layers * kv_heads * head_width * bits / 8
 
 
 @right("14.A", "counted on tensors")
-def on_tensors(layers, heads, kv_heads, width, length, batch, bits):
-    one = torch.empty(batch, kv_heads, length, width // heads)
-    return torch.tensor(2 * layers * one.numel() * bits / 8)
+def on_tensors(lengths, layers, kv_heads, head_width, block, window, bits):
+    one = torch.empty(2, layers, kv_heads, block, head_width)
+    seen = [range(n)[-(window or n) :] if n else range(0) for n in lengths]
+    return torch.tensor(sum(len({p // block for p in s}) for s in seen) * one.numel() * bits / 8)
 
 
-def _bytes(formula):
-    def kv_bytes(layers, heads, kv_heads, width, length, batch, bits):
-        return formula(layers, heads, kv_heads, width, length, batch) * bits / 8
+def _bytes(blocks, numbers=lambda m, kv, d, bits: 2 * m * kv * d * bits / 8):
+    def kv_bytes(lengths, layers, kv_heads, head_width, block, window, bits):
+        held = sum(blocks(n, block, window) for n in lengths)
+        return held * block * numbers(layers, kv_heads, head_width, bits)
 
     return kv_bytes
 
 
-wrong("14.A", "keys alone")(_bytes(lambda m, h, kv, w, n, b: m * kv * (w // h) * n * b))
-wrong("14.A", "query heads")(_bytes(lambda m, h, kv, w, n, b: 2 * m * w * n * b))
-wrong("14.A", "queries, too")(_bytes(lambda m, h, kv, w, n, b: m * (2 * kv + h) * (w // h) * n * b))
-wrong("14.A", "one text")(_bytes(lambda m, h, kv, w, n, b: 2 * m * kv * (w // h) * n))
-wrong("14.A", "one layer")(_bytes(lambda m, h, kv, w, n, b: 2 * kv * (w // h) * n * b))
-wrong("14.A", "a head of width over key heads")(
-    _bytes(lambda m, h, kv, w, n, b: 2 * m * kv * (w // kv) * n * b)
+def _right(n, block, window):
+    return -(-n // block) - (0 if window is None else max(n - window, 0)) // block
+
+
+wrong("14.A", "no block that was begun")(
+    _bytes(lambda n, b, w: n // b - (0 if w is None else max(n - w, 0)) // b)
 )
-wrong("14.A", "the square of the length")(
-    _bytes(lambda m, h, kv, w, n, b: 2 * m * kv * (w // h) * n * n * b)
+wrong("14.A", "one block more than needed where a text ends with a block")(
+    _bytes(lambda n, b, w: n // b + 1 - (0 if w is None else max(n - w, 0)) // b)
 )
+wrong("14.A", "the window's positions, not its blocks")(
+    _bytes(lambda n, b, w: (n if w is None else min(n, w)) / b)
+)
+wrong("14.A", "as many blocks as the window would fill")(
+    _bytes(lambda n, b, w: -(-(n if w is None else min(n, w)) // b))
+)
+wrong("14.A", "the window is forgotten")(_bytes(lambda n, b, w: -(-n // b)))
+wrong("14.A", "one position too many in the window")(
+    _bytes(lambda n, b, w: _right(n, b, None if w is None else w + 1))
+)
+wrong("14.A", "one position too few in the window")(
+    _bytes(lambda n, b, w: _right(n, b, None if w is None else max(w - 1, 1)))
+)
+wrong("14.A", "a text has a block from the start")(_bytes(lambda n, b, w: max(_right(n, b, w), 1)))
+wrong("14.A", "keys alone")(_bytes(_right, lambda m, kv, d, bits: m * kv * d * bits / 8))
+wrong("14.A", "one layer")(_bytes(_right, lambda m, kv, d, bits: 2 * kv * d * bits / 8))
+wrong("14.A", "one head")(_bytes(_right, lambda m, kv, d, bits: 2 * m * d * bits / 8))
+wrong("14.A", "whole bytes")(
+    _bytes(_right, lambda m, kv, d, bits: 2 * m * kv * d * max(bits // 8, 1))
+)
+wrong("14.A", "bits, not bytes")(_bytes(_right, lambda m, kv, d, bits: 2 * m * kv * d * bits))
 
 
-@wrong("14.A", "whole bytes a number")
-def whole_bytes(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * length * batch * max(bits // 8, 1)
-
-
-@wrong("14.A", "bits, not bytes")
-def in_bits(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * length * batch * bits
+@wrong("14.A", "the longest text for all")
+def longest(lengths, layers, kv_heads, head_width, block, window, bits):
+    held = len(lengths) * _right(max(lengths, default=0), block, window)
+    return held * block * 2 * layers * kv_heads * head_width * bits / 8
 
 
 @right("14.B", "torch's own attention with a mask, a list as past")
@@ -166,93 +192,68 @@ def out_alone(q, k, v, past):
     return by_sdpa(q, k, v, past)[0]
 
 
-def _best(options, budget, loss=sum, fits=lambda cost, budget: cost <= budget):
-    plans = itertools.product(*(range(len(o)) for o in options))
-    fitting = [
-        p for p in plans if fits(sum(o[i][0] for o, i in zip(options, p, strict=True)), budget)
-    ]
-    return min(
-        fitting,
-        key=lambda p: loss([o[i][1] for o, i in zip(options, p, strict=True)]),
-        default=None,
-    )
+@right("14.C", "a list and a tensor, in torch")
+def in_torch(p, q):
+    a, b = torch.tensor(p), torch.tensor(q)
+    kept = torch.minimum(a, b)
+    keep = torch.where(b > 0, kept / b.clamp(min=1e-300), torch.zeros_like(a))
+    rest = (a - kept).clamp(min=0)
+    return [keep.tolist(), rest / rest.sum() if rest.sum() > 0 else a]
 
 
-@right("14.C", "a tuple of NumPy's integers")
-def numpy_integers(options, budget):
-    plan = _best(options, budget)
-    return None if plan is None else tuple(np.int64(i) for i in plan)
+@right("14.C", "loops, and one where nothing is guessed")
+def rule_by_loops(p, q):
+    keep = [min(1.0, a / b) if b else 1.0 for a, b in zip(p, q, strict=True)]
+    rest = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    total = math.fsum(rest)
+    n = len(p)
+    return keep, [r / total for r in rest] if total else [1 / n] * n
 
 
-@right("14.C", "part by part, with the best of each sum of bytes")
-def part_by_part(options, budget):
-    best = {0: (0.0, [])}
-    for part in options:
-        new = {}
-        for spent, (lost, plan) in best.items():
-            for i, (size, loss) in enumerate(part):
-                found = (lost + loss, [*plan, i])
-                if spent + size <= budget and found < new.get(spent + size, (math.inf,)):
-                    new[spent + size] = found
-        best = new
-    return torch.tensor(min(best.values())[1]) if best else None
+def _rule(keep=None, instead=None, empty=lambda p, q: p):
+    """The right answer with one of its parts exchanged."""
+
+    def rule(p, q):
+        safe = np.where(q > 0, q, 1)
+        kept = np.minimum(1, p / safe) if keep is None else keep(p, q, safe)
+        rest = np.maximum(p - q, 0) if instead is None else instead(p, q)
+        return kept, rest / rest.sum() if rest.sum() > 0 else empty(p, q)
+
+    return rule
 
 
-wrong("14.C", "less than the budget, not exactly")(
-    lambda o, b: _best(o, b, fits=lambda cost, budget: cost < budget)
+wrong("14.C", "anew from p")(_rule(instead=lambda p, q: p))
+wrong("14.C", "anew from q")(_rule(instead=lambda p, q: q))
+wrong("14.C", "anew from what q has too much of")(_rule(instead=lambda p, q: np.maximum(q - p, 0)))
+wrong("14.C", "anew from the absolute differences")(_rule(instead=lambda p, q: np.abs(p - q)))
+wrong("14.C", "anew from the squares")(_rule(instead=lambda p, q: np.maximum(p - q, 0) ** 2))
+wrong("14.C", "anew from the most likely one")(
+    _rule(instead=lambda p, q: (np.arange(len(p)) == p.argmax()).astype(float))
 )
-wrong("14.C", "the largest loss of a part in place of the sum")(lambda o, b: _best(o, b, loss=max))
-wrong("14.C", "losses below 0 count as 0")(
-    lambda o, b: _best(o, b, loss=lambda x: sum(max(v, 0.0) for v in x))
+wrong("14.C", "kept as often as p says")(_rule(keep=lambda p, q, s: p))
+wrong("14.C", "kept by q / p")(_rule(keep=lambda p, q, s: np.minimum(1, q / np.where(p > 0, p, 1))))
+wrong("14.C", "kept by half of it")(_rule(keep=lambda p, q, s: np.minimum(1, p / s) / 2))
+wrong("14.C", "not cut off at one")(_rule(keep=lambda p, q, s: p / s))
+wrong("14.C", "kept where p is larger, else never")(
+    _rule(keep=lambda p, q, s: (p >= q).astype(float))
 )
-wrong("14.C", "the sum of absolute losses")(
-    lambda o, b: _best(o, b, loss=lambda x: sum(abs(v) for v in x))
+wrong("14.C", "kept always")(_rule(keep=lambda p, q, s: np.ones_like(p)))
+wrong("14.C", "nothing where none is missing")(_rule(empty=lambda p, q: np.zeros_like(p)))
+wrong("14.C", "the rest is not made to sum to one")(
+    lambda p, q: (np.minimum(1, p / np.where(q > 0, q, 1)), np.maximum(p - q, 0))
 )
-wrong("14.C", "each part within its share of the budget")(
-    lambda o, b: [
-        min((i for i, x in enumerate(p) if x[0] <= b / len(o)), key=lambda i: p[i][1], default=0)
-        for p in o
-    ]
+wrong("14.C", "never kept")(lambda p, q: (np.zeros_like(p), p))
+wrong("14.C", "kept in proportion")(
+    lambda p, q: (np.full_like(p, ratio := (p / np.where(q > 0, q, np.inf)).min()), p - ratio * q)
 )
-wrong("14.C", "an empty list where nothing fits")(lambda o, b: _best(o, b) or [])
-wrong("14.C", "always the first option")(lambda o, b: [0] * len(o))
-wrong("14.C", "the fewest bytes")(
-    lambda o, b: [min(range(len(p)), key=lambda i: p[i][0]) for p in o]
-)
+wrong("14.C", "the rest first")(lambda p, q: _rule()(p, q)[::-1])
+wrong("14.C", "keep alone")(lambda p, q: _rule()(p, q)[0])
+wrong("14.C", "a dict")(lambda p, q: dict(zip(("keep", "instead"), _rule()(p, q), strict=True)))
 
 
-def _greedy(options, budget, key):
-    plan = [max(range(len(p)), key=lambda i: p[i][0]) for p in options]
-
-    def spent():
-        return sum(p[i][0] for p, i in zip(options, plan, strict=True))
-
-    while spent() > budget:
-        steps = [
-            (key(p[i][0] - p[j][0], p[j][1] - p[i][1]), n, j)
-            for n, (p, i) in enumerate(zip(options, plan, strict=True))
-            for j in range(len(p))
-            if p[j][0] < p[i][0]
-        ]
-        if not steps:
-            return None
-        _, n, j = min(steps)
-        plan[n] = j
-    return plan
-
-
-wrong("14.C", "greedy: the least loss next")(lambda o, b: _greedy(o, b, lambda saved, lost: lost))
-wrong("14.C", "greedy: the least loss a byte next")(
-    lambda o, b: _greedy(o, b, lambda saved, lost: lost / saved)
-)
-
-
-@wrong("14.C", "the options in place of their indices")
-def options_themselves(options, budget):
-    plan = _best(options, budget)
-    return None if plan is None else [o[i] for o, i in zip(options, plan, strict=True)]
-
-
-@wrong("14.C", "the first plan that fits")
-def first_that_fits(options, budget):
-    return _best(options, budget, loss=lambda losses: 0)
+@wrong("14.C", "in place")
+def in_place(p, q):
+    keep = np.minimum(1, p / np.where(q > 0, q, 1))
+    p -= q
+    np.maximum(p, 0, out=p)
+    return keep, p / p.sum() if p.sum() > 0 else q

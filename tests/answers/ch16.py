@@ -1,4 +1,4 @@
-"""Answers to chapter 15's exercises."""
+"""Answers to chapter 16's exercises."""
 
 import heapq
 import math
@@ -10,7 +10,7 @@ import torch
 from answers import right, wrong
 
 
-@right("15.A", "a generator of shares, a tensor as share")
+@right("16.A", "a generator of shares, a tensor as share")
 def in_torch(requirements):
     shares = []
     for _, measured, target, kind in requirements:
@@ -21,7 +21,7 @@ def in_torch(requirements):
     return [requirements[k][0], shares[k]]
 
 
-@right("15.A", "the last of equal ones, NumPy's numbers")
+@right("16.A", "the last of equal ones, NumPy's numbers")
 def last_of_equals(requirements):
     best = ("", -math.inf)
     for name, measured, target, kind in requirements:
@@ -53,29 +53,29 @@ def _share(measured, target, kind):
     return measured / target if kind == "at most" else target / measured
 
 
-wrong("15.A", "measured over target, both ways")(_binding(lambda m, t, kind: m / t))
-wrong("15.A", "one minus the share for at least")(
+wrong("16.A", "measured over target, both ways")(_binding(lambda m, t, kind: m / t))
+wrong("16.A", "one minus the share for at least")(
     _binding(lambda m, t, kind: m / t if kind == "at most" else 1 - m / t)
 )
-wrong("15.A", "the distance in units")(
+wrong("16.A", "the distance in units")(
     _binding(lambda m, t, kind: m - t if kind == "at most" else t - m)
 )
-wrong("15.A", "two minus the share for at least")(
+wrong("16.A", "two minus the share for at least")(
     _binding(lambda m, t, kind: m / t if kind == "at most" else 2 - m / t)
 )
-wrong("15.A", "the smallest share")(_binding(_share, pick=min))
-wrong("15.A", "what was not measured does not count")(_binding(_share, missing=0.0))
-wrong("15.A", "nothing at all is 0")(_binding(_share, nothing=0.0))
-wrong("15.A", "never above 1")(_binding(lambda *a: min(_share(*a), 1.0)))
-wrong("15.A", "NaN stays NaN")(_binding(_share, missing=math.nan))
+wrong("16.A", "the smallest share")(_binding(_share, pick=min))
+wrong("16.A", "what was not measured does not count")(_binding(_share, missing=0.0))
+wrong("16.A", "nothing at all is 0")(_binding(_share, nothing=0.0))
+wrong("16.A", "never above 1")(_binding(lambda *a: min(_share(*a), 1.0)))
+wrong("16.A", "NaN stays NaN")(_binding(_share, missing=math.nan))
 
 
-@wrong("15.A", "the name alone")
+@wrong("16.A", "the name alone")
 def name_alone(requirements):
     return _binding(_share)(requirements)[0]
 
 
-@right("15.B", "a sweep from the fastest, best accuracy so far")
+@right("16.B", "a sweep from the fastest, best accuracy so far")
 def sweep(points):
     kept, best = [], -math.inf
     for ms in sorted({p[1] for p in points}):
@@ -87,7 +87,7 @@ def sweep(points):
     return tuple(kept)
 
 
-@right("15.B", "NumPy, fractions")
+@right("16.B", "NumPy, fractions")
 def by_numpy(points):
     numbers = [(Fraction(ms), Fraction(right_)) for _, ms, right_ in points]
     kept = [
@@ -110,27 +110,27 @@ def _dominates(p, q):
     return p[1] <= q[1] and p[2] >= q[2] and p[1:] != q[1:]
 
 
-wrong("15.B", "ties by name")(_front(_dominates, key=lambda p: (p[1], p[0])))
-wrong("15.B", "the most accurate first")(_front(_dominates, key=lambda p: -p[2]))
-wrong("15.B", "ties in reverse")(lambda points: _front(_dominates)(points[::-1]))
-wrong("15.B", "better in both is asked for")(_front(lambda p, q: p[1] < q[1] and p[2] > q[2]))
-wrong("15.B", "better in one is enough")(_front(lambda p, q: p[1] < q[1] or p[2] > q[2]))
-wrong("15.B", "equal ones dominate each other")(
+wrong("16.B", "ties by name")(_front(_dominates, key=lambda p: (p[1], p[0])))
+wrong("16.B", "the most accurate first")(_front(_dominates, key=lambda p: -p[2]))
+wrong("16.B", "ties in reverse")(lambda points: _front(_dominates)(points[::-1]))
+wrong("16.B", "better in both is asked for")(_front(lambda p, q: p[1] < q[1] and p[2] > q[2]))
+wrong("16.B", "better in one is enough")(_front(lambda p, q: p[1] < q[1] or p[2] > q[2]))
+wrong("16.B", "equal ones dominate each other")(
     _front(lambda p, q: p is not q and p[1] <= q[1] and p[2] >= q[2])
 )
-wrong("15.B", "of equal ones the first alone")(
+wrong("16.B", "of equal ones the first alone")(
     lambda points: _front(_dominates)(list({p[1:]: p for p in points[::-1]}.values())[::-1])
 )
-wrong("15.B", "the best of each time")(_front(lambda p, q: p[1] == q[1] and p[2] > q[2]))
-wrong("15.B", "sorted by name")(lambda points: sorted(_front(_dominates)(points)))
-wrong("15.B", "the points in place of their names")(
+wrong("16.B", "the best of each time")(_front(lambda p, q: p[1] == q[1] and p[2] > q[2]))
+wrong("16.B", "sorted by name")(lambda points: sorted(_front(_dominates)(points)))
+wrong("16.B", "the points in place of their names")(
     lambda points: sorted(
         [q for q in points if not any(_dominates(p, q) for p in points)], key=lambda p: p[1]
     )
 )
 
 
-@wrong("15.B", "the convex hull")
+@wrong("16.B", "the convex hull")
 def hull(points):
     kept = []
     for p in sorted((p for p in points if p[0] in _front(_dominates)(points)), key=lambda p: p[1]):
@@ -181,7 +181,7 @@ def _meets(c, brief, batch):
     return _simulated(c, brief, batch) <= brief["p99_ms"]
 
 
-right("15.C", "a wait of 1 ms, NumPy's types")(
+right("16.C", "a wait of 1 ms, NumPy's types")(
     lambda candidates, brief: (
         None
         if (got := _choose(_meets)(candidates, brief)) is None
@@ -190,7 +190,7 @@ right("15.C", "a wait of 1 ms, NumPy's types")(
 )
 
 
-@right("15.C", "a heap of events")
+@right("16.C", "a heap of events")
 def by_events(candidates, brief):
     for c in sorted(candidates, key=lambda c: c["kb"]):
         if c["kb"] > brief["kb"] or c["right"] < brief["right"]:
@@ -219,47 +219,47 @@ def _stable(c, brief, batch):
     return batch / (c["fixed_ms"] + c["image_ms"] * brief["images"] * batch) * 1e3 > brief["rate"]
 
 
-wrong("15.C", "the limit is not read: a stable queue is enough")(_choose(_stable))
-wrong("15.C", "one call within the limit is enough")(
+wrong("16.C", "the limit is not read: a stable queue is enough")(_choose(_stable))
+wrong("16.C", "one call within the limit is enough")(
     _choose(lambda c, b, n: c["fixed_ms"] + c["image_ms"] * b["images"] <= b["p99_ms"])
 )
-wrong("15.C", "stable, and one call within the limit")(
+wrong("16.C", "stable, and one call within the limit")(
     _choose(
         lambda c, b, n: (
             _stable(c, b, n) and c["fixed_ms"] + c["image_ms"] * b["images"] <= b["p99_ms"]
         )
     )
 )
-wrong("15.C", "the mean")(_choose(lambda c, b, n: _simulated(c, b, n, 0.0, np.mean) <= b["p99_ms"]))
-wrong("15.C", "the median")(
+wrong("16.C", "the mean")(_choose(lambda c, b, n: _simulated(c, b, n, 0.0, np.mean) <= b["p99_ms"]))
+wrong("16.C", "the median")(
     _choose(lambda c, b, n: _simulated(c, b, n, 0.0, np.median) <= b["p99_ms"])
 )
-wrong("15.C", "arrivals evenly spaced")(
+wrong("16.C", "arrivals evenly spaced")(
     _choose(lambda c, b, n: _simulated(c, b, n, even=True) <= b["p99_ms"])
 )
-wrong("15.C", "a wait of 0.4 of the limit")(_choose(_meets, wait=lambda b: 0.4 * b["p99_ms"]))
-wrong("15.C", "a wait of half of the limit")(_choose(_meets, wait=lambda b: 0.5 * b["p99_ms"]))
-wrong("15.C", "a file smaller than allowed, not exactly as large")(
+wrong("16.C", "a wait of 0.4 of the limit")(_choose(_meets, wait=lambda b: 0.4 * b["p99_ms"]))
+wrong("16.C", "a wait of half of the limit")(_choose(_meets, wait=lambda b: 0.5 * b["p99_ms"]))
+wrong("16.C", "a file smaller than allowed, not exactly as large")(
     _choose(_meets, size=lambda c, b: c["kb"] < b["kb"])
 )
-wrong("15.C", "more accurate than asked, not exactly so")(
+wrong("16.C", "more accurate than asked, not exactly so")(
     _choose(_meets, good=lambda c, b: c["right"] > b["right"])
 )
-wrong("15.C", "accuracy is not read")(_choose(_meets, good=lambda c, b: True))
-wrong("15.C", "the file's limit is not read")(
+wrong("16.C", "accuracy is not read")(_choose(_meets, good=lambda c, b: True))
+wrong("16.C", "the file's limit is not read")(
     _choose(_meets, size=lambda c, b: True, order=lambda c: c["fixed_ms"])
 )
-wrong("15.C", "the fastest that fits")(
+wrong("16.C", "the fastest that fits")(
     _choose(_meets, order=lambda c: c["fixed_ms"] + 4 * c["image_ms"])
 )
-wrong("15.C", "the most accurate that fits")(_choose(_meets, order=lambda c: -c["right"]))
-wrong("15.C", "one by one alone")(_choose(_meets, batches=(1,)))
-wrong("15.C", "one image an order")(
+wrong("16.C", "the most accurate that fits")(_choose(_meets, order=lambda c: -c["right"]))
+wrong("16.C", "one by one alone")(_choose(_meets, batches=(1,)))
+wrong("16.C", "one image an order")(
     _choose(lambda c, b, n: _simulated(c, b | {"images": 1}, n) <= b["p99_ms"])
 )
 
 
-@wrong("15.C", "the smallest file where nothing fits")
+@wrong("16.C", "the smallest file where nothing fits")
 def never_none(candidates, brief):
     got = _choose(_meets)(candidates, brief)
     return got or (min(candidates, key=lambda c: c["kb"])["name"], 64, 0.0)

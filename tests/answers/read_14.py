@@ -1,8 +1,8 @@
 """Wrong answers to chapter 14's exercises, by somebody who has read only their texts."""
 
-import itertools
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -11,64 +11,94 @@ from answers import wrong
 # ---- A
 
 
-@wrong("14.A", "read only: all heads, not the key heads")
-def all_heads(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * heads * (width // heads) * length * batch * bits / 8
+def _count(lengths, layers, kv_heads, head_width, bits, blocks):
+    return sum(map(blocks, lengths)) * 2 * layers * kv_heads * head_width * bits / 8
 
 
-@wrong("14.A", "read only: keys only")
-def keys_only(layers, heads, kv_heads, width, length, batch, bits):
-    return layers * kv_heads * (width // heads) * length * batch * bits / 8
+@wrong("14.A", "read only: positions, not blocks")
+def positions(lengths, layers, kv_heads, head_width, block, window, bits):
+    return _count(
+        lengths,
+        layers,
+        kv_heads,
+        head_width,
+        bits,
+        lambda n: n if window is None else min(n, window),
+    )
 
 
-@wrong("14.A", "read only: one text, right for a batch of one")
-def one_text(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * length * bits / 8
+@wrong("14.A", "read only: the first block goes once the text is longer than the window")
+def first_goes(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        gone = window is not None and n > window
+        return block * (math.ceil(n / block) - gone)
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
-@wrong("14.A", "read only: two layers, as in the example")
-def two_layers(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * 2 * kv_heads * (width // heads) * length * batch * bits / 8
+@wrong("14.A", "read only: blocks that lie partly before the window go, too")
+def partly_gone(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        before = 0 if window is None else max(0, n - window)
+        return block * (math.ceil(n / block) - math.ceil(before / block))
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
-@wrong("14.A", "read only: the key heads' share of the width, also where heads do not divide it")
-def share_of_width(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * (width * kv_heads // heads) * length * batch * bits / 8
+@wrong("14.A", "read only: a window of None is a window of one block")
+def none_is_a_block(lengths, layers, kv_heads, head_width, block, window, bits):
+    look = block if window is None else window
+
+    def blocks(n):
+        return block * (math.ceil(n / block) - max(0, n - look) // block)
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
-@wrong("14.A", "read only: a head's width is not rounded down")
-def not_rounded(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * width / heads * length * batch * bits / 8
+@wrong("14.A", "read only: two blocks for each text with a window, as in the example")
+def two_blocks(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        return block * (math.ceil(n / block) if window is None else min(2, math.ceil(n / block)))
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
-@wrong("14.A", "read only: the layers for the 2 of keys and values, right for two layers")
-def layers_squared(layers, heads, kv_heads, width, length, batch, bits):
-    return layers * layers * kv_heads * (width // heads) * length * batch * bits / 8
+@wrong("14.A", "read only: one text after the other in the same blocks")
+def one_after_the_other(lengths, layers, kv_heads, head_width, block, window, bits):
+    kept = [n if window is None else min(n, window) for n in lengths]
+    blocks = math.ceil(sum(kept) / block)
+    return blocks * block * 2 * layers * kv_heads * head_width * bits / 8
 
 
-@wrong("14.A", "read only: whole bytes a number, 4 bits become none")
-def whole_bytes(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * length * batch * (bits // 8)
+@wrong("14.A", "read only: keys and values are one")
+def one_of_two(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        before = 0 if window is None else max(0, n - window)
+        return block * (math.ceil(n / block) - before // block)
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks) / 2
 
 
-@wrong("14.A", "read only: always 16 bits")
-def sixteen_bits(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * length * batch * 2
+@wrong("14.A", "read only: the window counts from the start of the text")
+def from_the_start(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        return block * math.ceil(min(n, n if window is None else window) / block)
+
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
-@wrong("14.A", "read only: the last position is not kept")
-def one_position_less(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * kv_heads * (width // heads) * max(10, length - 1) * batch * bits / 8
+@wrong("14.A", "read only: the bytes of one block, however many")
+def one_block(lengths, layers, kv_heads, head_width, block, window, bits):
+    return block * 2 * layers * kv_heads * head_width * bits / 8
 
 
-@wrong("14.A", "read only: query heads a key head instead of key heads, 4 / 2 = 2 in the example")
-def group_size(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * (heads // kv_heads) * (width // heads) * length * batch * bits / 8
+@wrong("14.A", "read only: the text on its way takes one position more")
+def one_more(lengths, layers, kv_heads, head_width, block, window, bits):
+    def blocks(n):
+        before = 0 if window is None else max(0, n - window)
+        return block * (math.ceil((n + 1) / block) - before // block)
 
-
-@wrong("14.A", "read only: half of the width, right for two query heads a key head")
-def half_width(layers, heads, kv_heads, width, length, batch, bits):
-    return 2 * layers * (width // 2) * length * batch * bits / 8
+    return _count(lengths, layers, kv_heads, head_width, bits, blocks)
 
 
 # ---- B
@@ -245,149 +275,68 @@ def in_a_global(q, k, v, past, kept=[None]):  # noqa: B006
 # ---- C
 
 
-def _allocate(options, budget, *, fits=lambda b, budget: b <= budget):
-    states = [(0, 0.0, [])]
-    for part in options:
-        grown = sorted(
-            (b + part[j][0], loss + part[j][1], [*picks, j])
-            for b, loss, picks in states
-            for j in range(len(part))
-        )
-        states, best = [], math.inf
-        for b, loss, picks in grown:
-            if loss < best:
-                states.append((b, loss, picks))
-                best = loss
-    good = [s for s in states if fits(s[0], budget)]
-    return min(good, key=lambda s: s[1])[2] if good else None
+@wrong("14.C", "read only: keeps the likelier half")
+def likelier_half(p, q):
+    return (p >= np.median(p)).astype(float), p
 
 
-def _bytes(options, picks):
-    return sum(part[j][0] for part, j in zip(options, picks, strict=True))
+@wrong("14.C", "read only: keeps all where p and q agree within 5%, otherwise as the ratio; from p")
+def nearly(p, q):
+    ratio = p / np.where(q > 0, q, 1)
+    return np.where(np.abs(ratio - 1) < 0.05, 1, np.clip(ratio, 0, 1)), p
 
 
-def _loss(options, picks):
-    return sum(part[j][1] for part, j in zip(options, picks, strict=True))
+@wrong("14.C", "read only: 0.7 for all, as in the example")
+def as_in_the_example(p, q):
+    keep = np.full_like(p, 0.7)
+    rest = np.clip(p - 0.7 * q, 0, None)
+    return keep, rest / rest.sum() if rest.sum() else p
 
 
-@wrong("14.C", "read only: the budget itself is too much")
-def strict_budget(options, budget):
-    return _allocate(options, budget, fits=lambda b, budget: b < budget)
+@wrong("14.C", "read only: a difference of logarithms")
+def logarithms(p, q):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keep = np.exp(np.log(p) - np.log(q))
+    rest = np.clip(p - q, 0, None)
+    return np.nan_to_num(keep, nan=0.0, posinf=1.0), rest / max(rest.sum(), 1e-9)
 
 
-@wrong("14.C", "read only: a loss below 0 counts as none")
-def no_negative(options, budget):
-    return _allocate([[(b, max(0.0, loss)) for b, loss in part] for part in options], budget)
+@wrong("14.C", "read only: in float16")
+def half_precision(p, q):
+    a, b = p.astype(np.float16), q.astype(np.float16)
+    rest = np.clip(a - b, 0, None)
+    return np.minimum(1, a / np.where(b > 0, b, 1)), rest / rest.sum() if rest.sum() else a
 
 
-@wrong("14.C", "read only: the first option is the largest, the next the next smaller")
-def in_order(options, budget):
-    picks = [0] * len(options)
-    while _bytes(options, picks) > budget:
-        steps = [
-            (options[i][j + 1][1] - options[i][j][1], i)
-            for i, j in enumerate(picks)
-            if j + 1 < len(options[i])
-        ]
-        if not steps:
-            return None
-        picks[min(steps)[1]] += 1
-    return picks
+@wrong("14.C", "read only: equal chances instead")
+def equal_chances(p, q):
+    return np.minimum(1, p / np.where(q > 0, q, 1)), np.full_like(p, 1 / len(p))
 
 
-@wrong("14.C", "read only: greedy, the least loss a byte first")
-def greedy(options, budget):
-    picks = [min(range(len(p)), key=lambda j, p=p: (p[j][1], p[j][0])) for p in options]
-    while _bytes(options, picks) > budget:
-        steps = [
-            ((part[j][1] - part[at][1]) / (part[at][0] - part[j][0]), i, j)
-            for i, (part, at) in enumerate(zip(options, picks, strict=True))
-            for j in range(len(part))
-            if part[j][0] < part[at][0]
-        ]
-        if not steps:
-            return None
-        _, i, j = min(steps)
-        picks[i] = j
-    return picks
+@wrong("14.C", "read only: the overlap, not the share of the guesses")
+def overlap(p, q):
+    rest = np.clip(p - q, 0, None)
+    return np.minimum(p, q), rest / rest.sum() if rest.sum() else p
 
 
-@wrong("14.C", "read only: a price for bytes, so only the convex hull is found")
-def convex_hull(options, budget):
-    best = None
-    for price in [0.0, *(2.0**k for k in range(-40, 20))]:
-        picks = [min(range(len(p)), key=lambda j, p=p: p[j][1] + price * p[j][0]) for p in options]
-        if _bytes(options, picks) <= budget and (
-            best is None or _loss(options, picks) < _loss(options, best)
-        ):
-            best = picks
-    return best
+@wrong("14.C", "read only: nan for tokens that are never guessed")
+def nan_for_others(p, q):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        keep = np.minimum(1, p / q) + 0 * (q / q)
+    rest = np.clip(p - q, 0, None)
+    return keep, rest / rest.sum() if rest.sum() else p
 
 
-@wrong("14.C", "read only: an empty list where nothing fits")
-def empty_list(options, budget):
-    return _allocate(options, budget) or []
+@wrong("14.C", "read only: three tokens, whatever comes")
+def three_tokens(p, q):
+    keep = np.minimum(1, p / np.where(q > 0, q, 1))[:3]
+    rest = np.clip(p - q, 0, None)[:3]
+    return keep, rest / rest.sum() if rest.sum() else p[:3]
 
 
-@wrong("14.C", "read only: the smallest where nothing fits")
-def smallest(options, budget):
-    found = _allocate(options, budget)
-    return found or [min(range(len(p)), key=lambda j, p=p: p[j][0]) for p in options]
-
-
-@wrong("14.C", "read only: an even share of the budget for each part")
-def even_share(options, budget):
-    picks = []
-    for part in options:
-        good = [j for j in range(len(part)) if part[j][0] <= budget / len(options)]
-        if not good:
-            return None
-        picks.append(min(good, key=lambda j: part[j][1]))
-    return picks
-
-
-@wrong("14.C", "read only: sorts each part's options in place and returns places in that order")
-def sorted_places(options, budget):
-    for part in options:
-        part.sort(reverse=True)
-    return _allocate(options, budget)
-
-
-@wrong("14.C", "read only: the largest number of bytes within the budget")
-def most_bytes(options, budget):
-    picks, best = None, -1
-    for trial in itertools.islice(itertools.product(*[range(len(p)) for p in options]), 5000):
-        b = _bytes(options, trial)
-        if best < b <= budget:
-            picks, best = list(trial), b
-    return picks
-
-
-@wrong("14.C", "read only: two options a part at most")
-def two_options(options, budget):
-    return _allocate([part[:2] for part in options], budget)
-
-
-@wrong("14.C", "read only: bytes in thousands, rounded down")
-def thousands(options, budget):
-    return _allocate([[(b // 1000, loss) for b, loss in part] for part in options], budget // 1000)
-
-
-@wrong("14.C", "read only: the same place in every part")
-def same_place(options, budget):
-    n = min(map(len, options), default=0)
-    good = [[j] * len(options) for j in range(n) if _bytes(options, [j] * len(options)) <= budget]
-    return min(good, key=lambda p: _loss(options, p), default=None)
-
-
-@wrong("14.C", "read only: the least of the largest loss, not of the sum")
-def least_of_largest(options, budget):
-    limits = sorted({loss for part in options for _, loss in part})
-    for limit in limits:
-        kept = [
-            [(b, loss) if loss <= limit else (math.inf, loss) for b, loss in p] for p in options
-        ]
-        picks = [min(range(len(p)), key=lambda j, p=p: p[j][0]) for p in kept]
-        if _bytes(kept, picks) <= budget:
-            return picks
-    return None
+@wrong("14.C", "read only: the first time's answer again")
+def remembers(p, q, kept=[]):  # noqa: B006
+    if not kept:
+        rest = np.clip(p - q, 0, None)
+        kept.append((np.minimum(1, p / np.where(q > 0, q, 1)), rest / rest.sum()))
+    return kept[0]

@@ -1,4 +1,4 @@
-"""Wrong answers to chapter 15's exercises, by somebody who has read only their texts."""
+"""Wrong answers to chapter 16's exercises, by somebody who has read only their texts."""
 
 import heapq
 import math
@@ -27,68 +27,68 @@ def _share(measured, target):
     return target / measured if measured > 0 else math.inf
 
 
-@wrong("15.A", "read only: the same quotient for at least")
+@wrong("16.A", "read only: the same quotient for at least")
 def same_quotient(requirements):
     return _binding(requirements, lambda m, t: m / t)
 
 
-@wrong("15.A", "read only: fails where nothing is there")
+@wrong("16.A", "read only: fails where nothing is there")
 def nothing_there(requirements):
     return _binding(requirements, lambda m, t: t / m)
 
 
-@wrong("15.A", "read only: 0 where nothing is there")
+@wrong("16.A", "read only: 0 where nothing is there")
 def zero_where_nothing(requirements):
     return _binding(requirements, lambda m, t: t / m if m > 0 else 0.0)
 
 
-@wrong("15.A", "read only: a large number where nothing is there")
+@wrong("16.A", "read only: a large number where nothing is there")
 def large_number(requirements):
     return _binding(requirements, lambda m, t: t / max(m, 1e-9))
 
 
-@wrong("15.A", "read only: 2 minus the quotient, 1 at the limit and infinite never")
+@wrong("16.A", "read only: 2 minus the quotient, 1 at the limit and infinite never")
 def two_minus(requirements):
     return _binding(requirements, lambda m, t: 2 - m / t if m > 0 else math.inf)
 
 
-@wrong("15.A", "read only: 1 plus the gap in the target's units")
+@wrong("16.A", "read only: 1 plus the gap in the target's units")
 def gap(requirements):
     return _binding(requirements, lambda m, t: 1 + t - m if m > 0 else math.inf)
 
 
-@wrong("15.A", "read only: never below 1")
+@wrong("16.A", "read only: never below 1")
 def never_below_one(requirements):
     return _binding(requirements, lambda m, t: max(1.0, _share(m, t)))
 
 
-@wrong("15.A", "read only: 1 if it is met, else the quotient")
+@wrong("16.A", "read only: 1 if it is met, else the quotient")
 def one_or_nothing(requirements):
     return _binding(requirements, lambda m, t: 0.0 if m >= t else _share(m, t))
 
 
-@wrong("15.A", "read only: the smallest share")
+@wrong("16.A", "read only: the smallest share")
 def smallest(requirements):
     return _binding(requirements, _share, pick=min)
 
 
-@wrong("15.A", "read only: what was not measured is passed over")
+@wrong("16.A", "read only: what was not measured is passed over")
 def passed_over(requirements):
     return _binding(requirements, _share, nan=0.0)
 
 
-@wrong("15.A", "read only: what was not measured is just at its limit")
+@wrong("16.A", "read only: what was not measured is just at its limit")
 def at_its_limit(requirements):
     return _binding(requirements, _share, nan=1.0)
 
 
-@wrong("15.A", "read only: in whole percent")
+@wrong("16.A", "read only: in whole percent")
 def whole_percent(requirements):
     name, share = _binding(requirements, _share)
     return name, share if math.isinf(share) else round(share, 2)
 
 
-@wrong("15.A", "read only: the last requirement of a kind only")
+@wrong("16.A", "read only: the last requirement of a kind only")
 def last_of_a_kind(requirements):
     kinds = {}
     for requirement in requirements:
@@ -96,7 +96,7 @@ def last_of_a_kind(requirements):
     return _binding(list(kinds.values()), _share)
 
 
-@wrong("15.A", "read only: less than 1 where a whole one is asked counts as nothing")
+@wrong("16.A", "read only: less than 1 where a whole one is asked counts as nothing")
 def below_one(requirements):
     return _binding(requirements, lambda m, t: t / m if int(m) else math.inf)
 
@@ -113,22 +113,22 @@ def _front(points, *, dominates=None, order=lambda p: p[1], names=True):
     return [p[0] for p in kept] if names else kept
 
 
-@wrong("15.B", "read only: only what is worse in both is dominated")
+@wrong("16.B", "read only: only what is worse in both is dominated")
 def worse_in_both(points):
     return _front(points, dominates=lambda a, b: a[1] < b[1] and a[2] > b[2])
 
 
-@wrong("15.B", "read only: equal accuracy at more time is not dominated")
+@wrong("16.B", "read only: equal accuracy at more time is not dominated")
 def equal_accuracy(points):
     return _front(points, dominates=lambda a, b: a[1] <= b[1] and a[2] > b[2])
 
 
-@wrong("15.B", "read only: equal time at less accuracy is not dominated")
+@wrong("16.B", "read only: equal time at less accuracy is not dominated")
 def equal_time(points):
     return _front(points, dominates=lambda a, b: a[1] < b[1] and a[2] >= b[2])
 
 
-@wrong("15.B", "read only: of two equal ones the first alone stays")
+@wrong("16.B", "read only: of two equal ones the first alone stays")
 def first_of_equals(points):
     best, found = -math.inf, []
     for name, _, right in sorted(points, key=lambda p: (p[1], -p[2])):
@@ -138,7 +138,7 @@ def first_of_equals(points):
     return found
 
 
-@wrong("15.B", "read only: of two equal ones none stays")
+@wrong("16.B", "read only: of two equal ones none stays")
 def none_of_equals(points):
     return [
         p[0]
@@ -147,33 +147,33 @@ def none_of_equals(points):
     ]
 
 
-@wrong("15.B", "read only: in the order of the list")
+@wrong("16.B", "read only: in the order of the list")
 def order_of_list(points):
     return _front(points, order=None)
 
 
-@wrong("15.B", "read only: the slowest first")
+@wrong("16.B", "read only: the slowest first")
 def slowest_first(points):
     return _front(points)[::-1]
 
 
-@wrong("15.B", "read only: of equally fast ones, the order of the names")
+@wrong("16.B", "read only: of equally fast ones, the order of the names")
 def order_of_names(points):
     return _front(points, order=lambda p: (p[1], p[0]))
 
 
-@wrong("15.B", "read only: of equally fast ones, the order of the list from behind")
+@wrong("16.B", "read only: of equally fast ones, the order of the list from behind")
 def from_behind(points):
     return _front(points[::-1])
 
 
-@wrong("15.B", "read only: sorts the caller's list")
+@wrong("16.B", "read only: sorts the caller's list")
 def sorts_the_list(points):
     points.sort(key=lambda p: p[1])
     return _front(points)
 
 
-@wrong("15.B", "read only: compared with the neighbour in time only")
+@wrong("16.B", "read only: compared with the neighbour in time only")
 def neighbour(points):
     ordered = sorted(points, key=lambda p: p[1])
     return [
@@ -183,28 +183,28 @@ def neighbour(points):
     ]
 
 
-@wrong("15.B", "read only: the fastest and the most accurate alone")
+@wrong("16.B", "read only: the fastest and the most accurate alone")
 def two_ends(points):
     found = _front(points)
     return found if len(found) < 3 else [found[0], found[-1]]
 
 
-@wrong("15.B", "read only: the last point of the list is not looked at")
+@wrong("16.B", "read only: the last point of the list is not looked at")
 def without_last(points):
     return _front(points[:-1])
 
 
-@wrong("15.B", "read only: points, not names")
+@wrong("16.B", "read only: points, not names")
 def whole_points(points):
     return _front(points, names=False)
 
 
-@wrong("15.B", "read only: fast and inaccurate are mixed up, less accuracy is better")
+@wrong("16.B", "read only: fast and inaccurate are mixed up, less accuracy is better")
 def less_accuracy(points):
     return _front([(name, ms, -right) for name, ms, right in points])
 
 
-@wrong("15.B", "read only: within a hundredth is equal")
+@wrong("16.B", "read only: within a hundredth is equal")
 def within_a_hundredth(points):
     return _front(
         points,
@@ -249,7 +249,7 @@ def _choose(candidates, brief, *, fits=None, key=lambda c: c["kb"], policy=_poli
     return None
 
 
-@wrong("15.C", "read only: the size is not looked at")
+@wrong("16.C", "read only: the size is not looked at")
 def no_size(candidates, brief):
     def fits(c):
         return c["right"] >= brief["right"]
@@ -257,12 +257,12 @@ def no_size(candidates, brief):
     return _choose(candidates, brief, fits=fits, key=lambda c: -c["kb"])
 
 
-@wrong("15.C", "read only: the accuracy is not looked at")
+@wrong("16.C", "read only: the accuracy is not looked at")
 def no_accuracy(candidates, brief):
     return _choose(candidates, brief, fits=lambda c: c["kb"] <= brief["kb"])
 
 
-@wrong("15.C", "read only: size and accuracy just at their limits are left")
+@wrong("16.C", "read only: size and accuracy just at their limits are left")
 def strict_limits(candidates, brief):
     def fits(c):
         return c["kb"] < brief["kb"] and c["right"] > brief["right"]
@@ -270,17 +270,17 @@ def strict_limits(candidates, brief):
     return _choose(candidates, brief, fits=fits)
 
 
-@wrong("15.C", "read only: the most accurate instead of the smallest")
+@wrong("16.C", "read only: the most accurate instead of the smallest")
 def most_accurate(candidates, brief):
     return _choose(candidates, brief, key=lambda c: -c["right"])
 
 
-@wrong("15.C", "read only: the fastest instead of the smallest")
+@wrong("16.C", "read only: the fastest instead of the smallest")
 def fastest(candidates, brief):
     return _choose(candidates, brief, key=lambda c: c["fixed_ms"] + c["image_ms"] * brief["images"])
 
 
-@wrong("15.C", "read only: the first of the list that can")
+@wrong("16.C", "read only: the first of the list that can")
 def first_of_list(candidates, brief):
     return _choose(candidates, brief, key=lambda c: 0)
 
@@ -289,7 +289,7 @@ def _one_call(candidate, brief, most=1):
     return candidate["fixed_ms"] + candidate["image_ms"] * most * brief["images"]
 
 
-@wrong("15.C", "read only: the time of one call, as if nobody queued")
+@wrong("16.C", "read only: the time of one call, as if nobody queued")
 def nobody_queues(candidates, brief):
     def policy(candidate, brief):
         fits = _one_call(candidate, brief) <= brief["p99_ms"]
@@ -298,13 +298,13 @@ def nobody_queues(candidates, brief):
     return _choose(candidates, brief, policy=policy)
 
 
-@wrong("15.C", "read only: an order has one image")
+@wrong("16.C", "read only: an order has one image")
 def one_image(candidates, brief):
     one = {**brief, "images": 1}
     return _choose(candidates, brief, policy=lambda c, b: _policy(c, one))
 
 
-@wrong("15.C", "read only: batches of one order only, None where they do not suffice")
+@wrong("16.C", "read only: batches of one order only, None where they do not suffice")
 def one_order(candidates, brief):
     def policy(candidate, brief):
         fits = _p99(candidate, brief, 1, 0.0) <= brief["p99_ms"]
@@ -313,25 +313,25 @@ def one_order(candidates, brief):
     return _choose(candidates, brief, policy=policy)
 
 
-@wrong("15.C", "read only: waits as long as the promise is")
+@wrong("16.C", "read only: waits as long as the promise is")
 def waits_for_promise(candidates, brief):
     found = _choose(candidates, brief)
     return found and (found[0], 64 * brief["images"], float(brief["p99_ms"]))
 
 
-@wrong("15.C", "read only: the right one, deployed one image at a time")
+@wrong("16.C", "read only: the right one, deployed one image at a time")
 def one_at_a_time(candidates, brief):
     found = _choose(candidates, brief)
     return found and (found[0], 1, 0.0)
 
 
-@wrong("15.C", "read only: one that can't where none can")
+@wrong("16.C", "read only: one that can't where none can")
 def never_none(candidates, brief):
     found = _choose(candidates, brief)
     return found or (min(candidates, key=lambda c: c["kb"])["name"], 8, 0.0)
 
 
-@wrong("15.C", "read only: the rate is met by the mean, the tail is not looked at")
+@wrong("16.C", "read only: the rate is met by the mean, the tail is not looked at")
 def mean_rate(candidates, brief):
     def policy(candidate, brief):
         busy = brief["rate"] / 1000 * _one_call(candidate, brief, 64) / 64
@@ -340,7 +340,7 @@ def mean_rate(candidates, brief):
     return _choose(candidates, brief, policy=policy)
 
 
-@wrong("15.C", "read only: the mean latency instead of the tail")
+@wrong("16.C", "read only: the mean latency instead of the tail")
 def mean_latency(candidates, brief):
     def policy(candidate, brief):
         load = brief["rate"] / 1000 * _one_call(candidate, brief)
@@ -352,18 +352,18 @@ def mean_latency(candidates, brief):
     return _choose(candidates, brief, policy=policy)
 
 
-@wrong("15.C", "read only: the whole candidate instead of its name")
+@wrong("16.C", "read only: the whole candidate instead of its name")
 def whole_candidate(candidates, brief):
     found = _choose(candidates, brief)
     return found and (next(c for c in candidates if c["name"] == found[0]), *found[1:])
 
 
-@wrong("15.C", "read only: the smallest file must do, else None")
+@wrong("16.C", "read only: the smallest file must do, else None")
 def smallest_or_none(candidates, brief):
     smallest = heapq.nsmallest(1, candidates, key=lambda c: c["kb"])
     return _choose(smallest, brief)
 
 
-@wrong("15.C", "read only: the largest file that fits")
+@wrong("16.C", "read only: the largest file that fits")
 def largest(candidates, brief):
     return _choose(candidates, brief, key=lambda c: -c["kb"])
