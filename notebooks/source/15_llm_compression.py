@@ -112,7 +112,7 @@ print(f"perplexity {base.mean().exp():.3f} a byte, on {base.numel()} bytes")
 # 256 bytes, three sentences or so (64 tokens of the large model), and the blocks make the interval.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def rise(base, other, block=256):
     """Rise of the perplexity in percent, paired; the interval is over blocks of text."""
     d = measure.paired_t((other - base).reshape(-1, block).mean(1).tolist())
