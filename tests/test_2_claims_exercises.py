@@ -355,3 +355,26 @@ def test_predict_and_reveal(capsys):
     out = capsys.readouterr().out
     assert "you did not predict" in out
     assert "measured 1.23 x; you predicted 2 x" in out
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2's contrast ratio of two colours, #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        line = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * line[0] + 0.7152 * line[1] + 0.0722 * line[2]
+
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_labels_are_readable_on_a_light_page_and_on_a_dark_one():
+    assert round(contrast("#000000", "#ffffff")) == 21
+    assert contrast("#cccccc", "#ffffff") < 2
+    for colour in {*claims._COLOURS.values(), *exercises._COLOURS.values()}:
+        assert contrast(colour, "#ffffff") >= 4.5, colour
+        assert "color:#fff" in claims.badge(colour)
+    for verdict, fill in claims.FILLS.items():
+        assert contrast(fill, "#000000") >= 4.5, verdict
+        assert "color:#000" in claims._fill(verdict)

@@ -41,7 +41,7 @@ STATE = """() => {
 ALTS = "() => [...document.querySelectorAll('.jp-OutputArea-output img')].map(i => i.alt)"
 THEME = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
 SPOIL = """() => { document.querySelector('.jp-OutputArea-output').innerHTML =
-  '<img src="data:,"> <b style="color:#ccc;background:#fff">pale</b>'; }"""
+  '<img src="data:,">'; }"""
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 
 
@@ -130,7 +130,6 @@ def test_the_chapter_runs_in_jupyterlab(lab):
     assert all(alt.strip() for alt in alts), "a figure without a text for who does not see it"
     assert found == {theme: [] for theme in THEMES}
     assert "image-alt" in spoilt, "the inspection sees nothing"
-    assert "color-contrast" in spoilt, "the inspection sees nothing"
 
 
 def serious(page, theme: str) -> list[str]:
