@@ -195,24 +195,16 @@ def train(
         optimizer.step()
 
 
-def against_bits(
-    points: Mapping[str, tuple[float, measure.Interval]], *, title: str, alt: str
-) -> None:
-    """One labelled point a format: bits a weight against the rise of the perplexity in percent.
+def formats(points: dict[str, tuple[float, measure.Interval]], *, title: str, alt: str) -> None:
+    """A row for each format, with its bits a weight: its rise of the perplexity with the interval.
 
-    >>> point = (4.5, measure.Interval(1.2, 1.0, 1.4, "%"))
-    >>> against_bits({"NVFP4": point}, title="1.2%", alt="One point at 4.5 bits.")
-    Figure: One point at 4.5 bits.
+    >>> formats({"INT4": (4.25, measure.Interval(0.4, 0.2, 0.6))}, title="", alt="One row.")
+    Figure: One row.
     """
-    figure, ax = plots.axes(
-        "bits a weight, scales counted", "rise of the perplexity (%)", title=title
-    )
-    for i, (name, (bits, rise)) in enumerate(points.items()):
-        ends = [[rise.value - rise.low], [rise.high - rise.value]]
-        colour = plots.COLOURS[i % len(plots.COLOURS)]
-        marker = plots.MARKERS[i % len(plots.MARKERS)]
-        ax.errorbar(bits, rise.value, yerr=ends, fmt=marker, color=colour, capsize=3, label=name)
-    ax.axhline(0, color="0.4", linewidth=1)
-    ax.set_yscale("symlog", linthresh=0.1)
-    ax.legend(fontsize=8)
+    figure, ax = plots.axes("rise of the perplexity (%)", "", title=title, height=2.8)
+    for row, (_, i) in enumerate(points.values()):
+        ax.errorbar(i.value, row, xerr=[[i.value - i.low], [i.high - i.value]], fmt="o", capsize=3)
+    ax.axvline(0, color="0.4", linewidth=1)
+    ax.set_yticks(range(len(points)), [f"{n}: {bits:.2f} bits" for n, (bits, _) in points.items()])
+    ax.invert_yaxis()
     plots.show(figure, alt)

@@ -123,19 +123,10 @@ def blank(config: llm.Config, seed: int) -> dict[str, Tensor]:
     1476288
     """
     draw = torch.Generator().manual_seed(seed)
-    kv, c = config.kv_heads * config.head_width, config
-    shapes = {
-        "q": (c.width, c.width),
-        "k": (kv, c.width),
-        "v": (kv, c.width),
-        "o": (c.width, c.width),
-        "gate": (c.hidden, c.width),
-        "up": (c.hidden, c.width),
-        "down": (c.width, c.hidden),
-    }
+    c = config
     weights = {"embed": 0.05 * torch.randn(c.vocabulary, c.width, generator=draw)}
     for i in range(c.layers):
-        for name, shape in shapes.items():
+        for name, shape in c.layer.items():
             size = shape[1] ** -0.5
             if name in ("o", "down"):  # what is added to x starts small in a deep model
                 size /= math.sqrt(2 * c.layers)

@@ -57,6 +57,13 @@ class Config:
     def head_width(self) -> int:
         return self.width // self.heads
 
+    @property
+    def layer(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear layer of a block, by its short name."""
+        kv, width, up = self.kv_heads * self.head_width, self.width, (self.hidden, self.width)
+        attention = {"q": (width, width), "k": (kv, width), "v": (kv, width), "o": (width, width)}
+        return attention | {"gate": up, "up": up, "down": up[::-1]}
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -203,18 +210,8 @@ def random_model(why: machine.Skip) -> Model:
     """
     c = Config(layers=3, width=128, heads=4, kv_heads=2, hidden=256, vocabulary=256, context=2048)
     draw = torch.Generator().manual_seed(0)
-    kv = c.kv_heads * c.head_width
-    shapes = {
-        "q": (c.width, c.width),
-        "k": (kv, c.width),
-        "v": (kv, c.width),
-        "o": (c.width, c.width),
-        "gate": (c.hidden, c.width),
-        "up": (c.hidden, c.width),
-        "down": (c.width, c.hidden),
-    }
     names = {"embed": (c.vocabulary, c.width)} | {
-        f"{i}.{n}": s for i in range(c.layers) for n, s in shapes.items()
+        f"{i}.{n}": s for i in range(c.layers) for n, s in c.layer.items()
     }
     weights = {
         n: torch.randn(shape, generator=draw) / shape[1] ** 0.5 for n, shape in names.items()

@@ -265,9 +265,8 @@ def _two_cores() -> "Skip | bool":
 
 def _full() -> "Skip | bool":
     profile = os.environ.get("COURSE_PROFILE", "fast")
-    return profile == "full" or Skip(
-        "profile", f"this part runs in the profile full, and this is {profile}."
-    )
+    reason = f"this part runs in the profile full, and this is {profile}."
+    return profile == "full" or Skip("profile", reason)
 
 
 _USUAL = "Get it with: make setup; DeepSpeed and Model Optimizer with: make setup-extended."
@@ -277,20 +276,14 @@ _REMEDIES = {  # what no set-up of the course installs: it would fix the version
 
 
 def _package(name: str) -> "Skip | bool":
-    spec = importlib.util.find_spec(name)
-    return spec is not None or Skip(
-        "package",
-        f"the package {name} is not installed.",
-        _REMEDIES.get(name, _USUAL),
-    )
+    missing = Skip("package", f"the package {name} is not installed.", _REMEDIES.get(name, _USUAL))
+    return importlib.util.find_spec(name) is not None or missing
 
 
 def _memory(gigabytes: float) -> "Skip | bool":
     have = memory_gb()
-    return have >= gigabytes or Skip(
-        "memory",
-        f"{gigabytes:g} GB of memory are needed; this machine lets the course use {have:.1f}.",
-    )
+    reason = f"{gigabytes:g} GB of memory are needed; this machine lets the course use {have:.1f}."
+    return have >= gigabytes or Skip("memory", reason)
 
 
 _CHECKS = {

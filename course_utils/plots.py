@@ -7,10 +7,7 @@ finished with `show`, and `explore`, which returns a figure with sliders.
 
 import io
 import os
-from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -21,9 +18,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from course_utils.measure.stats import Interval
+from course_utils.sliders import as_html, explore
 
-if TYPE_CHECKING:
-    from ipywidgets import VBox
+__all__ = ["COLOURS", "MARKERS", "axes", "bars", "explore", "intervals", "lines", "plain_log"]
+__all__ += ["seeds", "show", "verdicts"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette (2008), told apart with every common form of colour blindness."""
@@ -90,50 +88,8 @@ def show(figure: Figure, alt: str) -> None:
         return
     bundle = {"image/png": buffer.getvalue(), "text/plain": f"Figure: {alt}"}
     if os.environ.get("COURSE_FIGURES") != "png":
-        bundle["text/html"] = _as_html(buffer.getvalue(), alt)
+        bundle["text/html"] = as_html(buffer.getvalue(), alt)
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
-
-
-def explore(picture: Callable[..., None], **knobs: object) -> "VBox":
-    """Sliders over a figure: `picture` shows one by `show`, and is called again with a knob's new
-    value.
-
-    A knob is a widget (`ipywidgets.IntSlider(...)`) or a list of choices. In place of
-    `ipywidgets.interact`, whose Output widget sometimes leaves papermill waiting for ever: to fill
-    it, papermill sends on the socket on which it awaits the cell's reply, and the reply is then not
-    noticed (nbclient's issue 312).
-
-    >>> def picture(n):
-    ...     lines([1, 2], {"n·x": [n, 2 * n]}, xlabel="x", ylabel="y", title="", alt="A line.")
-    >>> explore(picture, n=[1, 2, 4])  # doctest: +SKIP
-    VBox(children=(Dropdown(description='n', options=(1, 2, 4), value=1), HTML(value='<img …')))
-    """
-    import ipywidgets
-    from IPython.utils.capture import capture_output
-
-    knobs = {
-        n: k if isinstance(k, ipywidgets.Widget) else ipywidgets.Dropdown(options=k)
-        for n, k in knobs.items()
-    }
-    frame = ipywidgets.HTML()
-
-    def draw() -> None:
-        with capture_output() as shown:
-            picture(**{name: knob.value for name, knob in knobs.items()})
-        pictures = ((o.data["image/png"], o.metadata["image/png"]["alt"]) for o in shown.outputs)
-        frame.value = "".join(_as_html(png, alt) for png, alt in pictures)
-
-    def redraw(_: object) -> None:
-        try:
-            draw()
-        except Exception as error:  # a slider's error is lost in the log of the kernel otherwise
-            frame.value = f"<pre>{escape(f'{type(error).__name__}: {error}')}</pre>"
-
-    for name, knob in knobs.items():
-        knob.description = knob.description or name
-        knob.observe(redraw, "value")
-    draw()
-    return ipywidgets.VBox([*knobs.values(), frame])
 
 
 def plain_log(axis: Axis) -> None:
@@ -338,9 +294,3 @@ def _ends(values: Sequence["Interval | float"]) -> tuple[np.ndarray, np.ndarray,
     ]
     middle, low, high = np.array(triples, dtype=float).reshape(-1, 3).T
     return middle, low, high
-
-
-def _as_html(png: bytes, alt: str) -> str:
-    """A figure as an image that carries its alternative text."""
-    data = b64encode(png).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

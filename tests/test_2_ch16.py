@@ -26,6 +26,7 @@ from course_utils import (
     measure,
     plots,
     serving,
+    techniques,
 )
 from course_utils.course import build, report, run
 from course_utils.course.chapters import chapters
@@ -388,7 +389,7 @@ def row(claim: str, verdict: str) -> dict:
 
 
 def test_every_technique_names_claims_that_exist_and_says_what_the_ledger_says():
-    table = claims.techniques([row("06.two_to_three_times_faster", claims.FAILS)])
+    table = techniques.table([row("06.two_to_three_times_faster", claims.FAILS)])
     said = {i: v for r in table.rows for i, _, v in r["verdicts"]}
     assert said["06.two_to_three_times_faster"] == claims.FAILS
     assert said["03.half_the_macs_is_half_the_time"] is None
@@ -448,10 +449,10 @@ def test_a_chapter_run_after_others_finds_their_verdicts_and_does_not_count_them
 
 
 def test_nan_does_not_look_like_a_changed_input():
-    from course_utils import exercises
+    from course_utils import probe
 
-    assert exercises.same([("a", math.nan)], [("a", math.nan)])
-    assert not exercises.same([("a", math.nan)], [("a", 1.0)])
+    assert probe.same([("a", math.nan)], [("a", math.nan)])
+    assert not probe.same([("a", math.nan)], [("a", 1.0)])
 
 
 def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from course_utils import claims, exercises, machine, measure
+from course_utils import claims, exercises, machine, measure, probe, techniques
 from course_utils.checks.clock import Clock, told_to
 from course_utils.exercises import Probe, Wrong, check
 
@@ -327,16 +327,16 @@ def test_an_unknown_exercise_names_the_nearest(double):
 
 def test_same_knows_tensors_arrays_and_modules():
     a = torch.tensor([1.0, float("nan")])
-    assert exercises.same({"x": [a, np.array([1.0])]}, {"x": [a.clone(), np.array([1.0])]})
-    assert not exercises.same(a, a + 1)
-    assert not exercises.same([1], [1, 2])
+    assert probe.same({"x": [a, np.array([1.0])]}, {"x": [a.clone(), np.array([1.0])]})
+    assert not probe.same(a, a + 1)
+    assert not probe.same([1], [1, 2])
     net = torch.nn.Linear(2, 2)
     import copy
 
     other = copy.deepcopy(net)
-    assert exercises.same(net, other)
+    assert probe.same(net, other)
     other.weight.data += 1
-    assert not exercises.same(net, other)
+    assert not probe.same(net, other)
 
 
 def test_fails_shows_the_error_and_notices_when_there_is_none(capsys):
@@ -377,4 +377,4 @@ def test_labels_are_readable_on_a_light_page_and_on_a_dark_one():
         assert "color:#fff" in claims.badge(colour)
     for verdict, fill in claims.FILLS.items():
         assert contrast(fill, "#000000") >= 4.5, verdict
-        assert "color:#000" in claims._fill(verdict)
+        assert "color:#000" in techniques._fill(verdict)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from course_utils.checks.accept import apart, said, sequence, whole
-from course_utils.exercises import Probe, Wrong, exercise, shown
+from course_utils.exercises import Probe, Wrong, exercise
+from course_utils.probe import shown
 
 
 @exercise("03.A")

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.checks.accept import apart, close, number, said, sequence
-from course_utils.exercises import Probe, Wrong, exercise, shown
+from course_utils.exercises import Probe, Wrong, exercise
 from course_utils.onnx_node import onnx_reference
+from course_utils.probe import shown
 
 
 @exercise("05.A")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import tempfile
-import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,35 +29,31 @@ KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language":
 QUIET = {
     "extra_arguments": ["--IPKernelApp.log_level=40"]
 }  # local kernels warn of unencrypted transport at every start
-START = '''\
+START = """\
 # Opened alone, in Colab for example? Then this cell fetches the course, and adds the packages that
 # this chapter uses and that are missing here. Inside the course it does nothing.
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("course_utils") is None:
-    repository = os.environ.get("COURSE_REPOSITORY", "{repository}")
-    if not repository:
+    source = os.environ.get("COURSE_REPOSITORY", "{repository}")
+    if not source:
         raise SystemExit(
-            "This notebook needs the course, and this copy names no repository to fetch it from. "
-            "Choose the kernel of the course's own environment (.venv), or set COURSE_REPOSITORY."
+            "This copy names no repository to fetch the course from. Choose the kernel of the"
+            " course's own environment (.venv), or set COURSE_REPOSITORY."
         )
-    if repository.count("/") == 1 and not pathlib.Path(repository).exists():
-        repository = f"https://github.com/{{repository}}"
-    folder = pathlib.Path.cwd() / "efficient-deep-learning-measured"
+    if source.count("/") == 1 and not Path(source).exists():
+        source = f"https://github.com/{{source}}"
+    folder = Path.cwd() / "efficient-deep-learning-measured"
     if not folder.exists():
-        subprocess.run(["git", "clone", "-q", "--depth", "1", repository, folder], check=True)
-    add = [sys.executable, folder / "course_utils" / "course" / "start.py"]
-    packages = """
-{packages}
-    """
-    subprocess.run([*add, *packages.split()], check=True)
+        subprocess.run(["git", "clone", "-q", "--depth", "1", source, folder], check=True)
+    add = folder / "course_utils" / "course" / "start.py"
+    subprocess.run([sys.executable, add, "{number}"], check=True)
     sys.path.insert(0, str(folder))
-    here = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(here)  # for the programs that a chapter starts'''
+    os.environ["PYTHONPATH"] = str(folder)  # for the programs that a chapter starts"""
 
 
 def cells(chapter: Chapter) -> list[NotebookNode]:
@@ -131,17 +126,6 @@ def _folded(summary: str, text: str, cell_id: str) -> NotebookNode:
     )
 
 
-def _wrapped(names: list[str]) -> str:
-    """Names in lines that fit into a cell."""
-    return textwrap.fill(
-        " ".join(names),
-        92,
-        initial_indent=" " * 8,
-        subsequent_indent=" " * 8,
-        break_on_hyphens=False,
-    )
-
-
 def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     """The cell that fetches the course stands before the first code cell."""
     first = next(i for i, c in enumerate(built.cells) if c.cell_type == "code")
@@ -151,7 +135,7 @@ def _insert_start(chapter: Chapter, built: NotebookNode) -> None:
     built.cells.insert(
         first,
         new_code_cell(
-            START.format(repository=repository(), packages=_wrapped(chapter.packages())),
+            START.format(repository=repository(), number=chapter.number),
             id=f"c{chapter.number}-start",
             metadata=metadata,
         ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course_utils import ROOT
+from course_utils.course import start
 
 NOTEBOOKS = ROOT / "notebooks"
 SOURCES = NOTEBOOKS / "source"
@@ -48,11 +49,8 @@ class Chapter:
         return found.group(1) if found else self.name
 
     def packages(self) -> list[str]:
-        """What it uses beside torch and the course's own dependencies: the line *Packages* of its
-        header, by the names under which they are installed.
-        """
-        found = re.search(r"^# Packages: ([\w-]+(?:,\s(?:# )?[\w-]+)*)$", self.text(), re.M)
-        return re.split(r",\s(?:# )?", found.group(1)) if found else []
+        """What it uses beside torch and the course's own dependencies (`start.packages`)."""
+        return start.packages(self.text())
 
 
 def chapters(wanted: list[str] | None = None, folder: Path = SOURCES) -> list[Chapter]:

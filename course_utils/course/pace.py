@@ -47,9 +47,9 @@ def told(chapter: Chapter) -> str:
 
 
 def cell_lines(chapter: Chapter) -> list[int]:
-    """Lines of each code cell that a reader meets, sorted."""
-    cells = [c for c in build.cells(chapter) if c.cell_type == "code"]
-    return sorted(len(c.source.splitlines()) for c in cells if not _ASIDE & set(build.tags(c)))
+    """Lines of each code cell of the learner edition, sorted: the start cell, too."""
+    cells = [c for c in build.notebook(chapter).cells if c.cell_type == "code"]
+    return sorted(len(c.source.splitlines()) for c in cells)
 
 
 def minutes(chapter: Chapter) -> int:

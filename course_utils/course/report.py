@@ -6,8 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from course_utils import claims as registry
-from course_utils import ledger
+from course_utils import ledger, techniques
 from course_utils.claims import FILLS, WORDS
 from course_utils.course.chapters import UsageError
 
@@ -89,7 +88,7 @@ def report(paths: list[Path], folder: Path) -> list[Path]:
         "report.png": picture,
     }
     if len(ledgers) == 1:
-        table = registry.techniques(ledgers[0])._repr_html_()
+        table = techniques.table(ledgers[0])._repr_html_()
         files["techniques.html"] = page(
             "Which technique when", f"<p>{html.escape(names[0])}.</p>{table}"
         ).encode()

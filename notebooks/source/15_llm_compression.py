@@ -706,11 +706,11 @@ FORMATS = {  # name: (bits a weight, scales counted; how)
 # %% tags=["nbval-ignore-output"]
 by_format = {n: losses(small, rounded(small, way), test) for n, (_, way) in FORMATS.items()}
 points = {n: (FORMATS[n][0], rise(base, after)) for n, after in by_format.items()}
-compress.against_bits(
+compress.formats(
     points,
     title=f"Four bits cost {min(p[1].value for p in [*points.values()][2:]):.1f}% to"
     f" {max(p[1].value for p in points.values()):.1f}%, by format",
-    alt="Rise of the perplexity against bits a weight for seven formats.",
+    alt="Rise of the perplexity with its interval for seven formats, each with its bits a weight.",
 )
 nf4, int4 = (by_format[f"{name}, groups of 64"] for name in ("NF4", "INT4"))
 print("NF4 against INT4, the same bits:", rise(int4, nf4))
@@ -919,7 +919,7 @@ for part in PARTS:
 # %% tags=["nbval-ignore-output"]
 budget = sum(o[1][0] + o[2][0] for o in options) / 2  # between 4 and 3 bits everywhere
 answer = None if exercises.is_pending(plan) else plan(options, budget)
-if answer is not None and len(answer) == len(options):
+if isinstance(answer, list | tuple) and len(answer) == len(options):
     bits_of = {part: WIDTHS[int(i)] for part, i in zip(PARTS, answer, strict=True)}
     w = small.weights | {n: t for part, b in bits_of.items() for n, t in part_in(b, part).items()}
     four = losses(small, rounded(small, lambda w: rtn(w, 4)), test)

@@ -46,6 +46,7 @@ from course_utils import (
     plots,
     scratch,
     serving,
+    techniques,
 )
 
 # %% tags=["nbval-ignore-output"]
@@ -397,7 +398,7 @@ pictures.show(
 # a second time. Points here are single looks; the intervals come next. The order matters:
 # healing after quantization would need training through the rounding (chapter 6).
 #
-# ## A claim: speed-ups multiply
+# ## Myth: speed-ups multiply
 # Slides multiply the factors of single papers. Measure the two alone, and both together, against
 # the shipped network, in fresh processes.
 
@@ -542,7 +543,7 @@ if serves:
 # %% [markdown]
 # If one of the three were accepted, you should stop trusting the acceptance.
 #
-# ## A claim: the service gains what the model gains
+# ## Myth: the service gains what the model gains
 # *The model is k times faster, so we need k times fewer servers.* Two services, taken in turn, each
 # with sixteen connections that never rest.
 
@@ -964,7 +965,7 @@ plots.show(
 # you deploy on. Run the course there.
 
 # %% tags=["nbval-ignore-output"]
-claims.techniques(said)
+techniques.table(said)
 
 # %% [markdown]
 # ## Exit quiz
