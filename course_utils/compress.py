@@ -101,21 +101,27 @@ def llama(
     """llama.cpp on each file, one fresh child a file and start, asked in turn.
 
     For each file: an array (starts · rounds, 2) of milliseconds a token in decode and in prefill,
-    and the token that follows each of `prompts` passages of the novel.
+    and the token that follows each of `prompts` passages of the novel, asked once, by another child
+    that is not timed.
 
     >>> llama({"Q4_1": llm.gguf_file()}, rounds=1, starts=1)["Q4_1"][0].shape  # doctest: +SKIP
     (1, 2)
     """
     novel = data.austen()
     passages = [novel[at : at + 200] for at in range(9000, 9000 + 700 * prompts, 700)]
-    common = {
-        "COURSE_PROMPTS": json.dumps([novel[9000:9100], *passages]),
-        "COURSE_COUNT": str(count),
-        "COURSE_THREADS": str(torch.get_num_threads()),
-    }
-    arms = {name: common | {"COURSE_GGUF": str(file)} for name, file in files.items()}
-    found = measure.turns(LLAMA, arms, rounds=rounds, starts=starts, timeout=300)
-    return {n: (np.array([r[:2] for r in t]), list(t[-1][2])) for n, t in found.items()}
+
+    def ask(prompts: list[str], rounds: int, starts: int) -> dict[str, list]:
+        common = {
+            "COURSE_PROMPTS": json.dumps(prompts),
+            "COURSE_COUNT": str(count),
+            "COURSE_THREADS": str(torch.get_num_threads()),
+        }
+        arms = {name: common | {"COURSE_GGUF": str(file)} for name, file in files.items()}
+        return measure.turns(LLAMA, arms, rounds=rounds, starts=starts, timeout=300)
+
+    timed = ask([novel[9000:9100]], rounds, starts)
+    words = ask([novel[9000:9100], *passages], 1, 1) if passages else timed
+    return {n: (np.array([r[:2] for r in t]), list(words[n][-1][2])) for n, t in timed.items()}
 
 
 def saved_share(rises: Tensor, other: Tensor) -> measure.Interval:
