@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := .venv/bin
 SETUP := $(PYTHON) course_utils/course/setup.py
 
-.PHONY: help setup setup-extended lab test soak run notebooks lock clean
+.PHONY: help setup setup-extended lab test soak run book notebooks lock clean
 
 help:
 	@echo "make lab        open the course in JupyterLab"
@@ -17,6 +17,7 @@ help:
 	@echo "                every exercise's solution, JOBS=2 processes at a time: before a release"
 	@echo "make setup      the set-up alone; make setup-extended adds DeepSpeed and Model Optimizer"
 	@echo "make run        execute every chapter, write ledger and report to build/run"
+	@echo "make book       the chapters, the atlas and Guess first as pages, into build/book"
 	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
 	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv)"
 
@@ -38,6 +39,9 @@ soak: setup
 run: setup
 	@$(BIN)/course run $(CHAPTERS) $(if $(PROFILE),--profile $(PROFILE)) --out build/run
 	@$(BIN)/course report build/run/ledger.json --out build/run
+
+book: setup
+	@$(BIN)/python -m course_utils.course.book
 
 notebooks: setup
 	@$(BIN)/course build $(CHAPTERS)

@@ -48,6 +48,11 @@ class Requirement:
         """The share of the budget that is used: above 1 is too much, NaN where it was not tried."""
         return self.measured / self.limit
 
+    @property
+    def seen(self) -> str:
+        """What was measured, to be read; a dash where nothing was."""
+        return "–" if self.verdict == UNTRIED else f"{self.measured:.4g}"
+
 
 def against(name: str, measured: Interval, limit: float, unit: str) -> Requirement:
     """A requirement from an interval: met if all of it is within the limit, missed if none is.
@@ -103,7 +108,7 @@ class Trial:
             [
                 f"{self.name}: {self.verdict}, by {self.decided_by.name}",
                 *(
-                    f"  {r.name:14} {r.measured:7.4g} of {r.limit:6.4g} {r.unit:7} {r.verdict}"
+                    f"  {r.name:14} {r.seen:>7} of {r.limit:6.4g} {r.unit:7} {r.verdict}"
                     for r in self.requirements
                 ),
             ]

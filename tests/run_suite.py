@@ -1,5 +1,5 @@
-"""The whole suite, cheapest first: lint, static checks, units, exercises, nbval, papermill,
-JupyterLab.
+"""The whole suite, cheapest first: lint, static checks, units, exercises, nbval and the commands,
+papermill and the pages.
 
     make test                 notebooks run in smoke
     make test PROFILE=fast    notebooks run in fast
@@ -32,7 +32,7 @@ def stages() -> list[tuple[str, list[str]]]:
         ("format", [str(BIN / "ruff"), "format", "--no-cache", "--check", "-q", "."]),
         ("static, units, exercises", [*pytest, *test_files("123")]),
         (
-            "nbval, commands, faults, JupyterLab",
+            "nbval, commands, classes, faults",
             [
                 *pytest,
                 "--nbval",
@@ -41,10 +41,10 @@ def stages() -> list[tuple[str, list[str]]]:
                 "tests/nbval.cfg",
                 "--nbval-cell-timeout=300",
                 *notebooks,
-                *test_files("678"),
+                *test_files("67"),
             ],
         ),
-        ("papermill", [*pytest, *test_files("5")]),
+        ("papermill, JupyterLab, book", [*pytest, *test_files("58")]),
     ]
 
 

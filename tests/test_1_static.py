@@ -270,6 +270,8 @@ def test_types_travel_with_the_package():
         "py.typed",
         "kernels/*.cpp",
         "programs/*.py",
+        "course/book/*.toml",
+        "course/book/static/*",
     ]
 
 

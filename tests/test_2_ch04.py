@@ -203,7 +203,7 @@ def test_the_rate_rises_shortly_and_ends_near_zero(ch04):
 
 def test_texts_follow_their_author(ch04):
     texts = ch04.write(ch04.teacher_next, 4000, torch.Generator().manual_seed(1))
-    assert texts.shape == (4000, 34)
+    assert texts.shape == (4000, 18)
     first = torch.bincount(texts[:, 2], minlength=27) / 4000
     assert float((first - LOG_P[26, 26].exp()).abs().max()) < 0.05
 

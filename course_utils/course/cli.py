@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from course_utils import ROOT
+from course_utils.course import publish
 from course_utils.course.chapters import (
     EDITIONS,
     NOTEBOOKS,
@@ -16,6 +17,7 @@ from course_utils.course.chapters import (
     one_of,
     writable,
 )
+from course_utils.course.grading import command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = (_doctor, _selftest, _lab, _reset, _progress, _check, _build, _run, _report, _data)
-    for add in (*parts, _class, _badges):
+    for add in (*parts, _class, command.add, publish.add, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -220,7 +222,7 @@ def _run(commands: argparse._SubParsersAction) -> None:
         edition = one_of(options.edition, EDITIONS, "edition")
         folder = writable(Path(options.out))
         outcomes = run.run(wanted, profile, edition, folder)
-        _write_json(folder / "ledger.json", run.ledger(outcomes))
+        _write_json(folder / "ledger.json", run.ledger(outcomes, profile))
         print(run.table(outcomes))
         return 1 if any(o.error for o in outcomes) else 0
 

@@ -46,6 +46,8 @@ def compile_lock(*arguments: str) -> list[str]:
             "lab",
             "--extra",
             "dev",
+            "--extra",
+            "book",
         ]
         subprocess.run([*command, *arguments, "pyproject.toml", "-o", out], cwd=ROOT, check=True)
         entries = re.split(r"\n(?=\S)", out.read_text().strip())

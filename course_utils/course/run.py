@@ -128,9 +128,11 @@ def execute(
     return outcome
 
 
-def ledger(outcomes: list[Outcome]) -> list[dict]:
-    """The verdicts of a run, the last of each claim, each with the machine it was reached on."""
-    card = machine.card().as_dict()
+def ledger(outcomes: list[Outcome], profile: str) -> list[dict]:
+    """The verdicts of a run, the last of each claim, each with the machine it was reached on. Its
+    card says the run's profile, which this process's environment need not have.
+    """
+    card = machine.card().as_dict() | {"profile": profile}
     rows = {}
     for event in (e for o in outcomes for e in o.events if e["event"] == "verdict"):
         rows[event["claim"]] = {k: v for k, v in event.items() if k != "event"} | {"machine": card}

