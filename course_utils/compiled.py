@@ -5,9 +5,11 @@ it is timed; what was generated, as text; and a C++ file as a library.
 import ctypes
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -120,11 +122,15 @@ def library(source: str | Path, folder: str | Path, *flags: str) -> ctypes.CDLL:
     source, folder, windows = Path(source).resolve(), Path(folder).resolve(), os.name == "nt"
     native = ["-march=native"] if architecture() == "x86" and not windows else []
     optimise = ["/O2"] if windows else ["-O3", *native, "-fopenmp-simd"]
-    built = cpp_extension.load(
-        name=source.stem,
-        sources=[str(source)],
-        build_directory=str(folder),
-        extra_cflags=[*optimise, *flags],
-        is_python_module=False,
-    )
+    # torch quotes the folders that it includes, not the one that it links with: a path with a space
+    # would end there for the shell that runs the linker.
+    place = cpp_extension.TORCH_LIB_PATH if windows else shlex.quote(cpp_extension.TORCH_LIB_PATH)
+    with mock.patch.object(cpp_extension, "TORCH_LIB_PATH", place):
+        built = cpp_extension.load(
+            name=source.stem,
+            sources=[str(source)],
+            build_directory=str(folder),
+            extra_cflags=[*optimise, *flags],
+            is_python_module=False,
+        )
     return ctypes.CDLL(str(built))

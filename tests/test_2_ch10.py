@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import execute, taught
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
+from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import mobilenet_v2, resnet18
 
@@ -225,6 +226,19 @@ def test_a_library_that_does_not_compile_says_why(tmp_path):
     (tmp_path / "bad.cpp").write_text("int seven( { return 7; }")
     with pytest.raises(RuntimeError, match=r"bad\.cpp"):
         compiled.library(tmp_path / "bad.cpp", tmp_path)
+
+
+@can_build
+@pytest.mark.skipif(os.name == "nt", reason="the linker is called without a shell")
+def test_torch_may_lie_in_a_folder_with_a_space(tmp_path, monkeypatch):
+    place = tmp_path / "a space" / "lib"
+    place.parent.mkdir()
+    place.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(place))
+    source = place.parent / "seven.cpp"
+    source.write_text('extern "C" int seven() { return 7; }')
+    assert compiled.library(source, place.parent).seven() == 7
+    assert str(place) == cpp_extension.TORCH_LIB_PATH
 
 
 @pytest.mark.skipif(not machine.can("package:triton"), reason="no triton")
