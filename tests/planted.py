@@ -132,6 +132,12 @@ def _defines(node: ast.stmt) -> set[str]:
     return names
 
 
+def _made_anew(node: ast.stmt) -> set[str]:
+    """Names to which a statement gives a value whatever they were before."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
+
 def _root(node: ast.AST) -> str:
     while isinstance(node, ast.Subscript | ast.Attribute | ast.Call):
         node = node.func if isinstance(node, ast.Call) else node.value
@@ -187,7 +193,7 @@ def lines(claim_id: str, given: set[str]) -> list[tuple[list[ast.stmt], ast.Call
         for earlier in reversed(statements[:last]):
             if _defines(earlier) & needed:
                 kept.append(earlier)
-                needed |= _reads(earlier) - there
+                needed = (needed - _made_anew(earlier)) | (_reads(earlier) - there)
         found.append((kept[::-1], call))
     if not found:
         raise LookupError(f"no cell of the chapter judges {claim_id}")
