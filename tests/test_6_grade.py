@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -202,13 +203,15 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 400
     while not (out / "learners" / "Ada.json").is_file():
         assert time.monotonic() < until
         assert child.poll() is None
         time.sleep(0.1)
-    child.send_signal(2)
+    child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=120)
     assert child.returncode == 130, said
     assert "interrupted" in said
