@@ -143,7 +143,9 @@ def lines(
     numbers = np.asarray(x)
     if not logx and numbers.dtype.kind in "iuf" and (numbers == numbers.round()).all():
         ax.xaxis.get_major_locator().set_params(integer=True)  # there is no call number 2.5
-    if len(series) > 1 or reference:
+    if len(series) > 3:  # inside, so many names would cover a line
+        figure.legend(loc="outside lower center", ncols=2)
+    elif len(series) > 1 or reference:
         ax.legend()
     show(figure, alt)
 
