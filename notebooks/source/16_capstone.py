@@ -24,7 +24,6 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 # %% tags=["nbval-ignore-output"]
 import copy
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
