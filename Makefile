@@ -5,6 +5,8 @@ CHAPTERS ?=
 ROUNDS ?= 50
 CHECKS ?= 1000
 JOBS ?= 2
+WHEELS ?=
+UPGRADE ?=
 BIN := .venv/bin
 SETUP := $(PYTHON) course_utils/course/setup.py
 
@@ -15,14 +17,16 @@ help:
 	@echo "make test       the whole suite (PROFILE=fast runs the notebooks in fast)"
 	@echo "make soak       ROUNDS=50 times its quick stages with other random draws, CHECKS=1000 times"
 	@echo "                every exercise's solution, JOBS=2 processes at a time: before a release"
+	@echo "                (WHEELS=DIR: from a folder that \`course class wheels\` filled, no network)"
 	@echo "make setup      the set-up alone; make setup-extended adds DeepSpeed and Model Optimizer"
 	@echo "make run        execute every chapter, write ledger and report to build/run"
 	@echo "make book       the chapters, the atlas and Guess first as pages, into build/book"
 	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
-	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv)"
+	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv;"
+	@echo "                UPGRADE=1: the newest of everything)"
 
 setup:
-	@$(SETUP)
+	@$(SETUP) $(if $(WHEELS),--wheels "$(WHEELS)")
 
 setup-extended:
 	@$(SETUP) --extended
@@ -47,7 +51,7 @@ notebooks: setup
 	@$(BIN)/course build $(CHAPTERS)
 
 lock:
-	@$(PYTHON) course_utils/course/lock.py
+	@$(PYTHON) course_utils/course/lock.py $(if $(UPGRADE),--upgrade)
 
 clean:
 	rm -rf build

@@ -3,6 +3,7 @@ course's recipe.
 """
 
 import copy
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ MEAN, STD = 0.2860, 0.3530
 """Mean and standard deviation of a Fashion-MNIST pixel on the 0–1 scale, over the 55,000 training
 images.
 """
+_drawing = threading.Lock()
 
 
 class Block(nn.Module):
@@ -87,7 +89,7 @@ def mini_resnet(width: int = 32, *, seed: int | None = None) -> MiniResNet:
         raise ValueError(f"width is {width}; it must be at least 1.")
     if seed is None:
         return MiniResNet(width)
-    with torch.random.fork_rng(devices=[]):
+    with _drawing, torch.random.fork_rng(devices=[]):  # threads share one generator
         torch.manual_seed(seed)
         return MiniResNet(width)
 

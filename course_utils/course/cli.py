@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from course_utils import ROOT
-from course_utils.course import publish
+from course_utils.course import publish, teach
 from course_utils.course.chapters import (
     EDITIONS,
     NOTEBOOKS,
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = (_doctor, _selftest, _lab, _reset, _progress, _check, _build, _run, _report, _data)
-    for add in (*parts, _class, command.add, publish.add, _badges):
+    for add in (*parts, teach.add, command.add, publish.add, _badges):
         add(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":
@@ -243,10 +243,16 @@ def _run(commands: argparse._SubParsersAction) -> None:
 def _report(commands: argparse._SubParsersAction) -> None:
     def do(options: argparse.Namespace) -> int:
         from course_utils import ledger
-        from course_utils.course import report
+        from course_utils.course import report, room
 
+        folder = writable(Path(options.out))
+        if options.room:
+            if options.ledgers:
+                raise UsageError("either --class FOLDER or ledgers, not both.")
+            print(room.write(Path(options.room), folder))
+            return 0
         ledgers = [Path(p) for p in options.ledgers] or [ledger.path()]
-        for path in report.report(ledgers, writable(Path(options.out))):
+        for path in report.report(ledgers, folder):
             print(path)
         return 0
 
@@ -254,6 +260,12 @@ def _report(commands: argparse._SubParsersAction) -> None:
         "report", help="one page and one picture from the ledgers of one or many machines"
     )
     parser.add_argument("ledgers", nargs="*", metavar="LEDGER", help="your own by default")
+    parser.add_argument(
+        "--class",
+        dest="room",
+        metavar="DIR|ZIP",
+        help="of a room: what learners handed in, as `course grade` takes it; writes class.html",
+    )
     parser.add_argument("--out", default=str(ROOT / "build" / "report"), metavar="DIR")
     parser.set_defaults(do=do)
 
@@ -282,22 +294,6 @@ def _data(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("data", help="fetch all 70,000 images of Fashion-MNIST (30 MB)")
     parser.add_argument("--full", action="store_true")
     parser.set_defaults(do=do)
-
-
-def _class(commands: argparse._SubParsersAction) -> None:
-    def do(options: argparse.Namespace) -> int:
-        from course_utils.course import pack
-
-        target = pack.pack(Path(options.out), options.chapters)
-        print(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
-        return 0
-
-    parser = commands.add_parser("class", help="for teachers: a package for learners")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("pack", help="one zip: student notebooks, data, set-up")
-    action.add_argument("chapters", nargs="*", metavar="CHAPTER")
-    action.add_argument("--out", default=str(ROOT / "build" / "class.zip"), metavar="FILE")
-    action.set_defaults(do=do)
 
 
 def _badges(commands: argparse._SubParsersAction) -> None:

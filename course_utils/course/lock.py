@@ -1,5 +1,5 @@
 """Resolve the pinned requirements again: `make lock`. Needs uv on the PATH; nothing else of the
-course.
+course. What is pinned and still fits stays; `make lock UPGRADE=1` takes the newest of everything.
 
 Two files come out, both universal and hashed, with no address in them. torch, torchvision and what
 only they need stay out: a lock that holds their registry hashes could not use a machine's own build
@@ -19,12 +19,13 @@ FOR_TORCH_ONLY = re.compile(
 )
 
 
-def compile_lock(*arguments: str) -> list[str]:
+def compile_lock(*arguments: str, known: str = "") -> list[str]:
     """One entry a requirement (its pin and all its hashes), as uv resolves pyproject.toml with
-    these arguments.
+    these arguments; it prefers the pins of `known`, an earlier lock.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lock.txt"
+        out.write_text(known, encoding="utf-8")
         command = [
             "uv",
             "pip",
@@ -67,12 +68,15 @@ def main() -> int:
     if not shutil.which("uv"):
         print("make lock needs uv on the PATH (pip install uv).", file=sys.stderr)
         return 1
-    everything = compile_lock("--extra", "extended")
+    names = ("requirements.lock", "requirements-extended.lock")
+    files = [ROOT / name for name in names if "--upgrade" not in sys.argv]
+    known = "".join(file.read_text(encoding="utf-8") for file in files)
+    everything = compile_lock("--extra", "extended", known=known)
     pins = "\n".join(entry.split(" \\\n")[0] for entry in everything)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write(pins)
         constraints.flush()
-        base = compile_lock("-c", constraints.name)
+        base = compile_lock("-c", constraints.name, known=known)
     write(ROOT / "requirements.lock", "What the course uses on a CPU, and its tests.", base)
     extra = [
         entry

@@ -23,12 +23,13 @@ SHORT = 40  # characters
 MAKEFILE = """\
 # Sets itself up first. The README says how to do it without make.
 PYTHON ?= python3
+WHEELS ?=
 
 lab: setup
 \t@.venv/bin/course lab
 
 setup:
-\t@$(PYTHON) course_utils/course/setup.py
+\t@$(PYTHON) course_utils/course/setup.py $(if $(WHEELS),--wheels "$(WHEELS)")
 
 .PHONY: lab setup
 """
@@ -41,7 +42,9 @@ make lab     # set up, then open your copy of the notebooks in JupyterLab
 
 Without make: `python3 course_utils/course/setup.py`, then `.venv/bin/course lab` (on Windows
 `.venv\\Scripts\\course lab`). You need Python 3.11 or newer, two cores and 8 GB of memory; the
-first call installs everything into `.venv`, after that nothing is fetched.
+first call installs everything into `.venv`, after that nothing is fetched. Were you given a folder
+of packages? `make lab WHEELS=FOLDER`, or `setup.py --wheels FOLDER`, installs from it without a
+network.
 
 **What to do.** You work in `workbook/`, which `make lab` fills. In each chapter write your
 predictions, run the cells from the top, and replace the `...` of exercises A, B and C. The cell

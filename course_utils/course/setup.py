@@ -74,12 +74,23 @@ def by_uv(*arguments: str) -> bool:
     return True
 
 
+def from_folder(wheels: Path) -> None:
+    """Let pip take everything from `wheels`, which `course class wheels` has filled, and ask no
+    network.
+    """
+    if not any(wheels.glob("torch-*.whl")):
+        raise SystemExit(f"{wheels} holds no torch: fill it with `course class wheels`.")
+    os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.resolve().as_uri()}
+
+
 def install_torch() -> None:
     """torch and torchvision by uv, which knows where torch's own builds lie; by pip, with CUDA's
     libraries, where that place can't be reached. A build that is there and fits is kept.
     """
     backend, wanted = torch_backend(), torch_requirements()
-    if backend:
+    if os.environ.get("PIP_NO_INDEX"):
+        print("Installing torch and torchvision from the folder …", flush=True)
+    elif backend:
         print(f"Installing torch and torchvision (the {backend} build, by uv) …", flush=True)
         if by_uv(f"--torch-backend={backend}", *wanted):
             return
@@ -157,7 +168,10 @@ def main() -> int:
     parser.add_argument(
         "--extended", action="store_true", help="also DeepSpeed and Model Optimizer"
     )
-    extended = parser.parse_args().extended
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="install from this folder, without a network"
+    )
+    options = parser.parse_args()
     if sys.version_info < OLDEST:
         have = ".".join(map(str, sys.version_info[:3]))
         print(
@@ -166,8 +180,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if options.wheels:
+        from_folder(options.wheels)
     try:
-        install(extended)
+        install(options.extended)
     except subprocess.CalledProcessError as error:
         print(
             f"Set-up stopped: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}. "

@@ -18,6 +18,7 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 
 # %% tags=["nbval-ignore-output"]
 import copy
+import functools
 import itertools
 import math
 import time
@@ -270,9 +271,8 @@ def plain(seed, he=False):
 inputs = {"0 … 255": lambda u: u.float(), "0 … 1": unit, "standardised": models.normalise}
 
 
-def short_run(name, rate, seed, he=False, part=(unseen, truth), steps=10 if SMOKE else 50):
+def short_run(net, name, rate, seed=0, part=(unseen, truth), steps=10 if SMOKE else 50):
     """Accuracy in percent after a few steps."""
-    net = plain(seed, he)
     optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
     train(net, in_memory(inputs[name], seed), optimizer, steps)
     return accuracy(net, inputs[name], *part)
@@ -280,20 +280,22 @@ def short_run(name, rate, seed, he=False, part=(unseen, truth), steps=10 if SMOK
 
 # %% tags=["nbval-ignore-output"]
 rates = [1e-3, 1e-1] if SMOKE else [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-grid = {
-    he: {name: [short_run(name, rate, 0, he) for rate in rates] for name in inputs}
-    for he in (False, True)
-}
+rows = [(he, name) for he in (False, True) for name in inputs]
+jobs = [functools.partial(short_run, plain(0, he), n, rate) for he, n in rows for rate in rates]
+ended = iter(training.side_by_side(jobs))  # one thread each
+grid = {False: {}, True: {}}
+for he, name in rows:
+    grid[he][name] = list(itertools.islice(ended, len(rates)))
 best = {(n, he): rates[int(np.argmax(row))] for he in grid for n, row in grid[he].items()}
-for he, rows in grid.items():
+for he, found in grid.items():
     plots.lines(
         rates,
-        rows,
+        found,
         xlabel="learning rate",
         ylabel="validation accuracy (%)",
         logx=True,
         title=f"{'He’s rule' if he else 'Default weights'}: at its best rate, "
-        + ", ".join(f"{name} {max(row):.0f}%" for name, row in rows.items()),
+        + ", ".join(f"{name} {max(row):.0f}%" for name, row in found.items()),
         alt="Accuracy against learning rate, three curves of inputs, each with its own window.",
     )
 
@@ -307,7 +309,11 @@ for he, rows in grid.items():
 
 # %% tags=["nbval-ignore-output"]
 seeds, test = range(3 if SMOKE else 10), (test_images, test_labels)
-reached = {n: [short_run(n[0], best[n], s, n[1], test) for s in seeds] for n in best}
+reached = {}
+for name, he in best:
+    nets, told = [plain(s, he) for s in seeds], (name, best[name, he])
+    jobs = [functools.partial(short_run, net, *told, s, test) for s, net in enumerate(nets)]
+    reached[name, he] = training.side_by_side(jobs)
 for (name, he), found in reached.items():
     print(f"{'He' if he else 'default':8} {name:13} {np.mean(found):5.1f}% at {best[name, he]:g}")
 he_is_better = {name: max(grid[True][name]) > max(grid[False][name]) for name in inputs}
@@ -399,9 +405,11 @@ def at_falling_rate(seed):
 
 
 # %% tags=["nbval-ignore-output"]
-ends = [(*at_constant_rate(s), at_falling_rate(s)) for s in tqdm(SEEDS, leave=False)]
+jobs = [functools.partial(run, s) for run in (at_constant_rate, at_falling_rate) for s in SEEDS]
+ended = training.side_by_side(jobs)  # one thread each
 names = "constant, as it stands", "constant", "averaged", "falling"
-results = dict(zip(names, zip(*ends, strict=True), strict=True))
+constant, fell = zip(*ended[: len(SEEDS)], strict=True), ended[len(SEEDS) :]
+results = dict(zip(names, (*constant, fell), strict=True))
 plots.seeds(
     results,
     ylabel="test accuracy (%)",
@@ -501,7 +509,9 @@ def planned(name, rate, steps, seed=0):
 # %% tags=["nbval-ignore-output"]
 tuned, short = {}, {}
 for name, (_, choices) in optimizers.items():
-    found = {rate: planned(name, rate, SHORT) for rate in choices[: 1 if SMOKE else None]}
+    choices = choices[: 1 if SMOKE else None]
+    jobs = [functools.partial(planned, name, rate, SHORT) for rate in choices]
+    found = dict(zip(choices, training.side_by_side(jobs), strict=True))
     short[name], tuned[name] = max((right, rate) for rate, right in found.items())
     print(f"{name:5}", {rate: f"{a:.1f}%" for rate, a in found.items()}, "takes", tuned[name])
 
@@ -517,11 +527,10 @@ for name, (_, choices) in optimizers.items():
 PLANS = (8, 16) if SMOKE else (500, 1000, 2000)
 plans, missed = {}, machine.Skip("system", f"no plan up to {PLANS[-1]} steps reached {TARGET}%.")
 for steps in tqdm(PLANS, desc="plans", leave=False):
-    plans[steps] = [planned("Muon", tuned["Muon"], steps)]
-    if plans[steps][0] >= TARGET:
-        plans[steps].append(planned("Muon", tuned["Muon"], steps, seed=1))
+    run = functools.partial(planned, "Muon", tuned["Muon"], steps)
+    plans[steps] = training.side_by_side([run, functools.partial(run, seed=1)])
     print(f"{steps} steps planned:", ", ".join(f"{a:.1f}%" for a in plans[steps]))
-    if there := len(plans[steps]) == 2 and min(plans[steps]) >= TARGET:
+    if there := min(plans[steps]) >= TARGET:
         break
 
 # %% [markdown]

@@ -1024,8 +1024,8 @@ else:
 #
 # **4. A batch of 32 killed its worker process. What next?**
 # <details><summary>try the 32 again</summary>It is killed again.</details>
-# <details><summary>cut it into halves</summary>Right for an error; here each halving costs a
-# process.</details>
+# <details><summary>cut it into halves</summary>After an error, yes; here each halving costs
+# a process.</details>
 # <details><summary>try them one by one</summary>Right: it costs one more.</details>
 #
 # **5. A load tool reports p99 of 8 ms, users complain of seconds. Look first at**

@@ -30,7 +30,8 @@ _AGAIN = re.compile(r"^(?P<stem>.*?)(?:-(?P<n>\d+)| \((?P<copy>\d+)\))?\.ipynb$"
 @dataclass
 class Submission:
     """One learner: `key` is unique and good for a file's name; `system` is "moodle", "canvas" or
-    "". `notebooks` maps paths to bytes; `flags` say what was odd about what was handed in.
+    "". `notebooks` and `ledgers` map paths to bytes; `flags` say what was odd about what was handed
+    in.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Submission:
     system: str = ""
     late: bool = False
     notebooks: dict[str, bytes] = field(default_factory=dict)
+    ledgers: dict[str, bytes] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
 
@@ -108,6 +110,8 @@ def _keep(one: Submission, path: str, data: bytes) -> None:
         return
     if path.lower().endswith(".ipynb"):
         one.notebooks[path] = data
+    elif path.lower().endswith(".jsonl"):
+        one.ledgers[path] = data
     else:
         one.ignored.append(path)
 
