@@ -10,7 +10,7 @@ UPGRADE ?=
 BIN := .venv/bin
 SETUP := $(PYTHON) course_utils/course/setup.py
 
-.PHONY: help setup setup-extended lab test soak run book notebooks lock clean
+.PHONY: help setup setup-extended lab test soak run book notebooks edition lock clean
 
 help:
 	@echo "make lab        open the course in JupyterLab"
@@ -22,6 +22,7 @@ help:
 	@echo "make run        execute every chapter, write ledger and report to build/run"
 	@echo "make book       the chapters, the atlas and Guess first as pages, into build/book"
 	@echo "make notebooks  rebuild the learner editions (CHAPTERS='01 03' for some)"
+	@echo "make edition    for maintainers, an hour alone on one machine: all notebooks, their ledger, README"
 	@echo "make lock       for maintainers: resolve the pinned requirements again (needs uv;"
 	@echo "                UPGRADE=1: the newest of everything)"
 
@@ -49,6 +50,12 @@ book: setup
 
 notebooks: setup
 	@$(BIN)/course build $(CHAPTERS)
+
+edition: setup
+	@$(BIN)/course selftest
+	@$(BIN)/course build
+	@$(BIN)/course contribute build/edition/ledger.json
+	@$(BIN)/python -m course_utils.course.front
 
 lock:
 	@$(PYTHON) course_utils/course/lock.py $(if $(UPGRADE),--upgrade)

@@ -453,18 +453,3 @@ def test_nan_does_not_look_like_a_changed_input():
 
     assert probe.same([("a", math.nan)], [("a", math.nan)])
     assert not probe.same([("a", math.nan)], [("a", 1.0)])
-
-
-def test_a_build_is_given_only_earlier_verdicts_of_this_machine(tmp_path, monkeypatch):
-    own = machine.card().as_dict()
-    rows = [
-        row("06.two_to_three_times_faster", claims.HOLDS) | {"machine": own},
-        row("05.six_db_a_bit", claims.HOLDS),
-        row("16.techniques_multiply", claims.FAILS) | {"machine": own},
-    ]
-    monkeypatch.setattr(build, "ROOT", tmp_path)
-    assert build._earlier("16_capstone") == ""
-    (tmp_path / "build" / "run").mkdir(parents=True)
-    (tmp_path / "build" / "run" / "ledger.json").write_text(json.dumps(rows))
-    given = [json.loads(line)["claim"] for line in build._earlier("16_capstone").splitlines()]
-    assert given == ["06.two_to_three_times_faster"]

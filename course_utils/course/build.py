@@ -20,10 +20,11 @@ import nbformat
 from nbformat.notebooknode import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from course_utils import ROOT, machine
+from course_utils import ledger
 from course_utils.claims import PROOFS
+from course_utils.course import edition
 from course_utils.course.badges import links
-from course_utils.course.chapters import Chapter, repository
+from course_utils.course.chapters import NOTEBOOKS, Chapter, repository
 
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 QUIET = {
@@ -184,13 +185,20 @@ def write_learner(
                 (c for c in built.cells if c.cell_type == "code"), old, strict=True
             ):
                 new.outputs, new.execution_count = before.outputs, before.execution_count
-            return _finish(built, path, wanted, stored.metadata["course"]["profile"])
-    return _finish(execute(built, profile), path, wanted, profile)
+            known = stored.metadata["course"]
+            return _finish(built, path, wanted, known["profile"], known.get("machine"))
+    built, events = execute(built, profile)
+    if path.parent == NOTEBOOKS and profile != "smoke":
+        edition.keep(chapter, events, profile)
+    return _finish(built, path, wanted, profile, edition.here())
 
 
-def _finish(built: NotebookNode, path: Path, code_sha256: str, profile: str) -> Path:
+def _finish(
+    built: NotebookNode, path: Path, code_sha256: str, profile: str, machine: dict | None
+) -> Path:
     built.metadata["course"] |= {
         "profile": profile,
+        "machine": machine,
         "code_sha256": code_sha256,
         "output_sha256": output_hash(built),
     }
@@ -198,42 +206,28 @@ def _finish(built: NotebookNode, path: Path, code_sha256: str, profile: str) -> 
     return path
 
 
-def execute(built: NotebookNode, profile: str) -> NotebookNode:
-    """Run a notebook by papermill in a scratch folder and return it with clean outputs. Errors are
-    papermill's own.
+def execute(built: NotebookNode, profile: str) -> tuple[NotebookNode, list[dict]]:
+    """Run a notebook by papermill in a scratch folder and return it with clean outputs, and what it
+    wrote into its ledger. Errors are papermill's own.
     """
     import papermill
 
     with tempfile.TemporaryDirectory(prefix="course-build-") as folder:
         before, after = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
         nbformat.write(built, before)
-        (Path(folder) / "ledger.jsonl").write_text(
-            _earlier(built.metadata["course"]["chapter"]), encoding="utf-8"
-        )
+        known = edition.earlier(built.metadata["course"]["chapter"])
+        lines = "".join(json.dumps({"event": "verdict", **row}) + "\n" for row in known)
+        events = Path(folder) / "ledger.jsonl"
+        events.write_text(lines, encoding="utf-8")
         with environment(folder, profile):
             papermill.execute_notebook(
                 before, after, cwd=folder, kernel_name=KERNEL["name"], progress_bar=False, **QUIET
             )
-        ran = nbformat.read(after, as_version=4)
+        ran, said = nbformat.read(after, as_version=4), ledger.events(events)[len(known) :]
     for cell, done in zip(built.cells, ran.cells, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = _clean(done.outputs), done.execution_count
-    return built
-
-
-def _earlier(chapter: str) -> str:
-    """The verdicts of earlier chapters from the last `course run` on this machine, as a reader's
-    ledger would hold them.
-    """
-    path = ROOT / "build" / "run" / "ledger.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    own = machine.card()
-    return "".join(
-        json.dumps({"event": "verdict", **row}) + "\n"
-        for row in rows
-        if row["chapter"] < chapter[:2]
-        and (row["machine"]["cpu"], tuple(row["machine"]["isa"])) == (own.cpu, own.isa)
-    )
+    return built, said
 
 
 @contextlib.contextmanager

@@ -182,12 +182,15 @@ def _check(commands: argparse._SubParsersAction) -> None:
 def _build(commands: argparse._SubParsersAction) -> None:
     def do(options: argparse.Namespace) -> int:
         from course_utils.course import build
+        from course_utils.course import edition as pages
 
         wanted = chapters(options.chapters)
         edition = one_of(options.edition, EDITIONS, "edition")
         profile = one_of(options.profile, PROFILES, "profile")
         default = NOTEBOOKS if edition == "learner" else ROOT / "build" / edition
         folder = writable(Path(options.out) if options.out else default)
+        if edition == "learner" and not (options.mix or options.out or options.keep_outputs):
+            pages.refuse_a_mixture(wanted)
         for chapter in wanted:
             if edition == "learner":
                 path = build.write_learner(
@@ -208,6 +211,9 @@ def _build(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--keep-outputs", action="store_true", help="execute only chapters whose code changed"
+    )
+    parser.add_argument(
+        "--mix", action="store_true", help="although other chapters were built on another machine"
     )
     parser.add_argument("--out", metavar="DIR")
     parser.set_defaults(do=do)

@@ -17,8 +17,8 @@ from types import FrameType
 
 from nbformat.notebooknode import NotebookNode
 
-from course_utils import machine, processes
-from course_utils.course import build
+from course_utils import processes
+from course_utils.course import build, edition
 from course_utils.course.chapters import Chapter
 from course_utils.ledger import events as recorded
 
@@ -129,14 +129,8 @@ def execute(
 
 
 def ledger(outcomes: list[Outcome], profile: str) -> list[dict]:
-    """The verdicts of a run, the last of each claim, each with the machine it was reached on. Its
-    card says the run's profile, which this process's environment need not have.
-    """
-    card = machine.card().as_dict() | {"profile": profile}
-    rows = {}
-    for event in (e for o in outcomes for e in o.events if e["event"] == "verdict"):
-        rows[event["claim"]] = {k: v for k, v in event.items() if k != "event"} | {"machine": card}
-    return list(rows.values())
+    """The verdicts of a run, the last of each claim, each with the machine it was reached on."""
+    return edition.rows((e for o in outcomes for e in o.events), profile)
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -18,10 +18,10 @@ PROFILE = os.environ.get("COURSE_PROFILE", "fast")
 
 # %% tags=["nbval-ignore-output"]
 import copy
-import functools
 import itertools
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -144,8 +144,7 @@ print(len(pairs), "batches, bit for bit the same:", same)
 
 # %% [markdown]
 # What the network learns from one, it learns from the other; only the seconds differ. Now the loop
-# itself. It has one extra: the rate may change, by a factor that depends on the share `u` of the
-# steps done.
+# itself. One extra: a factor on the rate, by the share `u` of the steps done.
 
 
 # %%
@@ -242,8 +241,8 @@ layouts = measure.across(*arms, seconds=SECONDS)
 claims.verdict("02.channels_last_is_faster", layouts)
 
 # %% [markdown]
-# The networks that `resnet` makes below take `channels_last`; if your verdict speaks against it,
-# you lose a little time and no accuracy.
+# The networks below take `channels_last`; if your verdict speaks against it, you lose a little
+# time.
 #
 # ## Measure: steps, and what normalising moves
 # *Standardising* subtracts the mean pixel and divides by the standard deviation, so that inputs
@@ -271,6 +270,11 @@ def plain(seed, he=False):
 inputs = {"0 … 255": lambda u: u.float(), "0 … 1": unit, "standardised": models.normalise}
 
 
+def together(jobs):
+    """{name: call} → {name: result}; each with one thread, as many at once as there are cores."""
+    return dict(zip(jobs, training.side_by_side(list(jobs.values())), strict=True))
+
+
 def short_run(net, name, rate, seed=0, part=(unseen, truth), steps=10 if SMOKE else 50):
     """Accuracy in percent after a few steps."""
     optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
@@ -280,22 +284,19 @@ def short_run(net, name, rate, seed=0, part=(unseen, truth), steps=10 if SMOKE e
 
 # %% tags=["nbval-ignore-output"]
 rates = [1e-3, 1e-1] if SMOKE else [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-rows = [(he, name) for he in (False, True) for name in inputs]
-jobs = [functools.partial(short_run, plain(0, he), n, rate) for he, n in rows for rate in rates]
-ended = iter(training.side_by_side(jobs))  # one thread each
-grid = {False: {}, True: {}}
-for he, name in rows:
-    grid[he][name] = list(itertools.islice(ended, len(rates)))
+cases = itertools.product((False, True), inputs, rates)
+found = together({(he, n, r): partial(short_run, plain(0, he), n, r) for he, n, r in cases})
+grid = {he: {n: [found[he, n, r] for r in rates] for n in inputs} for he in (False, True)}
 best = {(n, he): rates[int(np.argmax(row))] for he in grid for n, row in grid[he].items()}
-for he, found in grid.items():
+for he, rows in grid.items():
     plots.lines(
         rates,
-        found,
+        rows,
         xlabel="learning rate",
         ylabel="validation accuracy (%)",
         logx=True,
         title=f"{'He’s rule' if he else 'Default weights'}: at its best rate, "
-        + ", ".join(f"{name} {max(row):.0f}%" for name, row in found.items()),
+        + ", ".join(f"{name} {max(row):.0f}%" for name, row in rows.items()),
         alt="Accuracy against learning rate, three curves of inputs, each with its own window.",
     )
 
@@ -309,13 +310,15 @@ for he, found in grid.items():
 
 # %% tags=["nbval-ignore-output"]
 seeds, test = range(3 if SMOKE else 10), (test_images, test_labels)
-reached = {}
-for name, he in best:
-    nets, told = [plain(s, he) for s in seeds], (name, best[name, he])
-    jobs = [functools.partial(short_run, net, *told, s, test) for s, net in enumerate(nets)]
-    reached[name, he] = training.side_by_side(jobs)
-for (name, he), found in reached.items():
-    print(f"{'He' if he else 'default':8} {name:13} {np.mean(found):5.1f}% at {best[name, he]:g}")
+jobs = {
+    (n, s): partial(short_run, plain(s, n[1]), n[0], best[n], s, test) for n in best for s in seeds
+}
+found = together(jobs)
+reached = {n: [found[n, s] for s in seeds] for n in best}
+for (name, he), right in reached.items():
+    print(f"{'He' if he else 'default':8} {name:13} {np.mean(right):5.1f}% at {best[name, he]:g}")
+
+# %% tags=["nbval-ignore-output"]
 he_is_better = {name: max(grid[True][name]) > max(grid[False][name]) for name in inputs}
 raw, standard = (reached[name, he_is_better[name]] for name in ("0 … 255", "standardised"))
 moved = measure.paired_t(np.subtract(standard, raw), "points")
@@ -342,6 +345,7 @@ def mirrored(seed=0, size=64):
         yield training.batch(images, index, coin), labels[index]
 
 
+# %%
 def resnet(width=16, seed=0):
     return models.mini_resnet(width, seed=seed).to(memory_format=torch.channels_last)
 
@@ -405,11 +409,13 @@ def at_falling_rate(seed):
 
 
 # %% tags=["nbval-ignore-output"]
-jobs = [functools.partial(run, s) for run in (at_constant_rate, at_falling_rate) for s in SEEDS]
-ended = training.side_by_side(jobs)  # one thread each
+ways = at_constant_rate, at_falling_rate
+found = together({(way, s): partial(way, s) for way in ways for s in SEEDS})
+constant, fell = ([found[way, s] for s in SEEDS] for way in ways)
 names = "constant, as it stands", "constant", "averaged", "falling"
-constant, fell = zip(*ended[: len(SEEDS)], strict=True), ended[len(SEEDS) :]
-results = dict(zip(names, (*constant, fell), strict=True))
+results = dict(zip(names, (*zip(*constant, strict=True), fell), strict=True))
+
+# %% tags=["nbval-ignore-output"]
 plots.seeds(
     results,
     ylabel="test accuracy (%)",
@@ -434,8 +440,8 @@ claims.verdict("02.decay_is_needed", more)
 # smaller. A constant rate shakes the weights about. Decay calms them; averaging takes the middle of
 # the shaking, and the run need not know when it ends. If the last two columns lie equally high,
 # decay is one way to calm weights and not the only one; if *falling* lies higher, averaging does
-# not replace it here. Some schedules stay constant for long and fall late (Hägele et al. 2024),
-# some optimizers average all along (Defazio et al. 2024). The first two columns are the same
+# not replace it here. Some optimizers average all along
+# (Defazio et al. 2024). The first two columns are the same
 # weights: a comparison without `update_bn` would have credited their difference to decay.
 #
 # ## Measure: steps, and the optimizer
@@ -490,7 +496,7 @@ optimizers = {
 }
 
 # %% [markdown]
-# Each optimizer has its own scale of rates, so each gets its own row, and chooses. A schedule that
+# Each optimizer gets its own row of rates, and chooses. A schedule that
 # falls is judged at its planned end and nowhere before it. The loss gets *label smoothing*, which
 # asks for about 95% of the probability and not for all of it (Szegedy et al. 2016).
 
@@ -510,8 +516,7 @@ def planned(name, rate, steps, seed=0):
 tuned, short = {}, {}
 for name, (_, choices) in optimizers.items():
     choices = choices[: 1 if SMOKE else None]
-    jobs = [functools.partial(planned, name, rate, SHORT) for rate in choices]
-    found = dict(zip(choices, training.side_by_side(jobs), strict=True))
+    found = together({rate: partial(planned, name, rate, SHORT) for rate in choices})
     short[name], tuned[name] = max((right, rate) for rate, right in found.items())
     print(f"{name:5}", {rate: f"{a:.1f}%" for rate, a in found.items()}, "takes", tuned[name])
 
@@ -527,14 +532,14 @@ for name, (_, choices) in optimizers.items():
 PLANS = (8, 16) if SMOKE else (500, 1000, 2000)
 plans, missed = {}, machine.Skip("system", f"no plan up to {PLANS[-1]} steps reached {TARGET}%.")
 for steps in tqdm(PLANS, desc="plans", leave=False):
-    run = functools.partial(planned, "Muon", tuned["Muon"], steps)
-    plans[steps] = training.side_by_side([run, functools.partial(run, seed=1)])
+    jobs = {seed: partial(planned, "Muon", tuned["Muon"], steps, seed) for seed in (0, 1)}
+    plans[steps] = list(together(jobs).values())
     print(f"{steps} steps planned:", ", ".join(f"{a:.1f}%" for a in plans[steps]))
     if there := min(plans[steps]) >= TARGET:
         break
 
 # %% [markdown]
-# Next the seconds a step of both loops. The figure takes them timed in turn within this process;
+# Next the seconds a step of both. The figure takes them timed in turn within this process;
 # the verdict takes their ratio over fresh processes.
 
 
@@ -573,6 +578,8 @@ for done in tqdm(range(every, enough + every, every), desc="tutorial's loop", le
     looks[done] = accuracy(net, unit)
     if arrived := looks[done] >= TARGET:
         break
+
+# %% tags=["nbval-ignore-output"]
 exercises.reveal("02.tutorial", looks[done], "percent")
 sooner = measure.derive(lambda r: r * done / steps, ratio, unit="x")
 print(f"{'' if arrived else 'at least '}{sooner.low:.1f} times as soon" if there else missed)
@@ -612,11 +619,11 @@ plots.show(
 )
 
 # %% [markdown]
-# From the first curve to the second, a shift to the left: the same learning, cheaper steps. From
+# From the first curve to the second, a shift to the left: cheaper steps. From
 # there up to the points: as many seconds, another accuracy. That is the optimizer, rate, decay,
 # mirrored images, smoothing and the batch together; which of them did it, this figure does not
-# tell. Mark where the tutorial's loop crosses the dotted line: until then a network trained for
-# what one system of equations gives in a moment.
+# tell. Mark where the tutorial's loop crosses the dotted line, which took one system of
+# equations.
 #
 # ## If yours shows no gain
 # | You see | Because | Look at |
@@ -1001,6 +1008,8 @@ def range_test(net, batches, low=1e-3, high=3.0, steps=100):
 tried, losses = range_test(resnet(), mirrored(), steps=30 if SMOKE else 100)
 smooth = np.convolve(np.pad(losses, 4, mode="edge"), np.ones(9) / 9, mode="valid")
 lowest = float(tried[int(np.argmin(smooth))])
+
+# %% tags=["nbval-ignore-output"]
 plots.lines(
     tried,
     {"one step's loss": losses, "mean of nine": smooth},
@@ -1210,8 +1219,7 @@ for name, other in (
 # Szegedy, *Batch Normalization*, 2015 · K. He et al., *Delving Deep into Rectifiers*, 2015 · C.
 # Szegedy et al., *Rethinking the Inception Architecture*, 2016 (label smoothing) · B. Polyak, A.
 # Juditsky, *Acceleration of Stochastic Approximation by Averaging*, 1992 · P. Izmailov et al.,
-# *Averaging Weights Leads to Wider Optima*, 2018 · A. Hägele et al., *Scaling Laws and
-# Compute-Optimal Training Beyond Fixed Training Durations*, 2024 · A. Defazio et al., *The Road
+# *Averaging Weights Leads to Wider Optima*, 2018 · A. Defazio et al., *The Road
 # Less Scheduled*, 2024 · D. Kingma, J. Ba, *Adam*, 2015 · I. Loshchilov, F. Hutter, *Decoupled
 # Weight Decay Regularization*, 2019 · K. Jordan et al., *Muon: An optimizer for hidden layers in
 # neural networks*, 2024 · S. McCandlish et al., *An Empirical Model of Large-Batch Training*, 2018

@@ -61,7 +61,7 @@ exercises.predict("03.half", my_speedup)
 # %% [markdown]
 # ## From scratch: which weight may go?
 # Eight weights, eight inputs, one output, and nothing left to learn: the loss is 0. Some inputs are
-# usually large (`loud`), some small. Four weights must go.
+# usually large (`loud`), some small. Four must go.
 
 # %%
 torch.manual_seed(0)
@@ -341,7 +341,7 @@ def shrink(conv1, bn, conv2, keep):
 # What `conv1` makes only `conv2` reads: the block's *inner* channels, a chain. What comes out of
 # the addition is the *stream*: `conv2` and the shortcut make it together, and both readers in the
 # next block must be cut with it. Layers that share a list of channels form a *group*. Here are four
-# of this network's six, by hand; in *Further* a traced graph finds all of them, in any network, and
+# of this network's six, by hand; in *Further* a traced graph finds all of them, and
 # refuses what must not be cut.
 
 # %%
@@ -572,8 +572,7 @@ claims.verdict("03.l1_beats_random", l1_gain)
 
 # %% [markdown]
 # Each band is a 95% interval over seeds: other images, and for *random* other channels. How far
-# the untrained shape lies below is what the trained weights are worth. Then look at the distances
-# among the four others. That random channels come out close at the usual cut, Mittal
+# the untrained shape lies below is what the trained weights are worth. That random channels come out close at the usual cut, Mittal
 # et al. (2018) saw on VGG-16 and ResNet-50, too.
 #
 # ## Measure: and if you had to train it first?
@@ -620,12 +619,11 @@ claims.verdict("03.pruning_beats_training_small", advantage)
 
 # %% [markdown]
 # The two networks on the right have the same shape and took as many steps; the large one's steps
-# took longer. These trainings are short. Liu et al. trained both to the end, on CIFAR and ImageNet,
+# took longer. Liu et al. trained both to the end, on CIFAR and ImageNet,
 # and where the widths were chosen beforehand, starting from scratch did as well or better.
 #
 # ## Measure: do the losses of layers add up?
-# How much to cut in which block? The usual way measures each block alone and adds (HALP, Shen et
-# al. 2022). With three blocks and four widths you can afford to
+# The usual way to share a cut among blocks measures each alone and adds (HALP, Shen et al. 2022). With three blocks and four widths you can afford to
 # look at all 64 combinations, recalibrated and not fine-tuned.
 
 # %%
@@ -665,23 +663,21 @@ plots.show(
 )
 
 # %% [markdown]
-# A point on the dashed line is a combination whose losses add up. The verdict is on the strongest
-# cut and on test images.
+# A point on the dashed line is a combination whose losses add up. The verdict: the strongest
+# cut, on test images.
 
 # %% tags=["nbval-ignore-output"]
 last = len(OPTIONS) - 1
 
 
-def hits(net):
-    return (training.predict(net, test_images).argmax(1) == test_labels).float()
-
-
 @functools.cache
-def lost(combination):  # one number an image: 1 lost, -1 gained
-    return whole_hits - hits(shaped(combination))
+def hits(combination):  # one number an image
+    answers = training.predict(shaped(combination), test_images).argmax(1)
+    return (answers == test_labels).float()
 
 
-whole_hits = hits(net)
+def lost(combination):  # 1 where it is wrong and the whole network right, -1 the other way round
+    return hits((0, 0, 0)) - hits(combination)
 
 
 # %% tags=["nbval-ignore-output"]
@@ -711,9 +707,6 @@ for i in range(3):
     whole_ms = 1000 * float(np.median([look.baseline_seconds for look in looks]))
     cost.append([whole_ms, *(whole_ms / look.ratio for look in looks)])
     print(f"block {i}: {whole_ms:.2f} ms;", [f"{100 * c / whole_ms:.0f}%" for c in cost[-1]])
-
-# %% [markdown]
-# A quarter of the inner channels is about a quarter of the arithmetic: compare the last column.
 
 # %% [markdown]
 # ## Exercise C · the best accuracy under a budget of time
@@ -848,8 +841,7 @@ for k in range(1, len(OPTIONS))[:2]:
 # Where it lies below 0, the sums misled.
 #
 # ## Explain: half of the MACs, and the time
-# Cut until half of the MACs are left. The figure shows two forecasts and two measurements. *Amdahl*
-# takes for granted that the three blocks need half of their time and the rest of the network all of
+# Cut until half of the MACs are left. *Amdahl* takes for granted that the three blocks need half of their time and the rest of the network all of
 # its own. The *table* puts in the blocks' measured times at half of their channels.
 
 # %% tags=["nbval-ignore-output"]

@@ -361,9 +361,8 @@ plots.show(figure, "Accuracy against size: one width for all, and layers at 8 or
 # by these very images, which flatters the squares; the test images decide, once.
 
 # %% tags=["nbval-ignore-output"]
-test_images, test_labels = data.fashion_mnist("test")
-if SMOKE:
-    test_images, test_labels = test_images[:300], test_labels[:300]
+judged = {"smoke": 300, "fast": 5000, "full": 10_000}[PROFILE]
+test_images, test_labels = (t[:judged] for t in data.fashion_mnist("test"))
 
 
 def right(model):
@@ -458,7 +457,7 @@ def qat(model, bits, steps):
 # was learned or the epoch did something.
 
 # %% tags=["nbval-ignore-output"]
-count = {"smoke": 256, "fast": 5000, "full": 12000}[PROFILE]
+count = {"smoke": 256, "fast": 4000, "full": 12000}[PROFILE]
 ARMS = {
     "2 bits, scale from the largest": lambda: qat(baseline, mixed, LargestSteps),
     "2 bits, learned scale": lambda: qat(baseline, mixed, LearnedSteps),
