@@ -1,10 +1,12 @@
 """`course report --class`: a planted room, with what goes with what, and ledgers that lie."""
 
 import json
+import re
 import zipfile
 
 import pytest
 
+from course_utils import ROOT
 from course_utils.course import cli, room
 from course_utils.course.chapters import UsageError
 
@@ -138,6 +140,14 @@ def test_moodles_export_with_workbooks_in_zips(tmp_path):
     learners, odd = room.gather(tmp_path / "in")
     assert [one.name for one in learners] == ["Ada-Lovelace-0", "Ada-Lovelace-1"]
     assert odd == []
+
+
+def test_the_half_day_has_the_minutes_that_it_has():
+    text = (ROOT / "TEACHING.md").read_text(encoding="utf-8")
+    table = text.split("**Half a day, minute by minute**")[1].split("\n\n**Two days")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", table, re.M))) == 180
+    parts = " ".join(text.split("**Two days:**")[1].split("**Ten weeks")[0].split())
+    assert sum(map(int, re.findall(r"\b(\d+) (?:minutes|in pairs|for)", parts))) == 90
 
 
 def test_what_is_no_room_is_refused(given, tmp_path, capsys):

@@ -33,7 +33,7 @@ def chosen(folder: Path = atlas.FOLDER) -> Ledger:
 
 
 def text(ledger: Ledger) -> str:
-    """What stands between the two marks. UsageError where the ledger did not decide one of SHOWN."""
+    """What stands between the marks. UsageError where the ledger did not decide one of SHOWN."""
     lines = ["| what people say | on this machine | measured |", "|---|---|---|"]
     titles = {chapter.number: chapter for chapter in chapters()}
     for name in SHOWN:

@@ -1375,11 +1375,11 @@ for shrink in (1.0, 2.0**-12):
     jobs = [
         functools.partial(train_cnn, functools.partial(fp8_mode, scaled), seed, shrink)
         for scaled in (True, False)
-        for seed in SEEDS[:3]
+        for seed in SEEDS[:2]
     ]
     scaled, plain = np.reshape(side_by_side(jobs), (2, -1)).mean(1)
     print(f"loss times {shrink:g}: fp8 scaled {scaled:.1f}%, without a scale {plain:.1f}%")
-print(f"fp32, the same seeds: {np.mean(scores['fp32'][:3]):.1f}%")
+print(f"fp32, the same seeds: {np.mean(scores['fp32'][:2]):.1f}%")
 
 # %% [markdown]
 # The scale is worth nothing where the numbers happen to fit, and everything where they do not. Real
