@@ -272,6 +272,7 @@ def test_types_travel_with_the_package():
         "programs/*.py",
         "course/book/*.toml",
         "course/book/static/*",
+        "course/slides/template/*",
     ]
 
 

@@ -3,6 +3,7 @@ refused, what is stored comes back.
 """
 
 import copy
+import functools
 import json
 import math
 import operator
@@ -27,6 +28,7 @@ def ch03(tmp_path):
     """The functions the chapter teaches."""
     given = {"folder": tmp_path, "SMOKE": True, "groups": {}, "images": torch.zeros(1)}
     given |= {"test_images": None, "test_labels": None, "json": json, "math": math}
+    given |= {"functools": functools}
     given |= {"copy": copy, "training": training, "models": models, "safe_open": safe_open}
     given |= {"load_file": load_file, "save_file": save_file}
     given |= {"update_bn": update_bn, "PASSES_ON": passes_on()}

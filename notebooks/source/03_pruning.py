@@ -571,9 +571,9 @@ plots.lines(
 claims.verdict("03.l1_beats_random", l1_gain)
 
 # %% [markdown]
-# Each band is a 95% interval over seeds: other images, and for *random* other channels. How far
-# the untrained shape lies below is what the trained weights are worth. That random channels come out close at the usual cut, Mittal
-# et al. (2018) saw on VGG-16 and ResNet-50, too.
+# Each band is a 95% interval over seeds: other images, and for *random* other channels. How far the
+# untrained shape lies below is what the trained weights are worth. That random channels come out
+# close at the usual cut, Mittal et al. (2018) saw on VGG-16 and ResNet-50, too.
 #
 # ## Measure: and if you had to train it first?
 # So a trained network is worth pruning *if it is there*. "Train large, then prune" is another
@@ -623,8 +623,9 @@ claims.verdict("03.pruning_beats_training_small", advantage)
 # and where the widths were chosen beforehand, starting from scratch did as well or better.
 #
 # ## Measure: do the losses of layers add up?
-# The usual way to share a cut among blocks measures each alone and adds (HALP, Shen et al. 2022). With three blocks and four widths you can afford to
-# look at all 64 combinations, recalibrated and not fine-tuned.
+# The usual way to share a cut among blocks measures each alone and adds (HALP, Shen et al. 2022).
+# With three blocks and four widths you can afford to look at all 64 combinations, recalibrated and
+# not fine-tuned.
 
 # %%
 OPTIONS = [1.0, 0.5] if SMOKE else [1.0, 0.75, 0.5, 0.25]  # shares of a block's inner channels
@@ -841,8 +842,9 @@ for k in range(1, len(OPTIONS))[:2]:
 # Where it lies below 0, the sums misled.
 #
 # ## Explain: half of the MACs, and the time
-# Cut until half of the MACs are left. *Amdahl* takes for granted that the three blocks need half of their time and the rest of the network all of
-# its own. The *table* puts in the blocks' measured times at half of their channels.
+# Cut until half of the MACs are left. *Amdahl* takes for granted that the three blocks need half of
+# their time and the rest of the network all of its own. The *table* puts in the blocks' measured
+# times at half of their channels.
 
 # %% tags=["nbval-ignore-output"]
 halved = prune(net, dict(zip(INNER, (15, 31, 62), strict=True)))
@@ -1371,8 +1373,8 @@ print(f"{stored / 1e6:.2f} MB, comes back the same: {same}; inner widths {list(w
 
 # %% [markdown]
 # **Stairs.** A kernel computes channels in packs as wide as a vector register. One convolution at
-# every second width, the median of three passes in random order: on a flat stretch, cutting a channel buys
-# nothing.
+# every second width, the median of three passes in random order: on a flat stretch, cutting a
+# channel buys nothing.
 
 
 # %% tags=["nbval-ignore-output"]

@@ -651,7 +651,7 @@ def price(model, processes):
     """Speed of the plain step over the checkpointed one, and of the forward pass over the step."""
     checkpointed = through(library, segments(model, math.isqrt(DEPTH)))
     plain, alone = functools.partial(step, model), functools.partial(forward_only, model)
-    often = {"seconds": SECONDS * processes / 2, "processes": processes, "threads": 1}
+    often = {"seconds": SECONDS * processes / 3, "processes": processes, "threads": 1}
     slower = measure.across(lambda: step(model, checkpointed), plain, **often)
     look = {"seconds": SECONDS, "processes": 6, "threads": 1, "across_modes": True}
     return slower, measure.across(plain, alone, **look)
