@@ -78,11 +78,8 @@ def main() -> int:
         constraints.flush()
         base = compile_lock("-c", constraints.name, known=known)
     write(ROOT / "requirements.lock", "What the course uses on a CPU, and its tests.", base)
-    extra = [
-        entry
-        for entry in everything
-        if entry.split("==")[0] not in {b.split("==")[0] for b in base}
-    ]
+    there = {entry.split(" \\\n")[0] for entry in base}  # with its condition: "; python_version …"
+    extra = [entry for entry in everything if entry.split(" \\\n")[0] not in there]
     write(ROOT / "requirements-extended.lock", "In addition: DeepSpeed, Model Optimizer.", extra)
     return 0
 
