@@ -141,19 +141,24 @@ def _told(section: Section) -> list[Slide]:
 
 
 def lead(text: str, words: int = LEAD) -> str:
-    """The first sentences, whole, within `words`, or the first one; a table stays whole.
+    """The first sentences, whole, within `words`, or the first one; a table stays whole, and a
+    formula stays with the sentence that it ends.
 
     >>> lead("One thing. Another thing, which is longer.", 4)
     'One thing.'
+    >>> lead("The error is\\n\\n$$s/2$$\\n\\nNow more.")
+    'The error is\\n\\n$$s/2$$'
     """
+    first, _, rest = text.partition("\n\n")
     if text.startswith("|"):
-        return text.partition("\n\n")[0]
+        return first
     kept: list[str] = []
-    for sentence in re.split(r"(?<=[.?:])\s+(?=[A-Z*\"“(`$])", text.partition("\n\n")[0]):
+    for sentence in re.split(r"(?<=[.?:])\s+(?=[A-Z*\"“(`$])", first):
         if kept and len(" ".join([*kept, sentence]).split()) > words:
-            break
+            return " ".join(kept)
         kept.append(sentence)
-    return " ".join(kept)
+    formula = rest.partition("\n\n")[0] if rest.startswith("$$") else ""
+    return "\n\n".join(filter(None, (" ".join(kept), formula)))
 
 
 def _exercise(section: Section) -> Slide:
