@@ -65,11 +65,22 @@ def test_what_a_chapter_says_anew_takes_the_place_of_what_it_said(house):
     assert kept[0]["machine"]["profile"] == "fast"
 
 
-def test_another_machines_rows_go(house):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cpu": "Another"},
+        {"isa": ["avx2"]},
+        {"caps": {"ONEDNN_MAX_CPU_ISA": "AVX2"}},
+        {"versions": {"torch": "1.0"}},
+        {"profile": "full"},
+    ],
+    ids=str,
+)
+def test_rows_of_which_the_card_would_not_be_true_go(house, change):
     first, second = house(1, None), house(2, None)
     edition.keep(first, [said("01.amdahl")], "fast")
     kept = json.loads(edition.LEDGER.read_text(encoding="utf-8"))
-    kept[0]["machine"]["cpu"] = "Another"
+    kept[0]["machine"] |= change
     edition.LEDGER.write_text(json.dumps(kept), encoding="utf-8")
     edition.keep(second, [said("02.x")], "fast")
     kept = json.loads(edition.LEDGER.read_text(encoding="utf-8"))

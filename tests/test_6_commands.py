@@ -494,3 +494,12 @@ def test_a_pipe_that_is_closed_early_is_no_error():
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("CPU")
     assert done.stderr == ""
+
+
+def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
+    def broken() -> dict:
+        raise BrokenPipeError("a child's")
+
+    monkeypatch.setattr("course_utils.course.doctor.examine", broken)
+    with pytest.raises(BrokenPipeError, match="a child's"):
+        cli.main(["doctor"])

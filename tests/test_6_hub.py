@@ -153,7 +153,7 @@ def run(session: requests.Session, address: str, home: Path, code: str) -> str:
 
 
 @NEEDED
-def test_five_learners_work_side_by_side_and_none_in_anothers_files(room):
+def test_five_learners_work_side_by_side_each_in_files_and_on_a_core_of_their_own(room):
     address, folder, repository = room
     cores = sorted(os.sched_getaffinity(0))
     for number, name in enumerate(LEARNERS):

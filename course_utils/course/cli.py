@@ -39,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         status = options.do(options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of a pipe has seen enough: `course doctor | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        if _somebody_listens():
+            raise  # another pipe broke, one of a child say
+        return 1
     except UsageError as error:
         print(f"course {options.command}: {error}", file=sys.stderr)
         return 2
@@ -50,6 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
             f"course {options.command}: interrupted; what was finished is whole.", file=sys.stderr
         )
         return 130
+
+
+def _somebody_listens() -> bool:
+    """Whether what was printed arrives. If not, the reader of the pipe has seen enough (`course
+    doctor | head -3`), and Python must not complain when it ends.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _doctor(commands: argparse._SubParsersAction) -> None:

@@ -62,34 +62,34 @@ def earlier(chapter: str) -> list[dict]:
     """
     mine = here()
     for path in (LEDGER, ROOT / "build" / "run" / "ledger.json"):
-        kept = [row for row in _read(path) if row["chapter"] < chapter[:2]]
-        kept = [
-            row
-            for row in kept
-            if (row["machine"]["cpu"], list(row["machine"]["isa"])) == (mine["cpu"], mine["isa"])
-        ]
-        if kept:
+        rows = [row for row in _read(path) if row["chapter"] < chapter[:2]]
+        if kept := [row for row in rows if _alike(row["machine"], mine)]:
             return kept
     return []
 
 
 def keep(chapter: Chapter, events: Iterable[dict], profile: str) -> None:
-    """Put what a chapter said into the edition's ledger in place of what it said before; what
-    another machine said goes. The card is the newest one for all rows.
+    """Put what a chapter said into the edition's ledger in place of what it said before. What was
+    said on another machine, under another cap, in other versions or in another profile goes: the
+    one card of all rows would not be true of it.
     """
     new, card = rows(events, profile), machine.card().as_dict() | {"profile": profile}
+    same = here() | {"versions": card["versions"], "profile": profile}
     old = [
         row | {"machine": card}
         for row in _read(LEDGER)
-        if row["chapter"] != chapter.number
-        and row["machine"]["cpu"] == card["cpu"]
-        and list(row["machine"]["isa"]) == list(card["isa"])
+        if row["chapter"] != chapter.number and _alike(row["machine"], same)
     ]
     LEDGER.parent.mkdir(parents=True, exist_ok=True)
     part = LEDGER.with_suffix(".part")
     whole = sorted([*old, *new], key=lambda row: row["claim"])
     part.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(LEDGER)
+
+
+def _alike(card: dict, wanted: dict) -> bool:
+    """Whether a card, read from JSON, has these fields."""
+    return json.loads(json.dumps(wanted)).items() <= card.items()
 
 
 def _read(path: Path) -> list[dict]:

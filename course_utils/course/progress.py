@@ -134,7 +134,7 @@ def predictions(events: list[dict]) -> str:
         f"<td>{e['measured']:.3g} {html.escape(e.get('unit', ''))}</td></tr>"
         for e in pairs
     )
-    within = sum(0.5 <= _ratio(e) <= 2 for e in pairs)
+    within = sum(within_two(e["guess"], e["measured"]) for e in pairs)
     return (
         f"<h2>Predictions</h2><p>{within} of {len(pairs)} within a factor of two.</p>"
         f"{_picture(pairs)}<table><thead><tr><th>question</th><th>I predicted</th><th>measured</th>"
@@ -142,12 +142,13 @@ def predictions(events: list[dict]) -> str:
     )
 
 
-def _ratio(event: dict) -> float:
-    """Guess over measured; far off where one of them is not above zero."""
-    guess, measured = event["guess"], event["measured"]
-    if guess == measured:
-        return 1.0
-    return guess / measured if guess > 0 and measured > 0 else float("inf")
+def within_two(guess: float, measured: float) -> bool:
+    """Whether a guess is at most twice and at least half of what was measured.
+
+    >>> within_two(1.5, 3), within_two(1.4, 3), within_two(0, 0), within_two(-1, 1)
+    (True, False, True, False)
+    """
+    return guess == measured or (guess * measured > 0 and 0.5 <= guess / measured <= 2)
 
 
 def _number(value: object) -> bool:
@@ -165,7 +166,7 @@ def _picture(pairs: list[dict]) -> str:
     drawn = [e for e in pairs if all(1e-9 < e[side] < 1e12 for side in ("guess", "measured"))]
     if not drawn:
         return ""
-    right = sum(0.5 <= _ratio(e) <= 2 for e in drawn)
+    right = sum(within_two(e["guess"], e["measured"]) for e in drawn)
     figure, ax = plots.axes(
         "measured", "predicted", title=f"{right} of {len(drawn)} lie within a factor of two"
     )

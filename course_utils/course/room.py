@@ -17,6 +17,7 @@ from course_utils.course import atlas
 from course_utils.course.book import guess_page
 from course_utils.course.chapters import UsageError
 from course_utils.course.grading import pages, submissions
+from course_utils.course.progress import within_two
 
 DECIDED = (HOLDS, FAILS)
 WIDE = 640
@@ -160,15 +161,6 @@ def _predictions(learners: list[Learner]) -> str:
             f"{_strip(made, unit)}"
         )
     return out
-
-
-def within_two(guess: float, measured: float) -> bool:
-    """Whether a guess is at most twice and at least half of what was measured.
-
-    >>> within_two(1.5, 3), within_two(1.4, 3), within_two(0, 0)
-    (True, False, True)
-    """
-    return guess == measured or (guess * measured > 0 and 0.5 <= guess / measured <= 2)
 
 
 def _strip(made: dict[str, tuple[float, float, str]], unit: str) -> str:
