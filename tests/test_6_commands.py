@@ -485,21 +485,3 @@ def test_a_chapter_that_gives_no_answer_is_run_once_more_and_then_given_up(
     )
     assert run.run_one(chapter, "smoke", "learner", tmp_path).error == ""
     assert count.read_text() == "xxxx", "lost once, answered the second time"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="system: pipes break otherwise there")
-def test_a_pipe_that_is_closed_early_is_no_error():
-    code = "import sys; from course_utils.course.cli import main; sys.exit(main(['doctor']))"
-    command = f'"{sys.executable}" -c "{code}" | head -1'
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("CPU")
-    assert done.stderr == ""
-
-
-def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
-    def broken() -> dict:
-        raise BrokenPipeError("a child's")
-
-    monkeypatch.setattr("course_utils.course.doctor.examine", broken)
-    with pytest.raises(BrokenPipeError, match="a child's"):
-        cli.main(["doctor"])

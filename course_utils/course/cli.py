@@ -36,13 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
-        status = options.do(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if _somebody_listens():
-            raise  # another pipe broke, one of a child say
-        return 1
+        return options.do(options)
     except UsageError as error:
         print(f"course {options.command}: {error}", file=sys.stderr)
         return 2
@@ -51,18 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"course {options.command}: interrupted; what was finished is whole.", file=sys.stderr
         )
         return 130
-
-
-def _somebody_listens() -> bool:
-    """Whether what was printed arrives. If not, the reader of the pipe has seen enough (`course
-    doctor | head -3`), and Python must not complain when it ends.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
 def _doctor(commands: argparse._SubParsersAction) -> None:
