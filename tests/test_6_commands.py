@@ -485,3 +485,24 @@ def test_a_chapter_that_gives_no_answer_is_run_once_more_and_then_given_up(
     )
     assert run.run_one(chapter, "smoke", "learner", tmp_path).error == ""
     assert count.read_text() == "xxxx", "lost once, answered the second time"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="system: pipes break otherwise there")
+def test_a_pipe_that_is_closed_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)  # before the command prints its first line
+    code = "import sys; from course_utils.course.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_another_pipe_that_breaks_is_not_hidden(monkeypatch):
+    def broken() -> dict:
+        raise BrokenPipeError("a child's")
+
+    monkeypatch.setattr("course_utils.course.doctor.examine", broken)
+    with pytest.raises(BrokenPipeError, match="a child's"):
+        cli.main(["doctor"])

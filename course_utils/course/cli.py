@@ -1,8 +1,10 @@
 """The `course` command."""
 
 import argparse
+import contextlib
 import json
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -36,7 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
-        return options.do(options)
+        status = options.do(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # another pipe broke, one of a child say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 1
     except UsageError as error:
         print(f"course {options.command}: {error}", file=sys.stderr)
         return 2
@@ -45,6 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
             f"course {options.command}: interrupted; what was finished is whole.", file=sys.stderr
         )
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody can read what is printed any more (`course doctor | head -3`)."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or no poll
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _doctor(commands: argparse._SubParsersAction) -> None:
