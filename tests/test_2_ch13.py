@@ -679,3 +679,14 @@ def test_the_client_imports_no_torch_and_no_numpy():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "[]"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [(b"", 0), (b'{"count": 2, "sizes": [5', 0), (b'{"count": 2, "sizes": [5, 6]}\n', 90)],
+)
+def test_a_load_whose_report_is_not_whole_is_refused(line, size):
+    """Seen once: the report came without its end, and without an error."""
+    with pytest.raises(RuntimeError, match=r"not whole: \d+ and \d+ bytes"):
+        serving.client._head(line, size, 0)
+    assert serving.client._head(b'{"count": 2, "sizes": [5, 6]}\n', 91, 0) == (2, [5, 6])

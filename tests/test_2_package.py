@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,18 @@ def test_children_take_turns_and_none_outlives_the_call():
         measure.turns("def sample(): 1 / 0", {"a": {}}, rounds=1)
     with pytest.raises(TimeoutError, match="did not end within"):
         measure.turns("import time\ndef sample(): time.sleep(30)", {"a": {}}, rounds=1, timeout=0.1)
+
+
+def test_a_child_with_a_path_of_its_own_still_finds_the_course(monkeypatch):
+    """As in Colab, where the course is a clone on the path and nothing is installed."""
+    monkeypatch.setenv("PYTHONPATH", "ours")
+    code = "import json, os; print(json.dumps(os.environ['PYTHONPATH']))"
+    root = str(course_utils.ROOT)
+    assert measure.child(code).result == os.pathsep.join(["ours", root])
+    own = {"PYTHONPATH": "theirs"}
+    assert measure.child(code, env=own).result == os.pathsep.join(["theirs", root])
+    code = "import os; sample = lambda: os.environ['PYTHONPATH']"
+    assert measure.turns(code, {"a": own}, rounds=1)["a"] == [os.pathsep.join(["theirs", root])]
 
 
 def test_a_comparison_does_not_keep_what_it_called():

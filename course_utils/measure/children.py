@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_utils import ROOT
 from course_utils.measure.resources import release
 
 
@@ -44,7 +45,7 @@ def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=out, stderr=err, env=os.environ | (env or {})
+            [sys.executable, "-c", code], stdout=out, stderr=err, env=_environment(env or {})
         )
         try:
             peak = _wait(process, timeout)
@@ -63,6 +64,15 @@ def child(code: str, *, env: dict[str, str] | None = None, timeout: float = 120.
         raise RuntimeError(
             f"the child's last line must be JSON; it printed {last[:200]!r}."
         ) from None
+
+
+def _environment(own: Mapping[str, str]) -> dict[str, str]:
+    """What a child gets: this process's environment, `own` over it, and the course on its path,
+    also where `own` brings a path and the course is a clone that nobody installed (Colab).
+    """
+    env = os.environ | own
+    path = filter(None, [env.get("PYTHONPATH"), str(ROOT)])
+    return env | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def _wait(process: subprocess.Popen, timeout: float) -> int:
@@ -187,7 +197,7 @@ class _Turn:
             "stderr": self.errors,
             "text": True,
         }
-        self.process = subprocess.Popen(command, env=os.environ | self.env, **pipes)
+        self.process = subprocess.Popen(command, env=_environment(self.env), **pipes)
         return self
 
     def ask(self) -> object:

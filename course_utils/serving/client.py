@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Sequence
@@ -182,30 +183,46 @@ def _client(
     numbers = which.astype("d").tobytes() + (b"" if due is None else due.tobytes())
     request = json.dumps(head).encode() + b"\n" + b"".join(bodies) + numbers
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from course_utils.serving import client; client.main()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    try:
-        out, errors = process.communicate(request, timeout=seconds + timeout_s + 60)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    if process.returncode:
-        raise RuntimeError(
-            f"the load generator ended with {process.returncode}:\n{errors.decode()[-2000:]}"
+    with tempfile.TemporaryFile() as told:  # a file: it is there, or it is not, whole
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from course_utils.serving import client; client.main()"],
+            stdin=subprocess.PIPE,
+            stdout=told,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
         )
-    first, _, rest = out.partition(b"\n")
-    n, sizes = json.loads(first)["count"], json.loads(first)["sizes"]
+        try:
+            _, errors = process.communicate(request, timeout=seconds + timeout_s + 60)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        if process.returncode:
+            raise RuntimeError(
+                f"the load generator ended with {process.returncode}:\n{errors.decode()[-2000:]}"
+            )
+        told.seek(0)
+        first, rest = told.readline(), told.read()
+    n, sizes = _head(first, len(rest), process.returncode)
     numbers = np.frombuffer(rest[: 40 * n]).reshape(5, n)
     ends = np.cumsum([0, *sizes]) + 40 * n
     texts = tuple(rest[a:b] for a, b in zip(ends, ends[1:], strict=False))
     status, which = numbers[3].astype(int), numbers[4].astype(int)
     return Answers(numbers[0], numbers[1], numbers[2], status, which, float(seconds), texts)
+
+
+def _head(line: bytes, size: int, status: int | None) -> tuple[int, list[int]]:
+    """How many requests the load generator tells of, and the size of each answer's body. Raises
+    RuntimeError where less arrived than it says.
+    """
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        head = json.loads(line)
+        if size == 40 * head["count"] + sum(head["sizes"]):
+            return head["count"], head["sizes"]
+    raise RuntimeError(
+        f"the load generator ended with {status}, and what it told is not whole: {len(line)} and"
+        f" {size} bytes, the first {line[:40]!r}. Was it killed? Run the load again."
+    )
 
 
 class _Connection(asyncio.Protocol):
