@@ -506,9 +506,9 @@ def after():
 # %% tags=["nbval-ignore-output"]
 old_part = measure.arm(step_two, batch, "old part")
 new_part = measure.arm(faster_two, batch, "new part")
-part = measure.across(old_part, new_part, seconds=4 * SECONDS)
-alone = measure.across(measure.Arm(before, "both"), old_part, seconds=4 * SECONDS)
-whole = measure.across(before, after, seconds=4 * SECONDS)
+part = measure.across(old_part, new_part, seconds=3 * SECONDS)
+alone = measure.across(measure.Arm(before, "both"), old_part, seconds=3 * SECONDS)
+whole = measure.across(before, after, seconds=3 * SECONDS)
 p = measure.derive(lambda a: 1 / a, alone.interval)  # the part's share of the whole
 predicted = measure.derive(lambda p, s: 1 / ((1 - p) + p / s), p, part.interval, unit="x")
 print(f"S = {part.interval}, p = {p}: Amdahl predicts {predicted}, measured {whole.interval}")

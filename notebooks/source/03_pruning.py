@@ -35,7 +35,7 @@ from torch.optim.swa_utils import update_bn
 from course_utils import claims, data, exercises, machine, measure, models, plots, scratch, training
 
 SMOKE = PROFILE == "smoke"
-SECONDS = {"smoke": 0.1, "fast": 2.0, "full": 8.0}[PROFILE]  # for one comparison
+SECONDS = {"smoke": 0.1, "fast": 1.5, "full": 8.0}[PROFILE]  # for one comparison
 SEEDS = range({"smoke": 3, "fast": 5, "full": 10}[PROFILE])
 machine.card()
 

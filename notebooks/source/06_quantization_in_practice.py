@@ -361,7 +361,7 @@ plots.show(figure, "Accuracy against size: one width for all, and layers at 8 or
 # by these very images, which flatters the squares; the test images decide, once.
 
 # %% tags=["nbval-ignore-output"]
-judged = {"smoke": 300, "fast": 5000, "full": 10_000}[PROFILE]
+judged = {"smoke": 300, "fast": 4000, "full": 10_000}[PROFILE]
 test_images, test_labels = (t[:judged] for t in data.fashion_mnist("test"))
 
 
@@ -457,7 +457,7 @@ def qat(model, bits, steps):
 # was learned or the epoch did something.
 
 # %% tags=["nbval-ignore-output"]
-count = {"smoke": 256, "fast": 4000, "full": 12000}[PROFILE]
+count = {"smoke": 256, "fast": 3200, "full": 12000}[PROFILE]
 ARMS = {
     "2 bits, scale from the largest": lambda: qat(baseline, mixed, LargestSteps),
     "2 bits, learned scale": lambda: qat(baseline, mixed, LearnedSteps),
@@ -731,7 +731,7 @@ if have_onnx:
         "INT8 over the runtime's fp32": (ort, int8),
         "null: the fp32 file again": (ort, again),
     }.items():
-        speed[name] = measure.across(*pair, seconds=SECONDS, processes=6)
+        speed[name] = measure.across(*pair, seconds=SECONDS, processes=5)
 
 # %% tags=["nbval-ignore-output"]
 if have_onnx:
@@ -781,7 +781,7 @@ if have_onnx:
     plain = measure.onnx_arm(session_of("net.onnx"), small, "fp32")
     for name in (*KINDS, "dynamic"):
         arm = measure.onnx_arm(session_of(f"{name}.onnx"), small, name)
-        slow[name] = measure.across(plain, arm, seconds=SECONDS)
+        slow[name] = measure.across(plain, arm, seconds=SECONDS, processes=6)
         print(f"{name:9} {slow[name].interval}: {slow[name].verdict}")
 
 # %% tags=["nbval-ignore-output"]

@@ -933,7 +933,7 @@ if tool:
 # word.
 
 # %% tags=["nbval-ignore-output"]
-SECONDS = {"smoke": 1.5, "fast": 6.0, "full": 120.0}[PROFILE]
+SECONDS = {"smoke": 1.5, "fast": 5.0, "full": 120.0}[PROFILE]
 for waiting, share in ((1000, 0.5), (1000, 2.0), (2, 2.0)) if tool else ():
     due = engine.arrivals(share * capacity, SECONDS, seed=1)
     with llm_server.started(llm.gguf_file(), slots=4, waiting=waiting) as server:

@@ -940,7 +940,7 @@ measured = {}  # {format: (ms a token in decode and prefill, next tokens)}
 if not missing and large.real:
     with compress.gguf_files(scratch("15"), KINDS) as files:
         sizes = {name: path.stat().st_size / 1e6 for name, path in files.items()}
-        measured = compress.llama(files, rounds=2, starts=5, prompts=12)
+        measured = compress.llama(files, rounds=1, starts=5, prompts=8)
 
 # %% tags=["nbval-ignore-output"]
 if measured:

@@ -213,7 +213,7 @@ def by_bets(share, length, rng, limit=0.05, seconds=60):
 
 # %% tags=["nbval-ignore-output"]
 shares = [0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15]
-rng, times = np.random.default_rng(0), 40 if SMOKE else 150
+rng, times = np.random.default_rng(0), 40 if SMOKE else 100
 passed = {
     (test.__name__, length): [
         100 * np.mean([test(share, length, rng) for _ in range(times)]) for share in shares
@@ -590,7 +590,7 @@ if serves:
     with start(long) as running:
         able = capacity(running.url, 2 * SECONDS)
     short = Deployment("refuses", shipped, capacity=max(2, int(able * brief.limit_ms / 2e3)))
-    rounds, most = 3, 0.5 if SMOKE else 1.5
+    rounds, most = 3, 0.5 if SMOKE else 1.2
     queued = [in_time(long, 2 * able, most, seed) for seed in range(rounds)]
     refused = [in_time(short, 2 * able, most, seed) for seed in range(rounds)]
 
