@@ -89,7 +89,7 @@ def test_students_of_one_seed_are_the_same_and_seeds_differ(ch04):
     for a, b in zip(first["a"], second["a"], strict=True):
         pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
         assert all(torch.equal(x, y) for x, y in pairs)
-    weights = [net.fc.weight for net in (*first["a"], *first["b"])]
+    weights = [net[1].fc.weight for net in (*first["a"], *first["b"])]
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])  # the rate arrived
 
@@ -135,7 +135,8 @@ def test_attention_is_blind_to_scale_and_to_the_order_of_channels(ch04):
 
 def test_a_watched_student_computes_what_the_plain_one_does(ch04):
     watched, x = ch04.Watched(3, 128).eval(), models.normalise(PIXELS[:8])
-    torch.testing.assert_close(watched(x), models.mini_resnet(8, seed=3).eval()(x))
+    plain = ch04.coarse(models.mini_resnet(8, seed=3)).eval()
+    torch.testing.assert_close(watched(x), plain(x))
     assert watched.translate(watched.map).shape[:2] == (8, 128)
 
 
