@@ -329,10 +329,10 @@ plots.lines(
 )
 
 # %% [markdown]
-# Stand at the rate 0.1, where the recipe is. Read from top to bottom: what people call the cost of
-# forgetting T² is the distance between the first two curves. Now look at *labels × 0.1*. It has the
-# same labels as *labels*, the same everything, and it lies far below as well. Go to the right: a
-# smaller loss wants a larger rate, and most of the distance closes.
+# Stand at the rate 0.1, where the recipe is. What people call the cost of forgetting T² is the
+# distance between the first two curves. Go to the right: a smaller loss wants a larger rate, and
+# most of the distance closes. At the left end look at *labels × 0.1*: it has all that *labels* has,
+# and lies far below.
 #
 # Validation images choose the rate of each arm, with two seeds. Test images judge, with five
 # others.
@@ -363,13 +363,14 @@ claims.verdict("04.robust_to_noisy_labels", helped)
 
 # %% [markdown]
 # The first two lines are the chapter's warning. A comparison at one rate would have sold you the
-# step size as a mistake about the teacher. The third line refutes the story: a student that the
-# labels have taken over would end where *labels* ends. If yours lies far below, they did not take
-# over: the student is undertrained. What remains in the second line is the real price: without the
-# factor the wrong labels do weigh sixteen times more, relative to the teacher.
+# step size as a mistake about the teacher. A student that the labels have taken over would end
+# where *labels* ends, as the third line may show at one rate; in the figure compare the tops of the
+# two curves. What remains in the second line is the real price: without the factor the wrong labels
+# do weigh sixteen times more, relative to the teacher.
 #
-# And the *empty* teacher, of whom some say that she "teaches noise"? At 0.1 she looks ruinous. At
-# the top of her own curve, compare with *labels*: a constant target is no noise, only a small step.
+# And the *empty* teacher, of whom some say that she "teaches noise"? At the left she looks ruinous.
+# At the top of her own curve, compare with *labels*: a constant target is no noise, only a small
+# step.
 #
 # From here on every arm gets the same number of settings, and its own best one, found with seeds of
 # its own.
