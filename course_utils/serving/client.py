@@ -183,7 +183,7 @@ def _client(
     numbers = which.astype("d").tobytes() + (b"" if due is None else due.tobytes())
     request = json.dumps(head).encode() + b"\n" + b"".join(bodies) + numbers
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryFile() as told:  # a file: it is there, or it is not, whole
+    with tempfile.TemporaryFile() as told:  # through a pipe, a report once arrived in part
         process = subprocess.Popen(
             [sys.executable, "-c", "from course_utils.serving import client; client.main()"],
             stdin=subprocess.PIPE,

@@ -587,10 +587,11 @@ for name in ("same data, smoothed", "informed"):
 
 # %% [markdown]
 # *Informed* against *hard*: does a teacher help? Against *smoothing*: how much of that took a
-# teacher? *Same data* against *smoothing*: a teacher that knows nothing new still orders the
-# wrong classes; is that worth more than making them all equal? *Smoothed* tells how much of a
-# teacher's effect is the softness of her own training. Whatever rises from *same data* to
-# *informed* is information: that teacher saw more images (and whole ones, and is twice as wide).
+# teacher? *Same data* against *smoothing*: a teacher that knows nothing new still orders the wrong
+# classes; is that worth more than making them all equal? *Smoothed* tells how much of a teacher's
+# effect is the softness of her own training. The baseline was trained so, too: only what rises from
+# *smoothed* to *informed* is information (she saw more images, and whole ones, and is twice as
+# wide).
 
 # %% tags=["nbval-ignore-output"]
 exercises.reveal("04.gain", gain("informed").value, "points")
@@ -1097,10 +1098,11 @@ results["logits"] = results["informed"][: len(SIX)]
 print("logits, the same seeds, minus hard:", gain("logits"))
 
 # %% [markdown]
-# As many settings for each as the logits had. A student with a quarter of the channels can't hold
-# the teacher's features, and these are two methods of 2015 and 2017: in the table of Tian et al.
-# (2020) FitNets seldom beat logits, and their own contrastive method always does. Features work
-# where teacher and student have different classes, or none.
+# As many settings for each as the logits had, chosen by one seed and not by four: a point can be
+# lost there. A student with a quarter of the channels can't hold the teacher's features, and these
+# are two methods of 2015 and 2017: in the table of Tian et al. (2020) FitNets seldom beat logits,
+# and their own contrastive method always does. Features work where teacher and student have
+# different classes, or none.
 #
 # ### A teacher in train mode
 # `eval()` is forgotten often, and again nothing complains.
