@@ -588,10 +588,9 @@ for name in ("same data, smoothed", "informed"):
 # %% [markdown]
 # *Informed* against *hard*: does a teacher help? Against *smoothing*: how much of that took a
 # teacher? *Same data* against *smoothing*: a teacher that knows nothing new still orders the wrong
-# classes; is that worth more than making them all equal? *Smoothed* tells how much of a teacher's
-# effect is the softness of her own training. The baseline was trained so, too: only what rises from
-# *smoothed* to *informed* is information (she saw more images, and whole ones, and is twice as
-# wide).
+# classes; is that worth more than making them all equal? *Smoothed* tells how much of it is the
+# softness of her own training. The baseline was trained so, too: only what rises from *smoothed* to
+# *informed* is information (more images, whole ones, twice the width).
 
 # %% tags=["nbval-ignore-output"]
 exercises.reveal("04.gain", gain("informed").value, "points")
@@ -1102,8 +1101,10 @@ print("logits, the same seeds, minus hard:", gain("logits"))
 # As many settings for each as the logits had, chosen by as many seeds. A student with a quarter of
 # the channels can't hold the teacher's features, and these are two methods of 2015 and 2017: in the
 # table of Tian et al. (2020) FitNets seldom beat logits, and their own contrastive method always
-# does. Features work where teacher and student have different classes, or none.  ### A teacher in
-# train mode `eval()` is forgotten often, and again nothing complains.
+# does. Features work where teacher and student have different classes, or none.
+#
+# ### A teacher in train mode
+# `eval()` is forgotten often, and again nothing complains.
 
 # %%
 careless = models.baseline().train()
