@@ -589,7 +589,7 @@ for name in ("same data, smoothed", "informed"):
 # *Informed* against *hard*: does a teacher help? Against *smoothing*: how much of that took a
 # teacher? *Same data* against *smoothing*: a teacher that knows nothing new still orders the wrong
 # classes; is that worth more than making them all equal? *Smoothed* tells how much of it is the
-# softness of her own training. The baseline was trained so, too: only what rises from *smoothed* to
+# softness of her own training. So was the baseline trained: only what rises from *smoothed* to
 # *informed* is information (more images, whole ones, twice the width).
 
 # %% tags=["nbval-ignore-output"]
